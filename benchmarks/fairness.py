@@ -36,7 +36,7 @@ from benchmarks.report import (
     write_row,
 )
 from benchmarks.star_ttft import ENGINE, QUERY_TOKENS, RANDOM_LLAMA
-from starling.scheduler.prefill_limiter import PrefillLimiter
+from starling.features.fairness.core import PrefillLimiter
 
 STEP = ENGINE["max_num_batched_tokens"]
 SHORT, EVERY_SECONDS = 128, 0.83  # not a multiple of a step's time

@@ -11,7 +11,7 @@ from starling.config.parsing import Count, Switch, parse_fields, read_number
 
 SECTION = "scheduler"
 MIN_CHUNK = 2
-"""Tokens: a star chunk of one token can't always run (scheduler/plan_chunks.py)."""
+"""Tokens: a star chunk of one token can't always run (features/star/core.py)."""
 
 
 class SchedulingOptions(BaseModel):

@@ -7,15 +7,16 @@ from typing import Any
 from vllm.logger import init_logger
 
 from starling.config.entry import config_of
-from starling.engine_ext.engine_report import SPLIT, STAR, engine_report
-from starling.engine_ext.rules.star import star_refusals
-from starling.scheduler.star.request_metadata import REPLICA_CONNECTORS
-from starling.scheduler.star_scheduler import (
+from starling.engine_ext.engine_report import engine_report
+from starling.features.report import SPLIT, STAR
+from starling.features.schedulers import (
     AsyncDiffusionStarScheduler,
     AsyncStarScheduler,
     DiffusionStarScheduler,
     StarScheduler,
 )
+from starling.features.star.rules import star_refusals
+from starling.scheduler.star.request_metadata import REPLICA_CONNECTORS
 from starling.vllm_compat.engine_report import send_report
 
 __all__ = ["AsyncDiffusionStarScheduler", "AsyncStarScheduler", "DiffusionStarScheduler", "StarScheduler"]

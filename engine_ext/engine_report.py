@@ -8,11 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from starling.features.report import BLOCK_POSITIONS, HEADS, HEADS_ORDER, SPLIT, STAR
 from starling.vllm_compat.scheduler_view import SchedulerView
-
-STAR, SPLIT, BLOCK_POSITIONS, HEADS, HEADS_ORDER = "star", "split", "block_positions", "heads", "heads_order"
-"""The fields of a report: why no prompt can run star, be split over replicas, have blocks with positions of their own,
-or heads that see everything; None: it can. The last one is the order of the heads' scores that the workers have."""
 
 
 def report_of_worker(worker: Any) -> dict[str, str | None]:

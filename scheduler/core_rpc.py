@@ -8,8 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 from starling.scheduler.cache_state import cache_state, prefill_progress
-from starling.scheduler.cached_tokens import cached_tokens
-from starling.scheduler.live_requests import LiveRequests
 from starling.vllm_compat.engine_core import add_core_utility
 from starling.vllm_compat.worker import attention_backends
 
@@ -33,14 +31,8 @@ def _attention_backends(core: Any) -> list[str]:
     return sorted({name for names in of_workers for name in names})
 
 
-def _live_requests(core: Any) -> dict[str, Any]:
-    return core.scheduler.part(LiveRequests).look()
-
-
 def add_core_rpc() -> None:
-    """Offer these calls in this process's engine core."""
+    """Offer the calls that need no feature in this process's engine core; features offer their own."""
     add_core_utility(CACHE_STATE, _cache_state)
     add_core_utility(PREFILL_PROGRESS, _prefill_progress)
     add_core_utility(ATTENTION_BACKENDS, _attention_backends)
-    add_core_utility(LIVE_REQUESTS, _live_requests)
-    add_core_utility(CACHED_TOKENS, cached_tokens)

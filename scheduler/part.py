@@ -13,7 +13,7 @@ from starling.vllm_compat.kv_pages import Page
 class CorePart:
     """One feature's part of one scheduler. The hooks do nothing here: a part has those that it needs.
 
-    Parts are called in the order of ``parts.py``.
+    Parts are called in the order of features/__init__.py.
     """
 
     @classmethod

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.diffusion_scheduler import DiffusionAsyncScheduler, DiffusionScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from starling.config.entry import StarlingConfig, config_of
@@ -15,7 +13,6 @@ from starling.config.star import StarOptions
 from starling.scheduler.cache_keys import page_keys
 from starling.scheduler.core_rpc import add_core_rpc
 from starling.scheduler.part import CorePart, hooks_of
-from starling.scheduler.parts import PARTS
 from starling.scheduler.star.rules import check_sizes
 from starling.vllm_compat.kv_pages import Page
 from starling.vllm_compat.patching import extends
@@ -32,6 +29,9 @@ class StarMixin(SchedulerHooks):
     The page keys go in where vLLM makes its own, so that hashing, KV events and partial hits agree.
     """
 
+    feature_parts: Sequence[Callable[[Any, StarlingConfig], CorePart | None]] = ()
+    """What makes the parts: see features/schedulers.py."""
+
     requests: dict[str, Any]  # vLLM's own
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -41,7 +41,7 @@ class StarMixin(SchedulerHooks):
         config = config_of(vllm_config) or StarlingConfig()
         self._check_defaults(config.star)
         self.parts: list[CorePart] = []
-        for make in PARTS:
+        for make in self.feature_parts:
             part = make(self, config)
             if part is not None:
                 self.parts.append(part)
@@ -113,19 +113,3 @@ class StarMixin(SchedulerHooks):
     def before_pages_freed(self, request: Any) -> None:
         for hook in self.hooks["pages_freed"]:
             hook(request)
-
-
-class StarScheduler(StarMixin, Scheduler):
-    """For engines without async scheduling (CPU)."""
-
-
-class AsyncStarScheduler(StarMixin, AsyncScheduler):
-    """For engines with async scheduling: vLLM turns it off for a class that is not an AsyncScheduler."""
-
-
-class DiffusionStarScheduler(StarMixin, DiffusionScheduler):
-    """For diffusion models, whose canvases of tokens vLLM's scheduler cuts to each request's width."""
-
-
-class AsyncDiffusionStarScheduler(StarMixin, DiffusionAsyncScheduler):
-    """For diffusion models in engines with async scheduling."""

@@ -22,7 +22,7 @@ from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 from starling.vllm_compat.patching import extends, touches
 
 KINDS = {"host": "host", "p2p": "peer"}
-"""vLLM's CacheHitSource -> a kind of scheduler/provenance.py; all others are files and object stores."""
+"""vLLM's CacheHitSource -> a kind of features/documents/provenance.py; all others are files and object stores."""
 
 
 @dataclass

@@ -40,8 +40,7 @@ ROOMS = (
     "vllm_compat",
     "scheduler",
     "attention_backends",
-    "replicas",
-    "library",
+    "features",
     "engine_ext",
     "lab",
 )

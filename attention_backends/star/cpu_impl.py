@@ -114,10 +114,10 @@ class CpuImpl(CPUAttentionBackendImpl):
         positions of their own. Where some heads see everything, the step's rows are others for each kind of heads: one
         call of Starling's op computes all of them, or a call of vLLM's each run of heads of one kind.
         """
-        step, page_size = current_step(), kv_cache.shape[2]
+        step = current_step()  # outside of one there may be no cache yet
         elsewhere, documents, kinds = current_part(RemoteStep), current_part(DocumentStep), current_part(HeadStep)
-        remote = None if step is None or elsewhere is None else elsewhere.attention(step, page_size)
-        turned = None if documents is None else documents.attention(page_size)
+        remote = None if step is None or elsewhere is None else elsewhere.attention(step, kv_cache.shape[2])
+        turned = None if documents is None else documents.attention(kv_cache.shape[2])
         if remote is None and turned is None and not self.uses_op(query, layer, attn_metadata):
             calls = None if kinds is None else kinds.calls(layer.layer_name)
             if step is None or calls is None:

@@ -10,7 +10,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from starling.attention_backends.star.rows import VirtualRows
 
 # Fields with one entry a batch row, or keyed by batch row, for which no row split is defined. The features that set
-# them are refused at startup (engine_ext/rules/star.py); a field that is set all the same must not be ignored.
+# them are refused at startup (features/star/rules.py); a field that is set all the same must not be ignored.
 ROW_FIELDS_WITHOUT_A_SPLIT = (
     "logits_indices_padded",
     "encoder_seq_lens",

@@ -31,7 +31,7 @@ class RemoteStep(StepPart):
     def attention(self, step: StarStep, page_size: int) -> Any | None:
         """By which layers with pages of this size query other replicas in this step; None: no row has keys there.
 
-        replicas/remote_attention_client.py has the object's methods.
+        features/replicas/remote_attention_client.py has the object's methods.
 
         Raises:
             RuntimeError: the step's rows for this page size are not made yet.

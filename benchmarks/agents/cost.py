@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from starling.features.fairness.step_budget import attended
 from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.step_budget import attended
 
 
 @dataclass(frozen=True)

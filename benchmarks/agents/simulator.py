@@ -70,7 +70,7 @@ def make_scheduler(machine: Machine, max_model_len: int, setting: Setting) -> tu
     from vllm.v1.structured_output import StructuredOutputManager
 
     from starling.engine_ext.start import plugin
-    from starling.scheduler.star_scheduler import StarScheduler
+    from starling.features.schedulers import StarScheduler
 
     plugin.register()
     hash_function = get_hash_fn_by_name("sha256")

@@ -251,7 +251,7 @@ def main() -> None:
     args = parser.parse_args()
     if GATE_SHARE not in args.shares:
         parser.error(f"--shares {args.shares}: {GATE_SHARE} has to be one of them.")
-    scores = read_scores(str(args.scores or ROOT / "engine_ext" / "scores" / f"{args.model.name}.json"))
+    scores = read_scores(str(args.scores or ROOT / "features" / "dense_heads" / "scores" / f"{args.model.name}.json"))
     model, tokenizer, attention = load(args.model)
     encoder = Encoder(tokenizer)
     prompts: list[DocumentPrompt] = []

@@ -9,11 +9,11 @@ from typing import Any
 from vllm.exceptions import GenerationError, VLLMClientError, VLLMValidationError
 
 from starling.config.entry import config_of
-from starling.engine_ext.adapter import adapter_fields
 from starling.engine_ext.front.call import Call, this_call
 from starling.engine_ext.front.requests import decision_of
 from starling.engine_ext.front.state import front_state
-from starling.engine_ext.rules.asked import has_library
+from starling.features.adapter.lora import adapter_fields
+from starling.features.asked import has_library
 from starling.scheduler.core_rpc import CACHED_TOKENS
 from starling.scheduler.star.request_metadata import RequestMetadata
 from starling.vllm_compat.front import call_engine_core, num_engine_cores

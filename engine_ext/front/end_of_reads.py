@@ -64,7 +64,7 @@ async def until_fetched(engine: Any, request_id: str, reader: Home, lenders: Seq
 
 
 async def renew_all(lenders: Sequence[Replica]) -> float:
-    """Until when a fetch from all of these replicas may begin (replicas/clock.py).
+    """Until when a fetch from all of these replicas may begin (features/replicas/clock.py).
 
     Raises:
         ReplicaUnavailable: the pages of one of them may be gone.

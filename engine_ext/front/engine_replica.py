@@ -15,7 +15,6 @@ import msgspec
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
-from starling.engine_ext.adapter import adapter_fields
 from starling.engine_ext.front.kv_reservations import Reservation
 from starling.engine_ext.front.replica import HeldPart, PartAborted
 from starling.engine_ext.front.replica_rpc import (
@@ -26,7 +25,8 @@ from starling.engine_ext.front.replica_rpc import (
 )
 from starling.engine_ext.front.requests import PLANNED
 from starling.engine_ext.front.state import front_state
-from starling.replicas.core_rpc import (
+from starling.features.adapter.lora import adapter_fields
+from starling.features.replicas.core_rpc import (
     CANCEL_FETCH,
     EXTEND_FETCH,
     IS_PAUSED,

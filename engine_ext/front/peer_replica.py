@@ -17,7 +17,7 @@ from starling.engine_ext.front.engine_replica import HEALTH_CHECK_SECONDS, Split
 from starling.engine_ext.front.peers import Peer, fetch_seconds, reason_of
 from starling.engine_ext.front.replica import HeldPart, PartAborted
 from starling.engine_ext.front.replica_rpc import ReplicaUnavailable, retrieve_error
-from starling.replicas import clock
+from starling.features.replicas import clock
 from starling.scheduler.star.request_metadata import PageSource
 from starling.v1 import replica_pb2 as pb
 
@@ -35,7 +35,7 @@ RELEASE_SECONDS = 5.0
 
 
 class Address(TypedDict):
-    """Where a worker's memory is (replicas/page_transfer.py)."""
+    """Where a worker's memory is (features/replicas/page_transfer.py)."""
 
     name: str
     metadata: bytes

@@ -13,10 +13,10 @@ from vllm.logger import init_logger
 from starling.config.entry import ENTRY, StarlingConfig, config_of
 from starling.config.parsing import OptionError
 from starling.config.star import FIELD_OF, StarOptions, is_star_key, parse_options
+from starling.engine_ext.engine_facts import engine_facts
 from starling.engine_ext.front.bounds import shortened
 from starling.engine_ext.front.metrics import front_metrics
 from starling.engine_ext.front.misplaced import nearly, refuse_among_options
-from starling.engine_ext.rules.facts import engine_facts
 from starling.scheduler.star.counts import describe, model_keys
 from starling.scheduler.star.decide import Decision, decide, refuse_above_one_replica
 from starling.scheduler.star.documents import NOT_ONE_TOKEN, refuse_many_offsets

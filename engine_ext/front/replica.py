@@ -46,7 +46,7 @@ class Replica(Protocol):
     def has_lost_pages(self) -> bool: ...
 
     async def state(self) -> dict[str, Any]:
-        """What replicas/replica_state.py says.
+        """What features/replicas/replica_state.py says.
 
         Without ``pages``: the replica reserves its memory itself. Without ``layout``: it was compared before.
 
@@ -63,7 +63,7 @@ class Replica(Protocol):
         """
 
     async def renew(self) -> float:
-        """Let the replica hold the pages on; returns until when a fetch of them may begin (replicas/clock.py).
+        """Let the replica hold the pages on; returns until when a fetch of them may begin (features/replicas/clock.py).
 
         Raises:
             ReplicaUnavailable: the pages may be gone.

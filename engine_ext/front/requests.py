@@ -11,7 +11,6 @@ from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from starling.config.parsing import OptionError
 from starling.config.star import flat_name, is_star_key, parse_options
-from starling.engine_ext.adapter import lora_request
 from starling.engine_ext.front.bounds import REQUEST_ID, check_params, check_prompt_logprobs
 from starling.engine_ext.front.cache_salt import salted
 from starling.engine_ext.front.call import current_call
@@ -19,6 +18,7 @@ from starling.engine_ext.front.constraints import check_transfer_params
 from starling.engine_ext.front.metrics import front_metrics
 from starling.engine_ext.front.misplaced import refuse_at_top_level
 from starling.engine_ext.front.planning import PromptPlanner, rejection
+from starling.features.adapter.lora import lora_request
 from starling.scheduler.star.counts import describe
 from starling.scheduler.star.decide import Decision
 from starling.scheduler.star.facts import PromptFacts

@@ -35,7 +35,7 @@ from starling.engine_ext.front.replica_rpc import ReplicaUnavailable, WeightsCha
 from starling.engine_ext.front.requests import decision_of
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.front.whole_request import Task, aborted_output, with_task
-from starling.replicas.page_transfer import layout_mismatch
+from starling.features.replicas.page_transfer import layout_mismatch
 from starling.scheduler.star.assignment import Assignment, ReplicaState, assign_blocks
 from starling.scheduler.star.client_tokens import pad, work
 from starling.scheduler.star.decide import Decision

@@ -19,7 +19,7 @@ from starling.engine_ext.front.progress import ProgressPoller
 from starling.engine_ext.front.replica_rpc import ReplicaRPC, retrieve_error
 from starling.engine_ext.front.requests import RequestPlanner
 from starling.engine_ext.front.split_requests import SplitRequests
-from starling.replicas.core_rpc import FORGET_SERVERS
+from starling.features.replicas.core_rpc import FORGET_SERVERS
 from starling.vllm_compat.front import around_shutdown, refuse_admission
 
 logger = init_logger("vllm.starling")

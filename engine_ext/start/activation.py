@@ -31,17 +31,17 @@ from starling.config.entry import (
 from starling.config.parsing import OptionError
 from starling.config.presets import PRESET, preset_of, with_preset
 from starling.config.star import StarOptions, summary
-from starling.engine_ext.adapter import check_adapter, turn_lora_on
+from starling.engine_ext.engine_facts import engine_facts, star_page_size
 from starling.engine_ext.environment import ADMIN_KEY_ENV, LIVE_DATA, LIVE_PATH, SERVES_PEERS, refuse_rust_front
 from starling.engine_ext.front.clients import api_keys
 from starling.engine_ext.front.metrics import front_metrics
 from starling.engine_ext.front.planning import refuse_segment_text
-from starling.engine_ext.head_scores import scores_of
-from starling.engine_ext.rules.asked import has_dense_heads
-from starling.engine_ext.rules.facts import engine_facts, star_page_size
-from starling.engine_ext.rules.split import other_launcher
 from starling.engine_ext.start.library import beside_library, set_library
-from starling.replicas import network
+from starling.features.adapter.lora import check_adapter, turn_lora_on
+from starling.features.asked import has_dense_heads
+from starling.features.dense_heads.head_scores import scores_of
+from starling.features.replicas import network
+from starling.features.replicas.rules import other_launcher
 from starling.scheduler.star.facts import EngineFacts, ReplicaSet
 from starling.scheduler.star.request_metadata import CONNECTOR, ONE_HOST, SHARDS, default_num_shards
 from starling.scheduler.star.rules import check_defaults
@@ -169,7 +169,7 @@ def after_engine_config(vllm_config: Any) -> None:
             check_network(one_host)
         transfer = KVTransferConfig(
             kv_connector=CONNECTOR,
-            kv_connector_module_path="starling.replicas.connector",
+            kv_connector_module_path="starling.features.replicas.connector",
             kv_role="kv_both",
             kv_load_failure_policy="recompute",
             kv_connector_extra_config={SHARDS: max_shards(config.star, replicas), ONE_HOST: one_host},

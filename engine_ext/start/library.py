@@ -70,18 +70,18 @@ def set_library(config: StarlingConfig, vllm_config: Any) -> None:
     events = vllm_config.kv_events_config
     tier = {
         "type": TIER,
-        "module_path": "starling.library.tier",
+        "module_path": "starling.features.library.tier",
         "root_dir": str(folder),
         "file_bytes": library.file_bytes,
         "enable_kv_events": events is not None and events.enable_kv_cache_events,
     }
     vllm_config.kv_transfer_config = KVTransferConfig(
         kv_connector=LIBRARY_CONNECTOR,
-        kv_connector_module_path="starling.library.connector",
+        kv_connector_module_path="starling.features.library.connector",
         kv_role="kv_both",
         kv_connector_extra_config={
             SPEC_NAME: SPEC,
-            SPEC_MODULE: "starling.library.spec",
+            SPEC_MODULE: "starling.features.library.spec",
             HOST_BYTES: library.host_bytes,
             "secondary_tiers": [] if folder is None else [tier],
         },
@@ -97,7 +97,7 @@ def beside_library(replicas: KVTransferConfig, library: KVTransferConfig | None)
     return dataclasses.replace(
         replicas,
         kv_connector=BOTH_CONNECTORS,
-        kv_connector_module_path="starling.library.beside_replicas",
+        kv_connector_module_path="starling.features.library.beside_replicas",
         kv_connector_extra_config=replicas.kv_connector_extra_config | {"connectors": connectors},
     )
 
@@ -112,9 +112,9 @@ def take_offloading(vllm_config: Any) -> None:
         return
     extra = transfer.kv_connector_extra_config
     if vllm_config.device_config.device_type == "cpu" and extra.get(SPEC_NAME) in GPU_SPECS:
-        extra |= {SPEC_NAME: SPEC, SPEC_MODULE: "starling.library.spec"}
+        extra |= {SPEC_NAME: SPEC, SPEC_MODULE: "starling.features.library.spec"}
     if extra.get("block_size") is not None or extra.get("blocks_per_chunk", 1) != 1:
         logger.info("Star blocks behind an edit are not loaded: chunks of several pages have the hash of the last one")
         return
     transfer.kv_connector = LIBRARY_CONNECTOR
-    transfer.kv_connector_module_path = "starling.library.connector"
+    transfer.kv_connector_module_path = "starling.features.library.connector"

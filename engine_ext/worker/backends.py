@@ -8,7 +8,7 @@ from typing import Any
 from starling.attention_backends.paged.names import CLASSES, register_paged_backend
 from starling.attention_backends.star.backend import register_star_backends, takes_star
 from starling.config.entry import config_of
-from starling.engine_ext.rules.asked import reads_all_caches
+from starling.features.asked import reads_all_caches
 
 
 def register_backends(vllm_config: Any, refusals: list[str]) -> None:

@@ -14,13 +14,13 @@ from starling.attention_backends.star.graph_ranges import fits_graphs
 from starling.attention_backends.star.rows import VirtualRows, is_split
 from starling.attention_backends.star.step import StarStep, open_step
 from starling.config.entry import config_of
-from starling.engine_ext.engine_report import STAR
 from starling.engine_ext.front.metrics import worker_metrics
-from starling.engine_ext.rules.star import star_refusals
 from starling.engine_ext.worker.backends import register_backends, unsplit_layers
-from starling.engine_ext.worker.part import Layers, WorkerPart, merged
-from starling.engine_ext.worker.parts import PARTS
-from starling.engine_ext.worker.split import ReplicaCalls
+from starling.features import parts_of
+from starling.features.replicas.worker import ReplicaCalls
+from starling.features.report import STAR
+from starling.features.star.rules import star_refusals
+from starling.features.worker_part import Layers, WorkerPart, merged
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import RequestMetadata, metadata_of
 from starling.vllm_compat.models import without_prefill_checkpoints
@@ -97,7 +97,7 @@ class StarWorker(ReplicaCalls):
         self.star_refusals = star_refusals(vllm_config)
         self.star_problem: str | None = None
         self.is_warming_up = False
-        self.parts = [part for kind in PARTS if (part := kind.make(vllm_config)) is not None]
+        self.parts = [part for make in parts_of("worker") if (part := make(vllm_config)) is not None]
         register_backends(vllm_config, self.star_refusals)
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         self.star_requests = StarRequests()

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from starling.config.head_scores import HeadScores
-from starling.engine_ext.head_scores import checkpoint_digest, checkpoint_folder
+from starling.features.dense_heads.head_scores import checkpoint_digest, checkpoint_folder
 from starling.lab.calibration.calibration_options import DTYPES, CalibrationOptions
 from starling.lab.calibration.found import Found, part_of, replace_text
 from starling.lab.calibration.gated_model import CalibrationError, GatedModel

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from starling.config.adapter import DISTILLED, PURPOSES, VERSION
-from starling.engine_ext.head_scores import checkpoint_digest, checkpoint_folder
+from starling.features.dense_heads.head_scores import checkpoint_digest, checkpoint_folder
 from starling.lab.distillation.adapted_model import AdaptedModel, DistilError
 from starling.lab.distillation.memory import GIB, needed_bytes
 from starling.lab.distillation.options import DTYPES, DistilOptions

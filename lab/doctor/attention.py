@@ -11,7 +11,7 @@ def attention_backend(config: Any) -> dict[str, str]:
     """The attention backend, and why it is used."""
     from starling.attention_backends.paged.names import NAME
     from starling.attention_backends.star.backend import WRAPPED
-    from starling.engine_ext.rules.star import is_attamba
+    from starling.features.star.rules import is_attamba
 
     if is_attamba(config):
         return {"name": "ATTAMBA", "why": "the layers of an Attamba model attend by themselves"}
@@ -27,8 +27,8 @@ def attention_backend(config: Any) -> dict[str, str]:
 def cuda_graphs(config: Any) -> dict[str, str]:
     """The mode of CUDA graphs that the engine will have, as far as its full-attention layers limit it, and why."""
     from starling.attention_backends.star.backend import graph_support
-    from starling.engine_ext.rules.documents import is_made_for_documents
-    from starling.engine_ext.rules.star import is_attamba, star_refusals
+    from starling.features.documents.rules import is_made_for_documents
+    from starling.features.star.rules import is_attamba, star_refusals
     from starling.vllm_compat.config import resolved_graph_mode
 
     asked = config.compilation_config.cudagraph_mode
@@ -58,9 +58,9 @@ def attention_op(config: Any, cpu_attention: str, gpu_attention: str) -> dict[st
     """The attention op of some batches, and why it is used; the settings are the options of these names."""
     from starling.attention_backends.kernels.cpu.build import compiler
     from starling.attention_backends.kernels.cpu.selection import Processor, select_op
-    from starling.engine_ext.rules.cpu_attention import unread_isa
-    from starling.engine_ext.rules.documents import document_refusals
-    from starling.engine_ext.rules.star import is_attamba
+    from starling.features.cpu_attention_rules import unread_isa
+    from starling.features.documents.rules import document_refusals
+    from starling.features.star.rules import is_attamba
 
     on_cpu = config.device_config.device_type == "cpu"
     if is_attamba(config):

@@ -100,8 +100,8 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
 
     from starling.config.entry import config_of
     from starling.config.quality import size_texts
+    from starling.engine_ext.engine_facts import engine_facts
     from starling.engine_ext.front.planning import usable_defaults
-    from starling.engine_ext.rules.facts import engine_facts
     from starling.engine_ext.serving.cli.cores import CORES_ENV, bound_cores, core_binding
     from starling.engine_ext.serving.cli.serve_args import parse
     from starling.engine_ext.serving.grpc.prompts import chat_params
@@ -203,7 +203,7 @@ def block_reuse(config: Any, scheduling: Any, refusals: list[str], has_overlap: 
     Args:
         has_overlap: whether blocks depend on one another under the server's defaults.
     """
-    from starling.scheduler.block_reuse import reuse_refusal
+    from starling.features.reuse.block_reuse import reuse_refusal
 
     if refusals or scheduling.star_block_reuse == "off":
         return "no: Star Attention is refused" if refusals else "no: the option scheduler.star_block_reuse is off"

@@ -17,9 +17,9 @@ def unprofiled_memory(config: Any) -> dict[str, Any]:
     room for what comes later. ``bytes`` is None on a CPU.
     """
     from starling.attention_backends.star.head_calls import CONTIGUOUS_OUTPUT
-    from starling.engine_ext.rules.asked import has_dense_heads
-    from starling.engine_ext.rules.documents import is_made_for_documents
-    from starling.engine_ext.rules.star import is_attamba, star_refusals
+    from starling.features.asked import has_dense_heads
+    from starling.features.documents.rules import is_made_for_documents
+    from starling.features.star.rules import is_attamba, star_refusals
 
     if config.device_config.device_type == "cpu":
         return {"bytes": None, "why": "on a CPU vLLM has no memory profile"}

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from starling.features.replicas.network import use_devices
+from starling.features.replicas.page_transfer import PageReader, Transfer
 from starling.lab.selftest.engine import RESULT
-from starling.replicas.network import use_devices
-from starling.replicas.page_transfer import PageReader, Transfer
 
 LAYERS, PAGES, PAGE_SHAPE = 32, {"cuda": 513, "cpu": 33}, (8, 16, 256)
 """Layers, pages, and the shape of a page, as of Llama-3.1-8B; the first page is vLLM's null page."""

@@ -27,13 +27,13 @@ SOURCES = "starling_sources"
 """The key in an output's kv_transfer_params that says where its prompt's documents came from."""
 
 CONNECTOR = "StarConnector"
-"""The KV connector that moves pages between replicas: replicas/connector.py."""
+"""The KV connector that moves pages between replicas: features/replicas/connector.py."""
 
 LIBRARY_CONNECTOR = "LibraryConnector"
-"""The KV connector that moves pages to and from the library: library/connector.py."""
+"""The KV connector that moves pages to and from the library: features/library/connector.py."""
 
 BOTH_CONNECTORS = "LibraryAndReplicasConnector"
-"""The KV connector of an engine with a library and replicas: library/beside_replicas.py."""
+"""The KV connector of an engine with a library and replicas: features/library/beside_replicas.py."""
 
 REPLICA_CONNECTORS = (CONNECTOR, BOTH_CONNECTORS)
 LIBRARY_CONNECTORS = (LIBRARY_CONNECTOR, BOTH_CONNECTORS)
@@ -68,8 +68,8 @@ class PageSource:
     Attributes:
         start: position of the first page's first token.
         page_ids: in the order of their tokens.
-        addresses: where the memory of each tensor-parallel rank is (replicas/page_transfer.py).
-        hold: the number under which the replica holds them (replicas/holds.py).
+        addresses: where the memory of each tensor-parallel rank is (features/replicas/page_transfer.py).
+        hold: the number under which the replica holds them (features/replicas/holds.py).
     """
 
     start: int
@@ -84,7 +84,7 @@ class PageFetch:
 
     Attributes:
         sources: each begins where the one before it ends.
-        deadline: the fetch may begin until then (replicas/clock.py), since another server may free its pages later.
+        deadline: the fetch may begin until then (features/replicas/clock.py): another server may free its pages later.
     """
 
     sources: tuple[PageSource, ...]
@@ -104,7 +104,7 @@ class Shard:
         name: under which that replica holds them.
         start: position of the first page's first token.
         num_tokens: tokens in the pages.
-        addresses: where each tensor-parallel rank takes queries (replicas/remote_attention_server.py).
+        addresses: where each tensor-parallel rank takes queries (features/replicas/remote_attention_server.py).
     """
 
     name: str

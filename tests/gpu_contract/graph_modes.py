@@ -27,8 +27,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E4
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher  # noqa: E402
 from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
 
-from starling.engine_ext.rules.star import star_refusals  # noqa: E402
 from starling.engine_ext.worker.star_worker import register_backends  # noqa: E402
+from starling.features.star.rules import star_refusals  # noqa: E402
 from starling.lab.doctor.attention import cuda_graphs  # noqa: E402
 from starling.vllm_compat.worker import without_full_graphs  # noqa: E402
 

@@ -53,7 +53,7 @@ def install() -> None:
     """Replace what connectors call of a GPU, and the host's features."""
     from vllm.v1.kv_offload.cpu import gpu_worker
 
-    from starling.replicas import page_transfer
+    from starling.features.replicas import page_transfer
     from tests.gpu_shim.cuda import Event
 
     make_agent = page_transfer.make_agent

@@ -21,21 +21,21 @@ pytestmark = pytest.mark.engine
 
 def library_and_replicas(folder: Path) -> dict[str, Any]:
     """The connector of an engine with ``star_library`` and peers, as engine_ext/start/library.py makes it."""
-    tier = {"type": "LibraryTier", "module_path": "starling.library.tier", "root_dir": str(folder)}
+    tier = {"type": "LibraryTier", "module_path": "starling.features.library.tier", "root_dir": str(folder)}
     library = {
         "kv_connector": "LibraryConnector",
-        "kv_connector_module_path": "starling.library.connector",
+        "kv_connector_module_path": "starling.features.library.connector",
         "kv_role": "kv_both",
         "kv_connector_extra_config": {
             "spec_name": "LibrarySpec",
-            "spec_module_path": "starling.library.spec",
+            "spec_module_path": "starling.features.library.spec",
             "cpu_bytes_to_use": 1 << 24,
             "secondary_tiers": [tier | {"file_bytes": 1 << 24}],
         },
     }
     both = {
         "kv_connector": "LibraryAndReplicasConnector",
-        "kv_connector_module_path": "starling.library.beside_replicas",
+        "kv_connector_module_path": "starling.features.library.beside_replicas",
     }
     return REPLICAS | both | {"kv_connector_extra_config": {"connectors": [REPLICAS, library]}}
 

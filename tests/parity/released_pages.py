@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from starling.replicas.scheduler_connector import Hold
+from starling.features.replicas.scheduler_connector import Hold
 
 RELEASE_AND_NOTE: list[Any] = [
     {"call": "tests.parity.released_pages:record"},

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.engine
 
 REPLICAS = {
     "kv_connector": "StarConnector",
-    "kv_connector_module_path": "starling.replicas.connector",
+    "kv_connector_module_path": "starling.features.replicas.connector",
     "kv_role": "kv_both",
     "kv_load_failure_policy": "recompute",
     "kv_connector_extra_config": {ONE_HOST: True},

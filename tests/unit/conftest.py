@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def no_allocator_settings(monkeypatch):
-    """Settings of the user's own, which engine_ext/rules/split.py reads."""
+    """Settings of the user's own, which features/replicas/rules.py reads."""
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
 

@@ -20,7 +20,6 @@ from vllm.logger import init_logger
 from starling.config.star import StarOptions
 from starling.engine_ext.front.clients import digest, has_valid_key
 from starling.engine_ext.front.state import front_state
-from starling.engine_ext.rules.star import star_refusals
 from starling.engine_ext.serving.errors import DrainingError
 from starling.engine_ext.serving.grpc.arrivals import ArrivalInterceptor
 from starling.engine_ext.serving.grpc.auth import (
@@ -36,6 +35,7 @@ from starling.engine_ext.serving.grpc.auth import (
 )
 from starling.engine_ext.serving.grpc.limits import MAX_ADMIN_BYTES, server_options
 from starling.engine_ext.serving.grpc.messages import MODES, abort
+from starling.features.star.rules import star_refusals
 from starling.scheduler.core_rpc import ATTENTION_BACKENDS, CACHE_STATE
 from starling.v1 import admin_pb2 as pb
 from starling.v1 import admin_pb2_grpc, inference_pb2

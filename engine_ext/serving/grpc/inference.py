@@ -23,7 +23,6 @@ from starling.engine_ext.front.bounds import check_request
 from starling.engine_ext.front.call import note_star
 from starling.engine_ext.front.requests import shown_plan
 from starling.engine_ext.front.state import front_state
-from starling.engine_ext.rules.asked import has_library
 from starling.engine_ext.serving.errors import DuplicateRequestError, root_cause
 from starling.engine_ext.serving.grpc.admin import star_message
 from starling.engine_ext.serving.grpc.arrivals import ClientOf
@@ -36,6 +35,7 @@ from starling.engine_ext.serving.grpc.sampling import TEXT_FIELDS, constraint_pa
 from starling.engine_ext.serving.grpc.tokenizing import Tokenizing
 from starling.engine_ext.serving.grpc.upload import Upload, as_upload_event, upload_quota
 from starling.engine_ext.serving.grpc.warming import Warming
+from starling.features.asked import has_library
 from starling.reply import Reply
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc

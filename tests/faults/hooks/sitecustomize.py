@@ -38,7 +38,7 @@ def _ahead():
 
 
 if GATE:
-    amend("starling.replicas.page_transfer", _add_gate)
+    amend("starling.features.replicas.page_transfer", _add_gate)
 if CLOCK:
     _now = time.time
     time.time = lambda: _now() + _ahead()

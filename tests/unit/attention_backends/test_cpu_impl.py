@@ -16,8 +16,8 @@ from starling.attention_backends.star import cpu_impl
 from starling.attention_backends.star.head_calls import HeadBuilders, attend_by_heads
 from starling.attention_backends.star.head_step import HeadCall
 from starling.attention_backends.star.remote_step import RemoteStep
-from starling.replicas.remote_attention_server import attend_spans
-from starling.replicas.remote_query import Span
+from starling.features.replicas.remote_attention_server import attend_spans
+from starling.features.replicas.remote_query import Span
 from tests.unit.attention_backends.test_rows import batch_metadata
 
 HEADS, KV_HEADS, SIZE, PAGE_SIZE, NUM_PAGES = 4, 2, 64, 32, 40

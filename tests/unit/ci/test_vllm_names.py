@@ -268,9 +268,9 @@ def test_a_wheel_is_read(table, vllm, tmp_path, capsys):
 )
 def test_a_private_use_is_reported_outside_vllm_compat(vllm, tmp_path, code, violation):
     code = f"from vllm.core import Engine\nfrom starling.scheduler.mine import Mine\n{code}\n"
-    root = write(tmp_path / "project", PROJECT | {"replicas/new.py": code, "vllm_compat/new.py": code})
+    root = write(tmp_path / "project", PROJECT | {"features/replicas/new.py": code, "vllm_compat/new.py": code})
     (found,) = names.private_names(names.read_project(root), SourceTree(vllm))
-    assert found.startswith("replicas/new.py:") and violation in found
+    assert found.startswith("features/replicas/new.py:") and violation in found
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,9 @@ def test_a_private_use_is_reported_outside_vllm_compat(vllm, tmp_path, code, vio
     ],
 )
 def test_own_private_names_are_allowed(vllm, tmp_path, code):
-    root = write(tmp_path / "project", PROJECT | {"replicas/new.py": f"from vllm.core import Engine\n{code}\n"})
+    root = write(
+        tmp_path / "project", PROJECT | {"features/replicas/new.py": f"from vllm.core import Engine\n{code}\n"}
+    )
     assert names.private_names(names.read_project(root), SourceTree(vllm)) == []
 
 

@@ -11,8 +11,8 @@ from vllm.engine.arg_utils import EngineArgs
 from benchmarks.random_llama import make_random_llama
 from starling.config.adapter import AdapterError, read_adapter
 from starling.config.parsing import OptionError
-from starling.engine_ext.adapter import NUMBER, own_adapter
 from starling.engine_ext.start import plugin
+from starling.features.adapter.lora import NUMBER, own_adapter
 from tests.adapters import make_adapter
 from tests.parity.harness import TINY
 

@@ -12,8 +12,8 @@ import torch
 
 from starling.config.head_scores import HeadScores, ScoresError
 from starling.config.parsing import OptionError
-from starling.engine_ext import head_scores
-from starling.engine_ext.head_scores import (
+from starling.features.dense_heads import head_scores
+from starling.features.dense_heads.head_scores import (
     check_shape,
     checkpoint_digest,
     checkpoint_folder,

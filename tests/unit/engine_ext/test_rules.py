@@ -12,9 +12,9 @@ from vllm.config import ParallelConfig
 from starling.attention_backends.star.metadata import ROW_FIELDS_WITHOUT_A_SPLIT
 from starling.config.head_scores import HeadScores
 from starling.engine_ext.models.configs import KVShiftLlamaConfig
-from starling.engine_ext.rules.dense_heads import HEAD_RULES, heads_refusals
-from starling.engine_ext.rules.split import SHARD_RULES, SPLIT_RULES, replica_set
-from starling.engine_ext.rules.star import CONNECTORS, RULES, star_refusals
+from starling.features.dense_heads.rules import HEAD_RULES, heads_refusals
+from starling.features.replicas.rules import SHARD_RULES, SPLIT_RULES, replica_set
+from starling.features.star.rules import CONNECTORS, RULES, star_refusals
 from tests.unit.engine_ext.configs import CPU, FULL, drafting, fake_config
 
 REFUSED = {
@@ -112,7 +112,7 @@ ON_ONE_REPLICA = {
 def test_the_reason_that_keeps_a_prompt_on_one_replica_is_named(reason, monkeypatch):
     nixl_problem = "detected CUDA 13 but nixl-cu13 is not installed"
     monkeypatch.setattr(
-        "starling.engine_ext.rules.split.nixl_problem", lambda: nixl_problem if nixl_problem in reason else None
+        "starling.features.replicas.rules.nixl_problem", lambda: nixl_problem if nixl_problem in reason else None
     )
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", reason)
     monkeypatch.setenv("VLLM_DP_SIZE", "2" if reason == "VLLM_DP_SIZE" else "1")
@@ -225,9 +225,7 @@ WITHOUT_HEADS = {
 
 @pytest.mark.parametrize("reason", WITHOUT_HEADS)
 def test_the_reason_that_keeps_heads_from_seeing_other_keys_is_named(reason, monkeypatch):
-    monkeypatch.setattr(
-        "starling.engine_ext.rules.dense_heads.scores_of", lambda config: HeadScores(scores=[[0.1, 0.2]])
-    )
+    monkeypatch.setattr("starling.features.dense_heads.rules.scores_of", lambda config: HeadScores(scores=[[0.1, 0.2]]))
     (found,) = heads_refusals(fake_config(**CPU | WITHOUT_HEADS[reason]))
     assert reason in found
 
@@ -237,7 +235,7 @@ def test_every_rule_about_heads_is_tested_and_both_cpus_and_gpus_run_them(monkey
     assert len(WITHOUT_HEADS) == len(HEAD_RULES)
     assert heads_refusals(fake_config(**CPU)) == []
     scores = HeadScores(scores=[[0.1, 0.2]])
-    monkeypatch.setattr("starling.engine_ext.rules.dense_heads.scores_of", lambda config: scores)
+    monkeypatch.setattr("starling.features.dense_heads.rules.scores_of", lambda config: scores)
     for order in (scores.order_digest, None):
         assert heads_refusals(fake_config(**CPU, starling_reports=[{"heads": None, "heads_order": order}])) == []
     others = {"model_config__get_head_size": lambda: 72, "cache_config__cache_dtype": "fp8_e4m3"}

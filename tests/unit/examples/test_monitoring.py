@@ -9,8 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from vllm.v1.metrics import loggers
 
 import starling.engine_ext.front.metrics
-import starling.library.metrics
-import starling.replicas.metrics
+import starling.features.library.metrics
+import starling.features.replicas.metrics
 import starling.scheduler.metrics
 from starling.vllm_compat.metrics import DIRECTORY_ENV
 from tests.dashboard import (
@@ -57,7 +57,7 @@ def exported(tmp_path_factory):
             for attribute, kind in (("_counter_cls", Counter), ("_gauge_cls", Gauge), ("_histogram_cls", Histogram)):
                 if hasattr(owner, attribute):
                     patch.setattr(owner, attribute, recorded(kind))
-        modules = (starling.engine_ext.front, starling.library, starling.replicas, starling.scheduler)
+        modules = (starling.engine_ext.front, starling.features.library, starling.features.replicas, starling.scheduler)
         for module in (package.metrics for package in modules):
             for kind in (Counter, Gauge):
                 if hasattr(module, kind.__name__):
@@ -66,8 +66,8 @@ def exported(tmp_path_factory):
         for metrics in (
             starling.engine_ext.front.metrics.FrontMetrics,
             starling.engine_ext.front.metrics.WorkerMetrics,
-            starling.library.metrics.LibraryMetrics,
-            starling.replicas.metrics.ReplicaMetrics,
+            starling.features.library.metrics.LibraryMetrics,
+            starling.features.replicas.metrics.ReplicaMetrics,
             starling.scheduler.metrics.CacheMetrics,
             starling.scheduler.metrics.SchedulerMetrics,
         ):

@@ -21,16 +21,16 @@ from starling.attention_backends.star.backend import WRAPPED
 from starling.attention_backends.star.head_calls import use_dense_heads
 from starling.attention_backends.star.rows import is_split
 from starling.engine_ext.worker.backends import unsplit_layers
-from starling.engine_ext.worker.dense_heads import DenseHeads as DenseHeadsPart
-from starling.engine_ext.worker.documents import Documents
 from starling.engine_ext.worker.star_worker import make_star_worker
+from starling.features.dense_heads.worker import DenseHeads as DenseHeadsPart
+from starling.features.documents.worker import Documents
 from starling.scheduler.star.plan import DenseHeads, StarPlan
 from tests.unit.attention_backends.test_step import SPEC
 from tests.unit.engine_ext.configs import FULL, drafting, fake_config
 
 WORKER = "starling.engine_ext.worker.star_worker"
-DOCUMENTS = "starling.engine_ext.worker.documents"
-HEADS = "starling.engine_ext.worker.dense_heads"
+DOCUMENTS = "starling.features.documents.worker"
+HEADS = "starling.features.dense_heads.worker"
 
 
 class FakeWorker:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from starling.library import file_space
-from starling.library.file_space import ABANDONED_SECONDS, COUNT_FILE, FileSpace
+from starling.features.library import file_space
+from starling.features.library.file_space import ABANDONED_SECONDS, COUNT_FILE, FileSpace
 
 SIZE = 100
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from vllm.v1.kv_offload.base import CanonicalKVCaches, CanonicalKVCacheTensor, GPULoadStoreSpec
 
-from starling.library.host_worker import HostWorker
+from starling.features.library.host_worker import HostWorker
 
 
 class Region:

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, PretrainedConfig
 from vllm.config import CacheConfig
 from vllm.v1.attention.backends.utils import record_kv_cache_layout
 
-from starling.library.identity import described, identity_of, layouts_of
+from starling.features.library.identity import described, identity_of, layouts_of
 
 LAYER = "layers.0"
 

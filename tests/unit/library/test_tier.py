@@ -20,13 +20,13 @@ from vllm.v1.kv_offload.config import OffloadingGroupConfig
 from vllm.v1.kv_offload.tiering.base import TransferJob
 
 from starling.config.parsing import OptionError
-from starling.library import tier as tier_module
-from starling.library.connector import close_after_change
-from starling.library.file_space import COUNT_FILE
-from starling.library.stamp import STAMP_BYTES, has_stamp, write_stamp
-from starling.library.tier import LibraryTier
-from starling.replicas.core_rpc import add_replica_rpc
-from starling.replicas.weights import KNOWN, changed_by
+from starling.features.library import tier as tier_module
+from starling.features.library.connector import close_after_change
+from starling.features.library.file_space import COUNT_FILE
+from starling.features.library.stamp import STAMP_BYTES, has_stamp, write_stamp
+from starling.features.library.tier import LibraryTier
+from starling.features.replicas.core_rpc import add_replica_rpc
+from starling.features.replicas.weights import KNOWN, changed_by
 from starling.vllm_compat import engine_core
 from starling.vllm_compat.engine_core import on_worker_call
 

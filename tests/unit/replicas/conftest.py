@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from starling.replicas import remote_attention_client
-from starling.replicas.network import DEVICES_ENV
+from starling.features.replicas import remote_attention_client
+from starling.features.replicas.network import DEVICES_ENV
 
 
 @pytest.fixture(autouse=True, scope="session")

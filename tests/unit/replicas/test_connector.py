@@ -15,12 +15,13 @@ from vllm.v1.metrics.stats import PrefixCacheStats
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
-from starling.replicas import clock, core_rpc
-from starling.replicas.connector import StarConnector
-from starling.replicas.metadata import PageLoad, PageLoads, PageRead, WorkerAddress
-from starling.replicas.page_transfer import TransferError, layout_mismatch
-from starling.replicas.replica_state import replica_state
-from starling.replicas.worker_connector import WorkerConnector
+from starling.features.replicas import clock, core_rpc
+from starling.features.replicas.connector import StarConnector
+from starling.features.replicas.metadata import PageLoad, PageLoads, PageRead, WorkerAddress
+from starling.features.replicas.page_transfer import TransferError, layout_mismatch
+from starling.features.replicas.replica_state import replica_state
+from starling.features.replicas.worker_connector import WorkerConnector
+from starling.features.schedulers import StarScheduler
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import (
     PageFetch,
@@ -29,7 +30,6 @@ from starling.scheduler.star.request_metadata import (
     RequestMetadata,
     metadata_of,
 )
-from starling.scheduler.star_scheduler import StarScheduler
 from tests.unit.scheduler.simulation import PAGE_SIZE, answer, make_request, make_scheduler, run_to_end
 from tests.unit.scheduler.test_star_scheduler import config  # noqa: F401
 
@@ -42,7 +42,7 @@ def connected_scheduler(config, **extra):  # noqa: F811
     given = copy.copy(config)
     given.kv_transfer_config = KVTransferConfig(
         kv_connector="StarConnector",
-        kv_connector_module_path="starling.replicas.connector",
+        kv_connector_module_path="starling.features.replicas.connector",
         kv_role="kv_both",
         kv_load_failure_policy="recompute",
         kv_connector_extra_config=extra,
@@ -305,7 +305,7 @@ class FakeReader:
 
 @pytest.fixture
 def worker(scheduler, monkeypatch):
-    monkeypatch.setattr("starling.replicas.worker_connector.get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr("starling.features.replicas.worker_connector.get_tensor_model_parallel_rank", lambda: 0)
     made = StarConnector(scheduler.vllm_config, KVConnectorRole.WORKER, scheduler.kv_cache_config)
     made.connector_worker.reader = FakeReader()
     made.bind_connector_metadata(PageLoads([PageLoad("whole", [PageRead([ADDRESS], 5, [1, 2], [7, 8])])]))
@@ -314,9 +314,10 @@ def worker(scheduler, monkeypatch):
 
 def test_pages_of_engines_with_different_layouts_are_not_copied(scheduler, monkeypatch):
     """As with different values of VLLM_KV_CACHE_LAYOUT on two hosts."""
-    monkeypatch.setattr("starling.replicas.worker_connector.get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr("starling.features.replicas.worker_connector.get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setattr(
-        "starling.replicas.worker_connector.PageReader", lambda name, caches, num_pages, layout, timeout: layout
+        "starling.features.replicas.worker_connector.PageReader",
+        lambda name, caches, num_pages, layout, timeout: layout,
     )
     backend = SimpleNamespace(get_name=lambda: "FLASH_ATTN")
     layer = SimpleNamespace(get_attn_backend=lambda: backend)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
-from starling.replicas import core_rpc
+from starling.features.replicas import core_rpc
 
 
 class Core:

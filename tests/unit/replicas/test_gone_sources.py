@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 
-from starling.replicas.agents import server_of
-from starling.replicas.page_transfer import PageReader, Transfer, TransferError
+from starling.features.replicas.agents import server_of
+from starling.features.replicas.page_transfer import PageReader, Transfer, TransferError
 
 PAGES = 8
 LAYOUT = {"dtype": "float32"}

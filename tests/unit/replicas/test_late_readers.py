@@ -23,8 +23,8 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector
 from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
 
-from starling.replicas.connector import StarConnector
-from starling.replicas.page_transfer import PageReader, Transfer, TransferError
+from starling.features.replicas.connector import StarConnector
+from starling.features.replicas.page_transfer import PageReader, Transfer, TransferError
 from starling.scheduler.star.request_metadata import PromptPart, RequestMetadata
 from tests.unit.replicas.test_connector import config, connected_scheduler  # noqa: F401
 from tests.unit.replicas.test_page_transfer import wait
@@ -175,7 +175,7 @@ class Pair:
 
 @pytest.fixture(params=["V1", "V2"])
 def pair(request, config, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("starling.replicas.worker_connector.get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr("starling.features.replicas.worker_connector.get_tensor_model_parallel_rank", lambda: 0)
     made = Pair(config, request.param, monkeypatch)
     yield made
     made.reader.close()

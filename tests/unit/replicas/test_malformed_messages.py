@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 
-from starling.replicas.messages import (
+from starling.features.replicas.messages import (
     FRAME,
     FRAME_BYTES,
     HEADER,
@@ -20,9 +20,9 @@ from starling.replicas.messages import (
     Messenger,
     frames,
 )
-from starling.replicas.remote_attention_client import RemoteAttentionClient
-from starling.replicas.remote_attention_server import RemoteAttentionServer
-from starling.replicas.remote_query import message_limits
+from starling.features.replicas.remote_attention_client import RemoteAttentionClient
+from starling.features.replicas.remote_attention_server import RemoteAttentionServer
+from starling.features.replicas.remote_query import message_limits
 from tests.unit.attention_backends.test_rows import HEADS
 from tests.unit.replicas.test_remote_attention import CPU_PAGE, CPU_SIZE, LIMITS, cpu_cache, remote_queries
 

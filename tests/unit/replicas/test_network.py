@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from starling.replicas import network
-from starling.replicas.messages import nixl_problem
-from starling.replicas.network import (
+from starling.features.replicas import network
+from starling.features.replicas.messages import nixl_problem
+from starling.features.replicas.network import (
     ADDRESS_ENV,
     DEVICES_ENV,
     GLOO_ENV,
@@ -79,9 +79,9 @@ def test_gloo_is_kept_on_loopback_unless_the_user_names_a_device(cards, environ,
 
 LISTENING = """
 import os, psutil
-from starling.replicas.messages import MessageLimits, Messenger
-from starling.replicas.network import use_devices
-from starling.replicas.agents import make_agent
+from starling.features.replicas.messages import MessageLimits, Messenger
+from starling.features.replicas.network import use_devices
+from starling.features.replicas.agents import make_agent
 use_devices(True, os.environ)
 agents = make_agent("pages"), Messenger("messages", MessageLimits(2**20))
 sockets = psutil.Process().net_connections(kind="inet")

@@ -12,10 +12,10 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheTensor, compute_layout_strides, create_kv_cache_views
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from starling.replicas import page_transfer
-from starling.replicas.agents import make_agent
-from starling.replicas.holds import WORDS
-from starling.replicas.page_transfer import (
+from starling.features.replicas import page_transfer
+from starling.features.replicas.agents import make_agent
+from starling.features.replicas.holds import WORDS
+from starling.features.replicas.page_transfer import (
     PageReader,
     SourceRead,
     Transfer,

@@ -7,9 +7,10 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
-from starling.replicas.replica_state import replica_state
-from starling.scheduler.prefill_limiter import PrefillLimiter
-from starling.scheduler.split_prompts import SplitPrompts
+from starling.features.fairness.core import PrefillLimiter
+from starling.features.replicas.core import SplitPrompts
+from starling.features.replicas.replica_state import replica_state
+from starling.features.replicas.worker_report import WorkerReport
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import (
     LOST,
@@ -21,7 +22,6 @@ from starling.scheduler.star.request_metadata import (
     default_num_shards,
     metadata_of,
 )
-from starling.scheduler.worker_report import WorkerReport
 from tests.unit.replicas.test_connector import ADDRESS, connected_scheduler, free_pages, hasher
 from tests.unit.scheduler.simulation import answer, make_request, run_to_end
 from tests.unit.scheduler.test_star_scheduler import config  # noqa: F401

@@ -14,13 +14,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
-from starling.replicas import clock
-from starling.replicas.connector import StarConnector
-from starling.replicas.page_transfer import PageReader
+from starling.features.replicas import clock
+from starling.features.replicas.connector import StarConnector
+from starling.features.replicas.core import SplitPrompts
+from starling.features.replicas.page_transfer import PageReader
+from starling.features.replicas.worker_report import WorkerReport
 from starling.scheduler.metrics import scheduler_metrics
-from starling.scheduler.split_prompts import SplitPrompts
 from starling.scheduler.star.request_metadata import LOST, PageFetch, PageSource, RequestMetadata
-from starling.scheduler.worker_report import WorkerReport
 from tests.unit.replicas.test_connector import (
     PLAN,
     config,  # noqa: F401
@@ -44,7 +44,7 @@ class Replica:
     """
 
     def __init__(self, config, monkeypatch) -> None:  # noqa: F811
-        monkeypatch.setattr("starling.replicas.worker_connector.get_tensor_model_parallel_rank", lambda: 0)
+        monkeypatch.setattr("starling.features.replicas.worker_connector.get_tensor_model_parallel_rank", lambda: 0)
         self.scheduler = connected_scheduler(config)
         self.worker = StarConnector(
             self.scheduler.vllm_config, KVConnectorRole.WORKER, self.scheduler.kv_cache_config

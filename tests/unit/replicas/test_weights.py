@@ -7,8 +7,8 @@ import torch
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.worker.gpu_worker import Worker
 
-from starling.replicas import core_rpc
-from starling.replicas.weights import HARMLESS, changed_by, weights_digest
+from starling.features.replicas import core_rpc
+from starling.features.replicas.weights import HARMLESS, changed_by, weights_digest
 
 
 def model(seed: int = 0, bias: bool = True) -> torch.nn.Module:

@@ -7,8 +7,8 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from starling.features.schedulers import StarScheduler
 from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star_scheduler import StarScheduler
 from tests.unit.scheduler.simulation import Engine, make_config, make_scheduler, random_ids
 
 STEP, PAGE_SIZE, LONG = 256, 16, 7900

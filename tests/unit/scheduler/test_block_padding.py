@@ -16,13 +16,13 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.request import RequestStatus
 
-from starling.scheduler.block_padding import BlockPadding, count_client_tokens, with_padding, without_padding
+from starling.features.documents.padding import BlockPadding, count_client_tokens, with_padding, without_padding
+from starling.features.schedulers import AsyncStarScheduler, StarScheduler
 from starling.scheduler.cache_state import prefill_progress
 from starling.scheduler.star.client_tokens import blocks_done, client_index, client_indexes, pad
 from starling.scheduler.star.documents import lay_out
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import KEY, RequestMetadata
-from starling.scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
 from tests.unit.scheduler.simulation import PAGE_SIZE, Engine, answer, make_scheduler, random_ids
 from tests.unit.scheduler.test_star_scheduler import config
 

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from vllm.v1.request import RequestStatus
 
-from starling.scheduler.block_reuse import BlockReuse
+from starling.features.reuse.block_reuse import BlockReuse
+from starling.features.schedulers import AsyncStarScheduler, StarScheduler
 from starling.scheduler.metrics import scheduler_metrics
 from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
 from tests.unit.scheduler.simulation import Engine, make_config, make_scheduler, random_ids
 
 PAGE_SIZE, BLOCK, BLOCKS, QUERY, NEW = 8, 32, 6, 13, 3

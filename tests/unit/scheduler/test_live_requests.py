@@ -6,11 +6,11 @@ import msgspec
 import pytest
 from vllm.v1.request import RequestStatus
 
-from starling.scheduler import live_requests
-from starling.scheduler.live_requests import LISTED, MAX_ID, LiveRequests, shortened
+from starling.features.live import core as live_requests
+from starling.features.live.core import LISTED, MAX_ID, LiveRequests, shortened
+from starling.features.schedulers import AsyncStarScheduler, StarScheduler
 from starling.scheduler.star.counts import summary
 from starling.scheduler.star.request_metadata import PromptPart, RequestMetadata
-from starling.scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
 from tests.unit.scheduler.simulation import make_request, make_scheduler
 from tests.unit.scheduler.test_cache_state import step
 from tests.unit.scheduler.test_star_scheduler import PLAN, config

@@ -14,11 +14,11 @@ from vllm.config import KVEventsConfig
 from vllm.v1.kv_offload.base import LookupResult
 from vllm.v1.request import RequestStatus
 
-from starling.scheduler import page_loads
-from starling.scheduler.page_loads import PageLoads
+from starling.features.library import page_loads
+from starling.features.library.page_loads import PageLoads
+from starling.features.schedulers import AsyncStarScheduler, StarScheduler
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import PageFetch, PageSource, PromptPart, RequestMetadata
-from starling.scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
 from tests.stateful import CountingMachine, Length, run_machine
 from tests.unit.scheduler.library_engine import PAGE_SIZE, LibraryEngine, library_config, with_replicas
 from tests.unit.scheduler.simulation import random_ids
@@ -216,7 +216,7 @@ def test_steps_without_tokens_pause_while_a_disk_is_slow_and_no_other_step_does(
     engine = make_engine(config)
     ids = only_in_the_library(engine)
     pauses: list[float] = []
-    monkeypatch.setattr("starling.library.connector.time.sleep", pauses.append)
+    monkeypatch.setattr("starling.features.library.connector.time.sleep", pauses.append)
     engine.add("second", PLAN if is_star else None, ids)
     with monkeypatch.context() as patch:
         patch.setattr(type(engine.library.manager), "lookup", lambda *_: LookupResult.RETRY)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import contextmanager
+from importlib import import_module
 
 import pytest
 
-from starling.scheduler import star_scheduler
+from starling import features
+from starling.features.schedulers import StarScheduler
 from starling.scheduler.part import HOOKS, CorePart, hooks_of
-from starling.scheduler.star_scheduler import StarScheduler
 from tests.unit.scheduler.simulation import Engine, make_config, make_scheduler
+
+PARTS_OF_WORKERS = {"Split", "Documents", "DenseHeads", "Adapter"}
+
+TOY = """
+from starling.scheduler.part import CorePart
 
 
 class ShortChunks(CorePart):
-    """A toy: each chunk has at most 64 tokens, and it notes what it is told."""
-
     def __init__(self):
         self.seen = []
 
@@ -31,25 +36,46 @@ class ShortChunks(CorePart):
         self.seen.append(("pages freed", request.request_id))
 
 
-def make_nothing(scheduler, config):
-    """The part of a feature that is off here."""
+PARTS = (ShortChunks.make, lambda scheduler, config: None)
+"""
+"""A feature that makes each chunk at most 64 tokens, and notes what it is told; another part of it is off here."""
 
 
-def test_a_part_is_one_line_and_is_called_in_a_scheduler(tmp_path, monkeypatch):
-    make = lambda scheduler, config: ShortChunks()  # noqa: E731
-    monkeypatch.setattr(star_scheduler, "PARTS", (*star_scheduler.PARTS, make, make_nothing))
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """The toy as a feature: one folder, and one line. Returns its module."""
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "core.py").write_text(TOY)
+    monkeypatch.setattr(features, "__path__", [*features.__path__, str(tmp_path)])
+    monkeypatch.setattr(features, "FEATURES", (*features.FEATURES, "toy"))
+    yield import_module("starling.features.toy.core")
+    for name in ("starling.features.toy.core", "starling.features.toy"):
+        del sys.modules[name]
+
+
+def test_a_feature_is_a_folder_and_a_line_and_is_called_in_a_scheduler(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(StarScheduler, "feature_parts", features.parts_of("core"))
     engine = Engine(make_scheduler(make_config(tmp_path), StarScheduler))
     engine.add("a", None, list(range(150)), max_tokens=1)
     engine.run()
-    assert engine.scheduler.part(ShortChunks).seen == [
+    assert engine.scheduler.part(toy.ShortChunks).seen == [
         ("added", "a"),
         *(("scheduled", tokens) for tokens in (64, 64, 22)),
         ("pages freed", "a"),
     ]
 
 
-def test_a_hook_that_no_part_has_is_not_called():
-    hooks = hooks_of([CorePart(), ShortChunks()])
+def test_a_feature_has_parts_in_the_processes_that_it_needs(toy):
+    """The toy has none in the worker."""
+    assert features.parts_of("core")[-2] == toy.ShortChunks.make
+    assert len(features.parts_of("worker")) == len(PARTS_OF_WORKERS)
+    assert {make.__self__.__name__ for make in features.parts_of("worker")} == PARTS_OF_WORKERS
+
+
+def test_a_hook_that_no_part_has_is_not_called(toy):
+    hooks = hooks_of([CorePart(), toy.ShortChunks()])
     assert set(hooks) == set(HOOKS)
     assert {name: len(of_name) for name, of_name in hooks.items() if of_name} == {
         "added": 1,

@@ -15,11 +15,11 @@ from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionS
 
 from starling.config.parsing import OptionError
 from starling.config.scheduling import SchedulingOptions, parse_scheduling
+from starling.features.fairness.core import PrefillLimiter
+from starling.features.fairness.step_budget import Limits, LongPrompt, attended, chunk_within, divide_step, make_limits
+from starling.features.schedulers import StarScheduler
 from starling.scheduler.metrics import scheduler_metrics
-from starling.scheduler.prefill_limiter import PrefillLimiter
 from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star_scheduler import StarScheduler
-from starling.scheduler.step_budget import Limits, LongPrompt, attended, chunk_within, divide_step, make_limits
 from tests.unit.scheduler.simulation import SHAPE, Engine, make_scheduler, random_ids
 from tests.unit.scheduler.steps import LONG, PAGE_SIZE, STEP, add_long, make_engine, make_step_config, throttle
 

@@ -28,11 +28,11 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from starling.replicas.metadata import WorkerAddress
-from starling.replicas.weights import worker_digest
+from starling.features.replicas.metadata import WorkerAddress
+from starling.features.replicas.weights import worker_digest
+from starling.features.replicas.worker_report import WorkerReport
+from starling.features.schedulers import StarScheduler
 from starling.scheduler.star.request_metadata import metadata_of
-from starling.scheduler.star_scheduler import StarScheduler
-from starling.scheduler.worker_report import WorkerReport
 from tests.unit.engine_ext.front.virtual_time import now, until
 from tests.unit.scheduler.simulation import HASH, PAGE_SIZE, Engine, answer, make_scheduler, random_ids
 

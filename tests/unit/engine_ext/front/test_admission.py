@@ -12,7 +12,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.serving.errors import DrainingError
 from starling.engine_ext.serving.grpc.admin import AdminServicer
-from starling.replicas.core_rpc import OPEN_SHARD
+from starling.features.replicas.core_rpc import OPEN_SHARD
 from starling.v1 import admin_pb2 as pb
 from tests.unit.engine_ext.front.simulation import SHARDS, STAR, TOKENS, both_parts_run, whole_requests
 from tests.unit.engine_ext.front.virtual_time import now, until

@@ -11,8 +11,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from starling.engine_ext.front.live import KEEP_SECONDS, SHARE_SECONDS, WAIT_SECONDS, LiveView, read_totals
 from starling.engine_ext.front.state import front_state
+from starling.features.live.core import LISTED, MAX_ID
 from starling.scheduler.core_rpc import LIVE_REQUESTS
-from starling.scheduler.live_requests import LISTED, MAX_ID
 from tests.unit.engine_ext.conftest import REPLICAS
 from tests.unit.engine_ext.front.simulation import Server
 from tests.unit.engine_ext.front.virtual_time import now

@@ -72,7 +72,7 @@ fork = multiprocessing.get_context("fork")
 
 def count():
     from starling.engine_ext.front.metrics import worker_metrics
-    from starling.replicas.metrics import replica_metrics
+    from starling.features.replicas.metrics import replica_metrics
 
     worker_metrics().context_tokens.inc(7)
     replica_metrics().bytes_moved.inc(3)

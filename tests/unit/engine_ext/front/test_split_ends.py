@@ -10,7 +10,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from starling.engine_ext.front.replica_rpc import ReplicaTimeout
 from starling.engine_ext.front.state import front_state
-from starling.replicas.core_rpc import RELEASE
+from starling.features.replicas.core_rpc import RELEASE
 from starling.scheduler.star.request_metadata import metadata_of
 from tests.unit.engine_ext.front.simulation import (
     SHARDS,

@@ -19,9 +19,6 @@ from benchmarks.attamba.random_model import make_random_attamba
 from benchmarks.random_llama import make_random_llama, make_tiny_llama
 from starling.config.entry import parse_config
 from starling.config.parsing import OptionError
-from starling.engine_ext.rules.documents import document_refusals
-from starling.engine_ext.rules.split import replica_set
-from starling.engine_ext.rules.star import star_refusals
 from starling.engine_ext.start import activation, plugin
 from starling.engine_ext.start.activation import (
     MIDDLEWARE,
@@ -34,7 +31,10 @@ from starling.engine_ext.start.activation import (
     prepare_server,
     star_class,
 )
-from starling.scheduler.block_reuse import reuse_refusal
+from starling.features.documents.rules import document_refusals
+from starling.features.replicas.rules import replica_set
+from starling.features.reuse.block_reuse import reuse_refusal
+from starling.features.star.rules import star_refusals
 from starling.scheduler.star.request_metadata import ONE_HOST, default_num_shards
 from starling.scheduler.star_scheduler import StarMixin
 from tests.parity.harness import TINY

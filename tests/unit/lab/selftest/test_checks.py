@@ -13,13 +13,13 @@ from vllm import envs
 from vllm.engine.arg_utils import EngineArgs
 
 from starling.attention_backends.kernels.cpu import fallback
+from starling.features.replicas import network
 from starling.lab.selftest import engine_checks, engine_run, kernels, model, pages, rows, speed, steady, suite
 from starling.lab.selftest import prompts as p
 from starling.lab.selftest.engine_checks import Setting, judge_tokens, settings
 from starling.lab.selftest.engine_run import EngineError, EngineRun
 from starling.lab.selftest.paged import DECODE, MIXED, make_operands
 from starling.lab.selftest.result import Check, Skip, Verdict, judge
-from starling.replicas import network
 
 
 def wrong_page(operands):

@@ -6,7 +6,7 @@ import pytest
 
 from starling.engine_ext.models.attamba_config import AttambaConfig
 from starling.engine_ext.models.configs import BaichuanM1Config, KVShiftLlamaConfig
-from starling.scheduler.block_reuse import reuse_refusal
+from starling.features.reuse.block_reuse import reuse_refusal
 from starling.scheduler.star.independence import dependence
 from starling.scheduler.star.request_metadata import CONNECTOR
 

@@ -11,8 +11,8 @@ from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.request import RequestStatus
 
-from starling.scheduler.block_reuse import BlockReuse
-from starling.scheduler.prefill_limiter import PrefillLimiter
+from starling.features.fairness.core import PrefillLimiter
+from starling.features.reuse.block_reuse import BlockReuse
 from tests.unit.scheduler.stateful.cases import Case
 from tests.unit.scheduler.stateful.runner import MARKS, Runner
 

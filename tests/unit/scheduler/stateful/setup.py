@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vllm.config import KVTransferConfig
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
-from starling.scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
+from starling.features.schedulers import AsyncStarScheduler, StarScheduler
 from tests.unit.scheduler.simulation import SHAPE, make_scheduler
 
 PAGE_SIZE = 8
@@ -90,7 +90,7 @@ class Setup:
         if self.connector:
             made.kv_transfer_config = KVTransferConfig(
                 kv_connector="StarConnector",
-                kv_connector_module_path="starling.replicas.connector",
+                kv_connector_module_path="starling.features.replicas.connector",
                 kv_role="kv_both",
                 kv_load_failure_policy="recompute",
             )

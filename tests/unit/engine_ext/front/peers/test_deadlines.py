@@ -10,8 +10,8 @@ from starling.engine_ext.front import peers
 from starling.engine_ext.front.engine_replica import EngineReplica
 from starling.engine_ext.front.peer_replica import PeerLost, PeerReplica
 from starling.engine_ext.serving.grpc import replica as replica_service
-from starling.replicas import clock
-from starling.replicas.core_rpc import CANCEL_FETCH, EXTEND_FETCH
+from starling.features.replicas import clock
+from starling.features.replicas.core_rpc import CANCEL_FETCH, EXTEND_FETCH
 from starling.scheduler.star.request_metadata import metadata_of
 from tests.unit.engine_ext.front.peers.pods import AUTO, TIMEOUT, session_of, stop_before_the_whole_request, until
 from tests.unit.engine_ext.front.simulation import TOKENS, whole_requests

@@ -16,7 +16,7 @@ from starling.engine_ext.front.engine_replica import SplitPrompt
 from starling.engine_ext.front.peers import Identity
 from starling.engine_ext.front.replica_rpc import ReplicaTimeout
 from starling.engine_ext.serving.grpc import replica as replica_service
-from starling.replicas.core_rpc import CANCEL_FETCH, RELEASE
+from starling.features.replicas.core_rpc import CANCEL_FETCH, RELEASE
 from starling.scheduler.star.plan import StarPlan
 from starling.v1 import replica_pb2 as pb
 from tests.unit.engine_ext.front.peers.pods import (

@@ -1,0 +1,37 @@
+"""The features of star, a folder each. Processes loop over their parts, and name none of them.
+
+A folder has ``core.py`` with its parts in the engine core (scheduler/part.py), ``worker.py`` with those in a worker
+(worker_part.py), and ``rules.py`` with what it does not run with, as far as it needs them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+FEATURES = (
+    "replicas",
+    "documents",
+    "dense_heads",
+    "adapter",
+    "fairness",
+    "reuse",
+    "library",
+    "star",
+    "live",
+    "attamba",
+)
+"""The folders, in the order in which their parts are called. ``replicas`` comes before ``fairness``: a step that a
+split prompt has alone is not divided among long prompts. ``reuse`` comes behind those that note a step, since for model
+runner V2 it changes which requests are new, and ``star`` behind all others that bound a chunk."""
+
+
+def parts_of(process: str) -> tuple[Any, ...]:
+    """What makes the parts of all features in a process, in their order: ``PARTS`` of each module of that name.
+
+    Args:
+        process: "core" or "worker".
+    """
+    names = (f"{__name__}.{feature}.{process}" for feature in FEATURES)
+    return tuple(part for name in names if find_spec(name) is not None for part in import_module(name).PARTS)

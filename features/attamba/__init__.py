@@ -1,0 +1,1 @@
+"""The compressed cache of Attamba models."""

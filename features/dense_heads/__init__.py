@@ -1,0 +1,1 @@
+"""Heads that see everything, while the others see star blocks."""

@@ -1,0 +1,77 @@
+"""Heads that see everything while the others see star blocks, in a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from starling.attention_backends.star.head_calls import dense_heads_in_use, unsupported_reason, use_dense_heads
+from starling.attention_backends.star.head_step import HeadStep
+from starling.config.entry import STAR_HEADS, config_of
+from starling.config.head_scores import HeadScores
+from starling.features.asked import has_dense_heads, has_documents
+from starling.features.dense_heads.head_scores import ranks_of_layers, scores_of
+from starling.features.report import HEADS, HEADS_ORDER
+from starling.features.worker_part import Layers, WorkerPart
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import RequestMetadata
+from starling.scheduler.star.rules import HEADS as DENSE_HEADS
+from starling.vllm_compat.rotary import attention_blocks
+
+
+class DenseHeads(WorkerPart):
+    """
+    Attributes:
+        problem: why the layers of the loaded model can't have such heads; None: they can.
+        scores: of the model's heads; None: there are none.
+        ranks: layer name -> (KV heads,) the places of this rank's heads in the order of the scores.
+    """
+
+    def __init__(self, on_cpu: bool) -> None:
+        self.on_cpu = on_cpu
+        self.problem: str | None = None
+        self.scores: HeadScores | None = None
+        self.ranks: dict[str, np.ndarray] = {}
+
+    @classmethod
+    def make(cls, vllm_config: Any) -> DenseHeads:
+        on_cpu = vllm_config.device_config.device_type == "cpu"
+        use_dense_heads(not on_cpu and has_dense_heads(vllm_config) and not has_documents(vllm_config))
+        return cls(on_cpu)
+
+    def layers_known(self, worker: Any, layers: Layers) -> None:
+        self.scores = scores_of(worker.vllm_config)
+        if self.scores is None:
+            return
+        model = worker.model_runner.get_model()
+        self.ranks, self.problem = ranks_of_layers(self.scores, model, layers.full, layers.others)
+        if self.problem is None and (self.on_cpu or dense_heads_in_use()):
+            blocks = attention_blocks(model)
+            reasons = ((name, unsupported_reason(blocks[name].attention)) for name in self.ranks)
+            self.problem = next((f"layer {name}: {reason}" for name, reason in reasons if reason), None)
+        config = config_of(worker.vllm_config)
+        asks = config is not None and has_dense_heads(worker.vllm_config) and config.star.mode != "off"
+        if self.problem is not None and config is not None and asks:
+            share = config.star.dense_heads
+            asked = f"{STAR_HEADS}={config.star_heads}" if share is None else f"{DENSE_HEADS}={share}"
+            raise RuntimeError(f"{asked}: {self.problem}")
+
+    def step_part(
+        self, worker: Any, plans: Mapping[str, StarPlan], metadata: Mapping[str, RequestMetadata]
+    ) -> HeadStep | None:
+        """Raises RuntimeError: a plan's dense heads are not those of this worker's scores."""
+        asked = [plan.dense_heads for plan in plans.values() if plan.dense_heads]
+        for heads in asked:
+            if self.problem is not None:
+                raise RuntimeError(f"a plan has {heads.count} dense heads: {self.problem}")
+            if self.scores is None or self.scores.digest(heads.count) != heads.digest:
+                raise RuntimeError(f"a plan has {heads.count} dense heads, which are not those of this worker's scores")
+        return HeadStep(plans.values(), self.ranks) if asked else None
+
+    def report(self) -> dict[str, str | None]:
+        return {HEADS: self.problem, HEADS_ORDER: None if self.scores is None else self.scores.order_digest}
+
+
+PARTS = (DenseHeads.make,)

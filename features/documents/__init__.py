@@ -1,0 +1,1 @@
+"""Documents: blocks with positions of their own, each on pages of its own."""

@@ -1,0 +1,1 @@
+"""Long prompts share steps with others."""

@@ -1,0 +1,242 @@
+"""Which prompts of a scheduler are long, and how many tokens each may prefill in a step (step_budget.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.request import RequestStatus
+
+from starling.config.entry import StarlingConfig
+from starling.config.scheduling import MIN_CHUNK
+from starling.features.fairness.admission import WAITING, Admission
+from starling.features.fairness.step_budget import Limits, LongPrompt, divide_step, make_limits
+from starling.features.reuse.block_reuse import num_cached_tokens
+from starling.scheduler.metrics import scheduler_metrics
+from starling.scheduler.part import CorePart
+from starling.scheduler.star.request_metadata import metadata_of
+from starling.vllm_compat.scheduler_view import SchedulerView
+
+logger = init_logger("vllm.starling")
+
+
+def adapter_of(request: Any) -> int:
+    """The number of a request's LoRA adapter; 0: none."""
+    return request.lora_request.lora_int_id if request.lora_request else 0
+
+
+class PrefillLimiter(CorePart):
+    """Bounds the chunks of long prompts in each step of one scheduler.
+
+    Costs nothing while every live prompt fits in one step.
+    """
+
+    def __init__(self, scheduler: Any, limits: Limits) -> None:
+        self.scheduler = scheduler
+        self.view = SchedulerView(scheduler)
+        self.limits = limits
+        self.prompts: dict[str, Any] = {}
+        self.cached_tokens: dict[str, int] = {}
+        self.granted: dict[str, int] | None = None  # while a step is scheduled, and there are long prompts
+        self.deferred = 0
+        self.skipped_long = False  # a step went to short prompts alone, and no long prompt has had a chunk since
+        self.without_adapter: set[str] = set()
+        self.deferred_steps = 0  # steps without any prefill since the last one with
+        self.prefills = False  # this step has tokens of a prompt
+        self.long_runs = False  # a long prompt runs
+        self.admission = Admission(self.view)
+
+    @classmethod
+    def make(cls, scheduler: Any, config: StarlingConfig) -> PrefillLimiter | None:
+        if config.scheduling.fairness != "on":
+            return None
+        if not scheduler.scheduler_config.enable_chunked_prefill:
+            reason = "chunked prefill is off, so a prompt is prefilled in one step"
+            logger.warning("--scheduler-fairness has no effect here: %s", reason)
+            return None
+        step_tokens, unit = scheduler.max_num_scheduled_tokens, scheduler.view.chunk_unit
+        return cls(scheduler, make_limits(config.scheduling, step_tokens, unit))
+
+    def may_be_long(self, request: Any) -> bool:
+        """Whether an arriving request may be a long prompt; a prompt with images that must not be cut is none."""
+        uncut = request.mm_features and self.scheduler.scheduler_config.disable_chunked_mm_input
+        return request.num_prompt_tokens > self.limits.long_prompt and not uncut
+
+    def added(self, request: Any) -> None:
+        """Take in a request that may be a long prompt.
+
+        Whether it counts as long follows from its tokens that are not cached as it arrives, and does not change until
+        it ends: its last chunks are as deep as those before.
+        """
+        if self.may_be_long(request):
+            self.prompts[request.request_id] = request
+            self.cached_tokens[request.request_id] = num_cached_tokens(self.scheduler, request)
+
+    def around_step(self) -> AbstractContextManager[Any] | None:
+        return self.step() if self.prompts else None
+
+    def scheduled(self, output: Any) -> None:
+        admitted = {new.req_id for new in output.scheduled_new_reqs} | output.scheduled_cached_reqs.resumed_req_ids
+        self.admission.count(self.scheduler.requests[name] for name in admitted)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """While a step is scheduled, bound long prompts, and take waiting ones that get no tokens out of the queue.
+
+        With --prefill-schedule-interval, vLLM leaves all prefills out of some steps, which leave their shares to the
+        next one.
+        """
+        self.deferred, self.prefills = 0, False
+        self.granted = self._grant(self.limits.for_steps(1 + self.deferred_steps))
+        held_out = self._not_admitted()
+        try:
+            with self.view.without_waiting(held_out):
+                yield
+            self.deferred_steps = self.deferred_steps + 1 if self.long_runs and not self.prefills else 0
+            if held_out and self.prefills:
+                self.view.note_backlog()
+            scheduler_metrics().deferred_tokens.inc(self.deferred)
+        finally:
+            self.admission.end_step(self.prompts.get(next(iter(self.granted or ()), "")))
+            self.granted = None
+
+    def bound(self, request: Any, start: int, tokens: int) -> int:
+        """Its part of this step at most."""
+        if self.granted is None:
+            return tokens
+        is_long = request.status == RequestStatus.RUNNING and self._is_long(request)
+        limit = self.granted.get(request.request_id, 0 if is_long else tokens)
+        if not limit and self.without_adapter and adapter_of(request):
+            # vLLM 0.32 counts the adapters of a step: a request that is not in the step would lose its slot to another
+            # one. vLLM 0.33 counts those of all running requests, and this goes with 0.32.
+            limit = MIN_CHUNK
+        bounded = self.view.shorten_chunk(request, start, tokens, limit)
+        self.deferred += tokens - bounded
+        if bounded and request.request_id in self.granted:
+            self.skipped_long = False
+        self.prefills = self.prefills or (bounded > 0 and start < request.num_prompt_tokens)
+        return bounded
+
+    def _left(self, request: Any) -> int:
+        """Tokens to prefill; an estimate for a request that waits."""
+        if request.status in WAITING:
+            known = max(self.cached_tokens.get(request.request_id, 0), request.num_computed_tokens)
+            return max(1, request.num_tokens - known)
+        return request.num_tokens - request.num_computed_tokens
+
+    def _is_long(self, request: Any) -> bool:
+        """Whether a request is a long prompt whose prefill is not done."""
+        cached = self.cached_tokens.get(request.request_id)
+        is_long = cached is not None and request.num_prompt_tokens - cached > self.limits.long_prompt
+        return is_long and self._left(request) > 1
+
+    def _long_prompts(self) -> list[Any]:
+        """The long prompts, most urgent first."""
+        for name in [name for name, request in self.prompts.items() if request.is_finished()]:
+            del self.prompts[name], self.cached_tokens[name]
+            self.admission.forget(name)
+        live = (r for r in self.prompts.values() if r.status == RequestStatus.RUNNING or r.status in WAITING)
+        found = [request for request in live if self._is_long(request)]
+        if self.view.by_priority:
+            found.sort(key=lambda request: (request.priority, request.arrival_time))
+        return found
+
+    def _grant(self, limits: Limits) -> dict[str, int] | None:
+        """Tokens that each long prompt may have in a step, those that are not named none; None: there are none."""
+        long_prompts = self._long_prompts()
+        self.long_runs = any(request.status == RequestStatus.RUNNING for request in long_prompts)
+        self.without_adapter = self._without_adapter(())
+        requests = [r for r in long_prompts if r.request_id not in self.without_adapter]
+        if not requests:
+            return None
+        requests = self.admission.begin_step(requests)
+        self.without_adapter = self._without_adapter([r for r in long_prompts if r not in requests])
+        if not requests:
+            return {}
+        prompts = [
+            LongPrompt(
+                name=request.request_id,
+                start=request.num_tokens - self._left(request),
+                left=self._left(request),
+                runs=request.status == RequestStatus.RUNNING,
+                plan=metadata_of(request).plan,
+                priority=request.priority if self.view.by_priority else 0,
+            )
+            for request in requests
+        ]
+        decodes, short = self._wanted_by_others(prompts[0].priority)
+        if short and prompts[0].runs and not self.skipped_long:
+            self.skipped_long = True
+            return {}
+        return divide_step(prompts, decodes + short, limits)
+
+    def _wanted_by_others(self, priority: int) -> tuple[int, int]:
+        """Tokens that decodes, and that short prompts would take.
+
+        Args:
+            priority: of the most urgent long prompt. Short prompts that are less urgent do not count.
+        """
+        limit = self.limits.step_tokens
+
+        def counts(request: Any) -> bool:
+            urgent = not (self.view.by_priority and request.priority > priority)
+            return urgent and request.request_id not in self.without_adapter and not self._is_long(request)
+
+        decodes = short = 0
+        for request in self.scheduler.running:
+            if self._left(request) <= 1:
+                decodes += self.view.tokens_of_a_decode
+            elif counts(request):
+                short += self._left(request)
+        if self.view.admits_requests:
+            room = self.view.num_pages_for_waiting
+            for request in self.scheduler.waiting:
+                if decodes + short >= limit:
+                    break
+                if request.status not in WAITING or not counts(request):
+                    continue
+                room -= self.view.num_pages_of(request)
+                if room < 0:  # vLLM stops at a request that does not fit
+                    break
+                short += self._left(request)
+        return decodes, short
+
+    def _not_admitted(self) -> list[Any]:
+        """The long prompts that wait, and get no tokens in this step."""
+        if self.granted is None:
+            return []
+        return [
+            request
+            for name, request in self.prompts.items()
+            if request.status in WAITING
+            and name not in self.granted
+            and self._is_long(request)
+            and not self.view.holds_pages_while_waiting(request)
+        ]
+
+    def _without_adapter(self, held_out: Sequence[Any]) -> set[str]:
+        """Requests that wait, and whose LoRA adapter finds no slot beside the adapters of the requests that run.
+
+        Args:
+            held_out: requests that are not admitted in this step, and take no slot. Those that wait for something
+                else, as a grammar, take none either, but may be admitted in this step.
+        """
+        max_loras = self.view.max_loras
+        if max_loras is None:
+            return set()
+        in_slots = {adapter_of(request) for request in self.scheduler.running} - {0}
+        without: set[str] = set()
+        for request in self.view.all_waiting():
+            adapter = adapter_of(request)
+            if not adapter or adapter in in_slots:
+                continue
+            if len(in_slots) < max_loras and request.status in WAITING and request not in held_out:
+                in_slots.add(adapter)
+            else:
+                without.add(request.request_id)
+        return without
+
+
+PARTS = (PrefillLimiter.make,)

@@ -1,0 +1,29 @@
+"""The part that a KV connector brings into the scheduler: that of a library loads single pages (page_loads.py)."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from starling.config.entry import StarlingConfig
+from starling.features.documents.provenance import Provenance
+from starling.features.reuse.block_reuse import BlockReuse
+from starling.scheduler.part import CorePart
+
+
+@runtime_checkable
+class LoadsPages(Protocol):
+    """A KV connector that loads single pages: connector.py."""
+
+    def make_page_loads(self, view: Any, group: Any) -> Any: ...
+
+
+def part_of_connector(scheduler: Any, config: StarlingConfig) -> CorePart | None:
+    """The part that loads pages, where blocks are reused; it knows from where pages came."""
+    if scheduler.part(BlockReuse) is None or not isinstance(scheduler.connector, LoadsPages):
+        return None
+    loads: Any = scheduler.connector.make_page_loads(scheduler.view, scheduler.view.only_group)
+    scheduler.part(Provenance).source_of = loads.source_of
+    return loads
+
+
+PARTS = (part_of_connector,)

@@ -1,0 +1,212 @@
+"""The library's files: vLLM's tier of files, for one model and its weights, with a check of each file that is read."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.kv_offload.base import LookupResult, OffloadingEvent, OffloadKey, make_offload_key
+from vllm.v1.kv_offload.tiering.fs.io import batch_load_block, batch_store_block
+from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
+
+from starling.config.library import FORM
+from starling.config.parsing import OptionError
+from starling.features.library.file_space import FileSpace
+from starling.features.library.identity import LENGTH, digest
+from starling.features.library.metrics import library_metrics
+from starling.features.library.stamp import has_stamp, write_stamp
+from starling.vllm_compat.offloading import FileTier, ends_within, say_io_errors_once
+
+logger = init_logger("vllm.starling")
+
+LOG_SECONDS = 10.0
+"""Between two lines of the log about files that could not be read or written."""
+
+WRITE_SECONDS, END_SECONDS = 1.5, 0.5
+"""For the last writes, and then for the threads: vLLM kills an engine that has not ended 3 s after its signal."""
+
+SETTINGS_FILE = "config.json"
+
+
+class LibraryTier(FileTier, FileSystemTierManager):
+    """Pages in files, which are found under the identity of the engine's model only.
+
+    The files are in a folder for each identity, a digest of the weights and of what else the content of a page depends
+    on, and layout of pages. vLLM's own folder, which it names by the model too as the user wrote it, has no pages.
+    Until the engine has said its identity, and after it has changed its weights, no file is read or written.
+
+    The files belong to the user that runs the engine: nobody else can read them. Together they take at most
+    ``file_bytes``, whatever models and servers have written them.
+    """
+
+    def __init__(self, *, file_bytes: int, **settings: Any) -> None:
+        self.folder = folder = Path(settings["root_dir"])
+        make_private(folder)
+        super().__init__(**settings)
+        if self.block_size_bytes > file_bytes:
+            reason = f"the file of one page of this model takes {self.block_size_bytes} bytes"
+            raise OptionError(
+                "star_library", file_bytes, reason, f"{FORM} with FILES of {self.block_size_bytes} or more"
+            )
+        self.space = FileSpace(folder, file_bytes, self._removed)
+        self.removed: deque[OffloadKey] = deque()
+        self.used: dict[OffloadKey, None] = {}
+        self.lock = threading.Lock()
+        self.is_open = False
+        self.logged = float("-inf")
+        say_io_errors_once()
+        self.metrics = library_metrics()
+
+    def open(self, identity: str, described: dict[str, Any]) -> None:
+        """Read and write the files of an identity.
+
+        Args:
+            identity: the start of the folder's name.
+            described: what it stands for, to be read by people.
+        """
+        layout = {name: value for name, value in self.file_mapper.get_run_config().items() if name != "model_name"}
+        folder = self.folder / f"{identity}_{digest(layout)[:LENGTH]}"
+        make_private(folder)
+        settings = folder / SETTINGS_FILE
+        if not settings.exists():
+            settings.write_text(json.dumps(described | layout, indent=2, sort_keys=True, default=str) + "\n")
+        self.file_mapper.base_path = str(folder)
+        make_private(Path(f"{folder}_r{self.file_mapper.rank}"))
+        self.is_open = True
+        logger.info("The library's pages are in %s", folder)
+
+    def close(self, reason: str) -> None:
+        """Read and write no files any more."""
+        if self.is_open:
+            self.is_open = False
+            logger.warning("The library's files are not used any more: %s", reason)
+
+    def lookup(self, key: Any, req_context: Any) -> LookupResult:
+        return super().lookup(key, req_context) if self.is_open else LookupResult.MISS
+
+    def note_used(self, keys: Iterable[OffloadKey]) -> None:
+        """Note that a request has used pages, from wherever it had them: their files are the last to be removed."""
+        if self.is_open:
+            with self.lock:
+                self.used.update(dict.fromkeys(keys))
+
+    def write_used(self) -> None:
+        """Write what ``note_used`` has noted into the files' times. A thread does it before it makes room."""
+        with self.lock:
+            used, self.used = self.used, {}
+        self.space.note_used(map(self.file_mapper.get_file_name, used))
+
+    def take_events(self) -> Iterable[OffloadingEvent]:
+        yield from super().take_events()
+        removed = [self.removed.popleft() for _ in range(len(self.removed))]
+        if removed:
+            yield OffloadingEvent(keys=removed, medium=self.medium, removed=True, locality=self.locality)
+
+    def _removed(self, path: str) -> None:
+        """Count a file that has made room for others; where it had a page of this engine, the KV events say so."""
+        self.metrics.removed_files.inc()
+        if (
+            self.events is not None
+            and self.is_open
+            and path.startswith(f"{self.file_mapper.base_path}_r{self.file_mapper.rank}/")
+        ):
+            file = Path(path)
+            with suppress(ValueError):
+                group = int(file.parent.name.rpartition("_g")[2])
+                self.removed.append(make_offload_key(bytes.fromhex(file.stem), group))
+
+    def shutdown(self) -> None:
+        """Write what is to be written, as long as the engine may take for that, and end the threads.
+
+        Raises:
+            TimeoutError: a thread has not ended, since the disk does not answer: it may still use the memory of chunks.
+        """
+        if not self.is_idle_within(WRITE_SECONDS):
+            logger.warning(
+                "The library's last pages are not written: the disk has not taken them within %g s", WRITE_SECONDS
+            )
+        if not ends_within(self.write_used, END_SECONDS) or not ends_within(super().shutdown, END_SECONDS):
+            raise TimeoutError("the disk of the library's files does not answer")
+
+    # What vLLM's tier runs in its threads.
+
+    def store_pages(self, keys: list[OffloadKey], chunk_ids: list[int]) -> None:
+        """Write chunks into files, unless they exist (raises OSError)."""
+        if not self.is_open:
+            return
+        self.write_used()
+        view, size, path = self.chunks_as_bytes(), self.block_size_bytes, self.file_mapper.base_path
+        try:
+            for key, chunk in zip(keys, chunk_ids, strict=True):
+                path = self.file_mapper.get_file_name(key)
+                if os.path.exists(path):
+                    continue
+                write_stamp(view[chunk * size : (chunk + 1) * size], key)
+                with self.space.room_for(size):
+                    batch_store_block([path], view, [chunk * size], size, self.uses_o_direct)
+                    os.chmod(path, 0o600)
+        except OSError as error:
+            self.metrics.failed_writes.inc()
+            hint = " (the disk is full)" if is_full(error, Path(path).parent, size) else ""
+            self._log("A page of the library was not written: %s%s", error, hint)
+            raise
+
+    def load_pages(self, keys: list[OffloadKey], chunk_ids: list[int]) -> None:
+        """Read files into chunks, in their order, up to the first one that is not what it should be.
+
+        Raises:
+            OSError: with ``num_succeeded``, the files before it.
+        """
+        view, size = self.chunks_as_bytes(), self.block_size_bytes
+        for index, (key, chunk) in enumerate(zip(keys, chunk_ids, strict=True)):
+            path = self.file_mapper.get_file_name(key)
+            try:
+                batch_load_block([path], view, [chunk * size], size, self.uses_o_direct)
+                if not has_stamp(view[chunk * size : (chunk + 1) * size], key):
+                    remove(path)
+                    raise OSError(errno.EBADMSG, "it is not what was written for this page", path)
+            except OSError as error:
+                if not isinstance(error, FileNotFoundError):  # else it has made room for others
+                    self.metrics.bad_files.inc()
+                    self._log("A file of the library is not used, and its page is computed: %s", error)
+                error.num_succeeded = index  # type: ignore[attr-defined]
+                raise
+
+    def _log(self, message: str, *values: Any) -> None:
+        now = time.monotonic()
+        if now - self.logged >= LOG_SECONDS:
+            self.logged = now
+            logger.warning(message, *values)
+
+
+def is_full(error: OSError, folder: Path, size: int) -> bool:
+    """Whether a write of so many bytes has failed for want of room. vLLM reports a write that is cut short as EIO."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    try:
+        disk = os.statvfs(folder)
+    except OSError:
+        return False
+    return disk.f_bavail * disk.f_frsize < size
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that its owner alone can enter; what exists keeps its permissions."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def remove(path: str) -> None:
+    """Remove a file, if that is possible."""
+    try:
+        os.remove(path)
+    except OSError as error:
+        logger.warning("A bad file of the library stays where it is: %s", error)

@@ -1,0 +1,178 @@
+"""Prompts that are split over replicas: where their parts go on, what they wait for, and what of them is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import RequestStatus
+
+from starling.config.entry import StarlingConfig
+from starling.features.replicas.prefix_hits import PrefixHits
+from starling.features.replicas.quarantine import Quarantine
+from starling.features.replicas.worker_report import WorkerReport, worker_report
+from starling.scheduler.metrics import scheduler_metrics
+from starling.scheduler.part import CorePart
+from starling.scheduler.star.request_metadata import LOST, default_num_shards, metadata_of
+from starling.vllm_compat.kv_pages import Page
+from starling.vllm_compat.scheduler_view import SchedulerView
+
+
+class SplitPrompts(CorePart):
+    """
+    Args:
+        kv_is_divided: whether the KV of a prompt is divided among replicas by default.
+
+    Attributes:
+        is_stalled: nothing was scheduled in the last step, and nothing runs.
+        report: of the step that is read.
+        ended: requests that have ended in it, each with the reason.
+    """
+
+    def __init__(self, scheduler: Any, kv_is_divided: bool) -> None:
+        self.scheduler = scheduler
+        self.view: SchedulerView = scheduler.view
+        self.page_size: int = scheduler.block_size
+        self.kv_is_divided = kv_is_divided
+        self.quarantine = Quarantine(self.view)
+        self.is_stalled = False
+        self.held_out: list[Any] = []
+        self.report = WorkerReport()
+        self.ended: list[tuple[Any, str]] = []
+
+    @classmethod
+    def make(cls, scheduler: Any, config: StarlingConfig) -> SplitPrompts:
+        return cls(scheduler, default_num_shards(scheduler.vllm_config) > 1)
+
+    def arriving(self, request: Any) -> None:
+        """Where KV is divided, a request ends by its length when it alone fills the memory.
+
+        Else vLLM has made sure that a request of max_model_len fits.
+        """
+        if self.kv_is_divided and request.max_tokens:
+            request.max_tokens = min(request.max_tokens, self._max_output_tokens(request))
+
+    def _max_output_tokens(self, request: Any) -> int:
+        remote = metadata_of(request).remote
+        first, stop = (0, 0) if remote is None else remote.span()
+        room = self.view.pool.num_pages * self.page_size
+        return max(room - (request.num_prompt_tokens - (stop - first)), 1)
+
+    def added(self, request: Any) -> None:
+        remote = metadata_of(request).remote
+        if remote is not None:
+            self.scheduler.connector.begin_remote_attention(remote.local_name)
+
+    def around_step(self) -> AbstractContextManager[Any] | None:
+        """A step without the requests that wait beside the first one of a split prompt, where nothing else goes on.
+
+        A split prompt holds the pages of its parts, so a request before it may wait for just these pages. Where nothing
+        else runs, both would wait for good, unless the split prompt passes. The memory it needs is reserved among the
+        split prompts.
+        """
+        self.held_out = []
+        if self.is_stalled:
+            waiting = list(self.scheduler.waiting)
+            split = next((request for request in waiting if metadata_of(request).is_split), None)
+            self.held_out = [] if split is None else [request for request in waiting if request is not split]
+        return self.view.without_waiting(self.held_out) if self.held_out else None
+
+    def scheduled(self, output: Any) -> None:
+        # The step after one in which a split prompt might pass is an ordinary one.
+        self.is_stalled = not (output.total_num_scheduled_tokens or self.held_out) and self.view.nothing_runs
+
+    def extend_hit(self, request: Any, pages: Sequence[Page], num_tokens: int) -> list[Page] | None:
+        """Let a request go on behind the tokens of its prompt that other replicas compute or hold.
+
+        A part of a prompt goes on, after the anchor, at its own first block. The pages in between are vLLM's null page,
+        which takes no memory and is never hashed: no other request can find it, and star rows never read it. The part's
+        own blocks have the keys of the whole prompt, and may be cached. Where the anchor is not cached, the part
+        computes everything.
+
+        A prompt whose KV stays on other replicas goes on behind what they hold; its own start is held here.
+        """
+        metadata = metadata_of(request)
+        part, remote = metadata.part, metadata.remote
+        if remote is not None:
+            extended, resume = list(self.scheduler.connector.held_pages(remote.local_name)), remote.span()[1]
+        elif part is not None and part.anchor_size <= num_tokens < part.start:
+            extended, resume = list(pages), part.start
+        else:
+            return None
+        extended += [self.view.pool.null_page] * (resume // self.page_size - len(extended))
+        # vLLM, too, leaves the last prompt token to be computed.
+        rest = request.block_hashes[len(extended) : (request.num_tokens - 1) // self.page_size]
+        return extended + self.view.pool.find_run(rest)
+
+    def before_outputs(self, output: Any) -> None:
+        """End what the workers have lost before its tokens are read, and keep pages that may still be written to."""
+        self.report = worker_report(output)
+        if self.report.stuck_pages:
+            self.quarantine.add(self.report.stuck_pages)
+        self.ended = self._end_lost_requests(self.report.reasons) if self.report.reasons else []
+
+    def outputs(self, outputs: dict[int, Any]) -> None:
+        """Say of each request that has ended why."""
+        if self.report.stuck_pages or self.report.freed_pages:
+            self.ended += self._leave_quarantine(self.report.freed_pages)
+        for request, reason in self.ended:
+            of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            of_client.outputs.append(
+                EngineCoreOutput(
+                    request_id=request.request_id,
+                    new_token_ids=[],
+                    finish_reason=request.get_finished_reason(),
+                    kv_transfer_params={LOST: reason},
+                )
+            )
+
+    def _end_lost_requests(self, lost: dict[str, str]) -> list[tuple[Any, str]]:
+        """End the requests of a step that could not attend to all their keys.
+
+        What they have computed over the shards leaves the prefix cache, and requests that share such a page end too:
+        vLLM hashes a page when it is scheduled, and finds it within the same step.
+
+        Args:
+            lost: request id -> reason.
+
+        Returns:
+            (request, reason) of each request that ended.
+        """
+        requests = self.scheduler.requests
+        wrong: set[int] = set()
+        for name in lost:
+            remote = metadata_of(requests[name]).remote if name in requests else None
+            if remote is not None:
+                wrong |= set(self._page_ids(name)[remote.span()[1] // self.page_size :])
+        reasons = dict(lost)
+        for name in requests:
+            if name not in reasons and wrong.intersection(self._page_ids(name)):
+                reasons[name] = "it shares pages with a request that could not attend to all its keys"
+        self.view.evict(wrong)
+        return self._finish(reasons)
+
+    def _leave_quarantine(self, freed_pages: Sequence[int]) -> list[tuple[Any, str]]:
+        """Take requests off the pages that a failed transfer may still write to, and use those it can't again.
+
+        Returns:
+            (request, reason) of each request that has ended, since there are no other pages for it.
+        """
+        without_pages = self.quarantine.replace_pages(self.scheduler.requests.values())
+        reason = "its pages could not be fetched, and no other ones are free"
+        ended = self._finish({request.request_id: reason for request in without_pages})
+        if freed_pages:
+            self.quarantine.free(freed_pages)
+        scheduler_metrics().quarantined_pages.set(len(self.quarantine.num_writers))
+        return ended
+
+    def _finish(self, reasons: dict[str, str]) -> list[tuple[Any, str]]:
+        ended = self.scheduler.finish_requests(reasons, RequestStatus.FINISHED_ERROR) if reasons else []
+        return [(request, reasons[request.request_id]) for request in ended]
+
+    def _page_ids(self, request_id: str) -> list[int]:
+        return [page.block_id for page in self.view.groups[0].pages(request_id)]
+
+
+PARTS = (SplitPrompts.make, PrefixHits.make)

@@ -1,0 +1,92 @@
+"""What a front calls by name in the engine core of a replica, with starling.vllm_compat.front.call_engine_core.
+
+Arguments and results are plain numbers, names, bytes, lists and dicts. A call runs between two of the engine's steps.
+vLLM sends a result that is a Future once it is there, and the engine makes steps until then.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any
+
+from starling.features.replicas.replica_state import replica_state
+from starling.features.replicas.weights import KNOWN, changed_by, note_changes, worker_digest
+from starling.scheduler.star.plan import plan_from_wire
+from starling.scheduler.star.request_metadata import metadata_of
+from starling.vllm_compat.engine_core import add_core_utility, on_worker_call
+from starling.vllm_compat.scheduler_view import SchedulerView
+
+REPLICA_STATE = "starling_replica_state"
+OPEN_SHARD = "starling_open_shard"
+RELEASE = "starling_release"
+IS_PAUSED = "starling_is_paused"
+IDENTITY = "starling_identity"
+EXTEND_FETCH = "starling_extend_fetch"
+CANCEL_FETCH = "starling_cancel_fetch"
+FORGET_SERVERS = "starling_forget_servers"
+WEIGHTS_CHANGED_BY = "starling_weights_changed_by"
+
+
+def _replica_state(
+    core: Any, token_ids: list[int], plan: list[Any], cache_salt: str | None, adapter: list[Any] | None
+) -> Future[dict[str, Any]]:
+    hasher = core.request_block_hasher
+    return replica_state(core.scheduler, hasher, token_ids, plan_from_wire(plan), cache_salt, adapter)
+
+
+def _open_shard(core: Any, name: str) -> list[dict[str, Any]]:
+    page_ids = core.scheduler.connector.begin_shard(name)
+    return core.model_executor.collective_rpc("open_shard", args=(name, page_ids))
+
+
+def _release(core: Any, names: list[str]) -> None:
+    if running := parts_running(core.scheduler, names):
+        core.abort_requests(running)  # else they would hold their pages later, for good
+    connector = core.scheduler.connector
+    opened = sorted(connector.opened_shards.intersection(names))
+    if opened:  # an open shard would answer a late query from pages that belong to other requests by then
+        core.model_executor.collective_rpc("close_shards", args=(opened,))
+    connector.release(names)
+
+
+def _is_paused(core: Any) -> bool:
+    return SchedulerView(core.scheduler).pauses_new_requests
+
+
+def _identity(core: Any) -> dict[str, Any]:
+    setattr(core, KNOWN, True)
+    digests = core.model_executor.collective_rpc(worker_digest)
+    address = core.scheduler.connector.addresses[0]
+    return {"name": address["name"], "layout": address["layout"], "weights": "/".join(digests)}
+
+
+def _extend_fetch(core: Any, request_ids: list[str], deadline: float) -> None:
+    core.scheduler.connector.extend_fetch(core.scheduler.requests.keys() & request_ids, deadline)
+
+
+def _cancel_fetch(core: Any, request_ids: list[str]) -> None:
+    core.scheduler.connector.cancel_fetch(core.scheduler.requests.keys() & request_ids)
+
+
+def _forget_servers(core: Any, servers: list[str]) -> None:
+    core.model_executor.collective_rpc("forget_servers", args=(servers,))
+
+
+def parts_running(scheduler: Any, names: list[str]) -> list[str]:
+    """Ids of the requests that would hold pages under these names once they are complete."""
+    parts = ((request_id, metadata_of(request).part) for request_id, request in scheduler.requests.items())
+    return [request_id for request_id, part in parts if part is not None and part.name in names]
+
+
+def add_replica_rpc() -> None:
+    """Offer these calls in this process's engine core."""
+    on_worker_call(note_changes)
+    add_core_utility(REPLICA_STATE, _replica_state)
+    add_core_utility(OPEN_SHARD, _open_shard)
+    add_core_utility(RELEASE, _release)
+    add_core_utility(IS_PAUSED, _is_paused)
+    add_core_utility(IDENTITY, _identity)
+    add_core_utility(EXTEND_FETCH, _extend_fetch)
+    add_core_utility(CANCEL_FETCH, _cancel_fetch)
+    add_core_utility(FORGET_SERVERS, _forget_servers)
+    add_core_utility(WEIGHTS_CHANGED_BY, changed_by)

@@ -1,0 +1,72 @@
+"""What the two sides of the connector send each other: a worker's address, and the pages that requests read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
+
+from starling.features.replicas.page_transfer import TransferError
+
+
+@dataclass
+class WorkerAddress(KVConnectorHandshakeMetadata):
+    """What other replicas need to read a worker's pages (page_transfer.py)."""
+
+    address: dict[str, Any]
+
+
+@dataclass
+class PageRead:
+    """Pages of one source, and where they go.
+
+    Attributes:
+        addresses: of the source's tensor-parallel ranks.
+        hold: the number under which the source holds the pages.
+        remote_page_ids: the pages at the source.
+        local_page_ids: as many pages of this replica.
+    """
+
+    addresses: list[dict[str, Any]]
+    hold: int
+    remote_page_ids: list[int]
+    local_page_ids: list[int]
+
+    def address_of(self, rank: int) -> dict[str, Any]:
+        """The address of the source's rank that a rank here reads from; raises TransferError if it has none."""
+        if rank >= len(self.addresses):
+            raise TransferError(f"the source has {len(self.addresses)} tensor-parallel ranks, and this is rank {rank}")
+        return self.addresses[rank]
+
+
+@dataclass
+class PageLoad:
+    """All pages that one request reads from other replicas.
+
+    Attributes:
+        deadline: the reads may begin until then (clock.py).
+    """
+
+    request_id: str
+    reads: list[PageRead]
+    deadline: float = math.inf
+
+    def local_page_ids(self) -> set[int]:
+        return {page_id for read in self.reads for page_id in read.local_page_ids}
+
+
+@dataclass
+class PageLoads(KVConnectorMetadata):
+    """What changes with a step.
+
+    Attributes:
+        loads: those that begin.
+        cancelled: ids of requests whose loads end, as failed ones.
+        released: numbers of this replica's holds, whose pages the step may write to.
+    """
+
+    loads: list[PageLoad] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    released: list[int] = field(default_factory=list)

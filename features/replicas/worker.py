@@ -1,0 +1,50 @@
+"""Prompts that are split over replicas, in a worker: KV that stays on other replicas, and that others ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from starling.attention_backends.star.remote_step import RemoteStep
+from starling.features.asked import has_library, has_peers
+from starling.features.documents.worker import Documents
+from starling.features.replicas.metrics import replica_metrics
+from starling.features.replicas.weights import note_weights
+from starling.features.worker_part import WorkerPart
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import RequestMetadata
+from starling.vllm_compat.worker import kv_connector
+
+
+class Split(WorkerPart):
+    """Of a worker."""
+
+    @classmethod
+    def make(cls, vllm_config: Any) -> Split:
+        if has_peers(vllm_config) or has_library(vllm_config):
+            note_weights()
+        replica_metrics()  # on /metrics also where no page is ever moved
+        return cls()
+
+    def step_part(
+        self, worker: Any, plans: Mapping[str, StarPlan], metadata: Mapping[str, RequestMetadata]
+    ) -> RemoteStep | None:
+        remote = {name: shards for name in plans if (shards := metadata[name].remote) is not None}
+        return RemoteStep(remote, kv_connector().remote_attention) if remote else None
+
+
+class ReplicaCalls:
+    """What core_rpc.py calls in a worker by name."""
+
+    def open_shard(self, name: str, page_ids: list[int]) -> dict[str, Any]:
+        worker: Any = self
+        return kv_connector().open_shard(name, page_ids, lambda: worker.part(Documents).made_rotations(worker))
+
+    def close_shards(self, names: list[str]) -> None:
+        kv_connector().close_shards(names)
+
+    def forget_servers(self, servers: list[str]) -> None:
+        kv_connector().forget_servers(servers)
+
+
+PARTS = (Split.make,)

@@ -1,0 +1,169 @@
+"""Star blocks that are cached behind a part of the prompt that is not: running requests adopt them.
+
+vLLM looks a prompt up once, when the request is admitted, and from the prompt's start: the first page that is missing
+ends the hit. Under star the KV of every other block is still exactly right. So a running request looks again between
+steps: where its next page is cached, it adopts the run of cached pages and continues behind them. Its chunks end at
+blocks that are cached, so that a step begins there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.request import RequestStatus
+
+from starling.config.entry import StarlingConfig
+from starling.config.scheduling import MIN_CHUNK
+from starling.features.documents.provenance import Provenance
+from starling.scheduler.cache_keys import chain_restarts, independent_block_hasher, independent_plan
+from starling.scheduler.metrics import scheduler_metrics
+from starling.scheduler.part import CorePart
+from starling.scheduler.star.independence import dependence
+from starling.scheduler.star.request_metadata import OWN_CONNECTORS, metadata_of
+from starling.vllm_compat.kv_pages import CacheGroup, Page
+from starling.vllm_compat.prefix_cache import use_request_hasher
+from starling.vllm_compat.scheduler_view import SchedulerView
+
+logger = init_logger("vllm.starling")
+
+
+def reuse_refusal(vllm_config: Any) -> str | None:
+    """Why star blocks can't be adopted behind a hole, as far as the configuration says; None: they can."""
+    if not vllm_config.cache_config.enable_prefix_caching:
+        return "prefix caching is off"
+    transfer = vllm_config.kv_transfer_config
+    if transfer is not None and transfer.kv_connector not in OWN_CONNECTORS:
+        return "the KV connector expects a request's pages to be computed in order"
+    if vllm_config.speculative_config is not None:
+        return "with speculative decoding a page's key may cover tokens behind the page"
+    if vllm_config.aux_output_config.enabled:
+        return "routed experts are returned for tokens in the order in which they are computed"
+    return dependence(vllm_config.model_config)
+
+
+def has_holes(scheduler: Any, request: Any) -> bool:
+    """Whether cached pages of a request count wherever they stand; else those that the prompt starts with."""
+    return scheduler.part(BlockReuse) is not None and independent_plan(request) is not None
+
+
+def num_cached_tokens(scheduler: Any, request: Any) -> int:
+    """Prompt tokens that need no computing as the cache is now; 0 where the cache has several groups."""
+    view: SchedulerView = scheduler.view
+    group = view.only_group
+    if group is None or not view.may_hit(request):
+        return 0
+    remote = metadata_of(request).remote
+    if remote is not None:
+        return remote.span()[1]
+    if has_holes(scheduler, request):
+        return sum(view.pool.are_cached(request.block_hashes, group.index)) * group.page_size
+    return len(view.pool.find_run(request.block_hashes, group.index)) * group.page_size
+
+
+class BlockReuse(CorePart):
+    """Adopts cached pages for the star requests of one scheduler.
+
+    The ids of adopted pages are kept here until the step that reports them to the worker.
+
+    Args:
+        group: the only KV cache group.
+
+    Attributes:
+        on_adopted: called with a request, the number of the first page that it adopts, and these pages.
+    """
+
+    def __init__(self, view: SchedulerView, group: CacheGroup) -> None:
+        self.view = view
+        self.group = group
+        self.page_size = group.page_size
+        self.requests: dict[str, Any] = {}
+        self.unreported: dict[str, list[int]] = {}
+        self.on_adopted: Callable[[Any, int, Sequence[Page]], None] = lambda request, first, pages: None
+
+    @classmethod
+    def make(cls, scheduler: Any, config: StarlingConfig) -> BlockReuse | None:
+        made = cls._made(scheduler) if config.scheduling.star_block_reuse == "on" else None
+        use_request_hasher(None if made is None else independent_block_hasher)
+        return made
+
+    @classmethod
+    def _made(cls, scheduler: Any) -> BlockReuse | None:
+        group = scheduler.view.only_group
+        refusal = reuse_refusal(scheduler.vllm_config) or (
+            None if group else "the KV cache has several groups of layers"
+        )
+        if refusal is not None:
+            logger.info("Reuse of star blocks behind an edit is off: %s", refusal)
+            return None
+        made = cls(scheduler.view, group)
+        provenance = scheduler.part(Provenance)
+        if provenance is not None:
+            made.on_adopted = provenance.take
+        return made
+
+    def added(self, request: Any) -> None:
+        """Adopt pages for a request from now on, where it has independent star blocks and may read the cache."""
+        if independent_plan(request) is not None and not request.skip_reading_prefix_cache:
+            self.requests[request.request_id] = request
+
+    def pages_freed(self, request: Any) -> None:
+        """There is nothing left to report."""
+        self.unreported.pop(request.request_id, None)
+
+    def before_step(self) -> None:
+        if self.requests and not self.view.is_paused:
+            scheduler_metrics().count_hit("block", self.adopt_all())
+
+    def adopt_all(self) -> int:
+        """Adopt all pages that can be adopted; returns the tokens that need no computing.
+
+        Called before a step is scheduled, so that no adopted page has content which that step would have to compute
+        first.
+        """
+        adopted = 0
+        for request_id, request in list(self.requests.items()):
+            if request.is_finished():
+                del self.requests[request_id]
+            elif request.status == RequestStatus.RUNNING:
+                adopted += self._adopt(request)
+        return adopted
+
+    def _adopt(self, request: Any) -> int:
+        first = request.num_computed_tokens // self.page_size
+        last = (request.num_tokens - 1) // self.page_size  # one token must be left to compute
+        if first >= last or not self.view.is_at_page_border(self.group, request):
+            return 0
+        found = self.view.pool.find_run(islice(request.block_hashes, first, last), self.group.index)
+        if not found:
+            return 0
+        tokens = self.view.adopt(self.group, request, found)
+        # The statistics leave out parts of a prompt that another replica asked for.
+        self.view.count_hit(request, tokens, in_statistics=metadata_of(request).part is None)
+        self.on_adopted(request, first, found)
+        self.unreported.setdefault(request.request_id, []).extend(page.block_id for page in found)
+        return tokens
+
+    def bound(self, request: Any, start: int, num_tokens: int) -> int:
+        """End a chunk where the pages of a star block, or of the query, are cached: they can be adopted there."""
+        min_chunk = MIN_CHUNK if self.view.has_decode_graphs else 1
+        if num_tokens <= min_chunk or request.request_id not in self.requests:
+            return num_tokens
+        plan = independent_plan(request)
+        if plan is None or start >= plan.context_end:
+            return num_tokens
+        last = (request.num_tokens - 1) // self.page_size
+        for page in chain_restarts(plan, self.page_size, start):
+            length = page * self.page_size - start
+            if length >= num_tokens or page >= last:
+                break
+            if length >= min_chunk and self.view.pool.find(request.block_hashes[page], self.group.index) is not None:
+                return length
+        return num_tokens
+
+    def scheduled(self, output: Any) -> None:
+        """Report the pages that the requests of a step have adopted, in that step."""
+        for request_id in [name for name in self.unreported if name in output.num_scheduled_tokens]:
+            self.view.report_adopted(output, request_id, self.unreported.pop(request_id))

@@ -49,25 +49,22 @@ class Step:
     padding: int = 0
 
     def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
         count, dim = len(self.lens) + self.padding, self.heads * self.head_size
-
-        def random(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator)
 
         self.page_tokens = 8
         columns = -(-max(self.lens) // self.page_tokens)
         pages = count * columns + 1
         # Page 0 is vLLM's null page, which the block tables of padding have.
         self.table = torch.zeros(count, columns, dtype=torch.int32)
-        order = 1 + torch.randperm(len(self.lens) * columns, generator=generator).int()
+        order = 1 + torch.randperm(len(self.lens) * columns).int()
         self.table[: len(self.lens)] = order.reshape(-1, columns)
-        self.projected = random(count, self.mixer.count * (self.mixer.inner + self.mixer.width))
-        self.rows = random(pages, self.page_tokens, self.mixer.row)
-        self.states, self.recent = random(2, pages, PAGE_ROWS + 1, 2 * dim)
-        self.query, self.own = random(2, count, dim)
-        self.mixed = tuple(random(2, count, dim))
-        angles = random(max(self.lens), self.head_size // 2)
+        self.projected = torch.randn(count, self.mixer.count * (self.mixer.inner + self.mixer.width))
+        self.rows = torch.randn(pages, self.page_tokens, self.mixer.row)
+        self.states, self.recent = torch.randn(2, pages, PAGE_ROWS + 1, 2 * dim)
+        self.query, self.own = torch.randn(2, count, dim)
+        self.mixed = tuple(torch.randn(2, count, dim))
+        angles = torch.randn(max(self.lens), self.head_size // 2)
         self.angles = angles.cos(), angles.sin()
         self.parameters = make_parameters(self.mixer)
         self.sizes = Sizes(self.chunk_size, self.window + 1, self.head_size**-0.5)

@@ -1,7 +1,7 @@
 """What an engine core reports to its fronts of Star Attention: what its layers and its KV cache do not allow.
 
 Only workers know on which attention backends the layers of the loaded model run, and only the scheduler knows the
-groups of layers in the KV cache. Fronts refuse requests with the reasons (rules/).
+groups of layers in the KV cache. Fronts refuse requests with the reasons (features/*/rules.py).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
 from starling.attention_backends.star.step import StepPart
@@ -61,8 +61,3 @@ class WorkerPart:
     def report(self) -> dict[str, str | None]:
         """Fields of the engine's report (engine_report.py): why the loaded model can't run this, or None."""
         return {}
-
-
-def merged(reports: Sequence[Mapping[str, str | None]]) -> dict[str, str | None]:
-    """The reports of several parts, whose fields differ."""
-    return {name: value for report in reports for name, value in report.items()}

@@ -63,11 +63,11 @@ class HeadStep(StepPart):
             build: makes the metadata of calls on some of their heads; None: the layers don't make such calls.
         """
         assert self.batch is not None
+        known = self.batch
 
         def of_kind(count: int) -> CommonAttentionMetadata:
             """Of the rows of heads that are dense for plans with so many dense heads or more."""
-            assert self.batch is not None
-            rows = self.batch.split(
+            rows = known.split(
                 page_size, lambda plan: None if plan.dense_heads and plan.dense_heads.count >= count else plan
             )
             return batch if rows is None else virtual_metadata(batch, rows)

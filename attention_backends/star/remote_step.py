@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starling.attention_backends.star.remote_queries import RemoteQuery, make_remote_queries
-from starling.attention_backends.star.step import Batch, StarStep, StepPart
+from starling.attention_backends.star.step import StarStep, StepPart
 from starling.scheduler.star.request_metadata import RemoteShards
 
 
@@ -22,11 +22,7 @@ class RemoteStep(StepPart):
         self.absent = {name: shards.span() for name, shards in remote.items()}
         self.shards = {name: shards.shards for name, shards in remote.items()}
         self.attend = attend
-        self.batch: Batch | None = None
         self._attention: dict[int, Any] = {}
-
-    def batch_known(self, batch: Batch) -> None:
-        self.batch = batch
 
     def attention(self, step: StarStep, page_size: int) -> Any | None:
         """By which layers with pages of this size query other replicas in this step; None: no row has keys there.
@@ -36,12 +32,12 @@ class RemoteStep(StepPart):
         Raises:
             RuntimeError: the step's rows for this page size are not made yet.
         """
-        if self.batch is None or not step.has_rows(page_size):
+        if step.batch is None or not step.has_rows(page_size):
             raise RuntimeError(f"a layer with pages of {page_size} tokens runs before its rows are made")
         rows = step.built_rows(page_size)
         if rows is None or not rows.remote:
             return None
         if page_size not in self._attention:
-            queries = make_remote_queries(rows, self.batch.request_ids, self.shards, page_size)
+            queries = make_remote_queries(rows, step.batch.request_ids, self.shards, page_size)
             self._attention[page_size] = self.attend(queries)
         return self._attention[page_size]

@@ -20,7 +20,7 @@ from starling.features import parts_of
 from starling.features.replicas.worker import ReplicaCalls
 from starling.features.report import STAR
 from starling.features.star.rules import star_refusals
-from starling.features.worker_part import Layers, WorkerPart, merged
+from starling.features.worker_part import Layers, WorkerPart
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import RequestMetadata, metadata_of
 from starling.vllm_compat.models import without_prefill_checkpoints
@@ -86,7 +86,7 @@ def count_rows(rows: VirtualRows) -> None:
 
 @extends(WorkerBase)
 class StarWorker(ReplicaCalls):
-    """Mixed into a platform's worker, before it: runs star requests, and calls the hooks of its parts (part.py)."""
+    """Mixed into a platform's worker, before it: runs star requests, and calls the hooks of its parts (features/)."""
 
     # vLLM's own.
     rank: int
@@ -111,7 +111,10 @@ class StarWorker(ReplicaCalls):
 
     def star_report(self) -> dict[str, str | None]:
         """What the loaded model's layers can't run, and why (engine_report.py)."""
-        return merged([{STAR: self.star_problem}, *(part.report() for part in self.parts)])
+        report = {STAR: self.star_problem}
+        for part in self.parts:
+            report |= part.report()
+        return report
 
     def init_device(self) -> Any:
         result = super().init_device()  # type: ignore[misc]

@@ -51,9 +51,10 @@ class DenseHeads(WorkerPart):
             blocks = attention_blocks(model)
             reasons = ((name, unsupported_reason(blocks[name].attention)) for name in self.ranks)
             self.problem = next((f"layer {name}: {reason}" for name, reason in reasons if reason), None)
+        if self.problem is None:
+            return
         config = config_of(worker.vllm_config)
-        asks = config is not None and has_dense_heads(worker.vllm_config) and config.star.mode != "off"
-        if self.problem is not None and config is not None and asks:
+        if config is not None and has_dense_heads(worker.vllm_config) and config.star.mode != "off":
             share = config.star.dense_heads
             asked = f"{STAR_HEADS}={config.star_heads}" if share is None else f"{DENSE_HEADS}={share}"
             raise RuntimeError(f"{asked}: {self.problem}")

@@ -120,9 +120,8 @@ def time_attention(worker: Any) -> None:
 
 def set_cpu_attention(worker: Any, setting: str) -> None:
     """In a worker: use this attention op from now on."""
-    from starling.attention_backends.star import cpu_impl
-
-    cpu_impl.use_cpu_attention(setting)
+    for layer in worker.vllm_config.compilation_config.static_forward_context.values():
+        layer.impl.setting = setting
 
 
 def take_attention_seconds(worker: Any) -> float:

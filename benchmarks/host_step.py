@@ -39,7 +39,7 @@ def measure(rows: int, documents: int, rounds: int) -> list[float]:
     plans = {name: plan_of(documents, int(name)) for name in names}
     times = []
     for number in range(rounds):
-        step = StarStep(plans, dict.fromkeys(names, 1), lambda: names, lambda rows: None, [DocumentStep({})])
+        step = StarStep(plans, dict.fromkeys(names, 1), lambda: names, lambda rows: None, [DocumentStep()])
         ends = torch.tensor([plan.num_prompt_tokens + 1 + number for plan in plans.values()])
         common: Any = SimpleNamespace(query_start_loc_cpu=torch.arange(rows + 1), seq_lens_cpu_upper_bound=ends)
         began = time.perf_counter()

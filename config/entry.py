@@ -65,6 +65,15 @@ class StarlingConfig:
     cache_salt: str = CHOICES[CACHE_SALT][0]
     live_page: str = CHOICES[LIVE_PAGE][0]
 
+    @property
+    def reads_all_caches(self) -> bool:
+        """Whether Starling's CPU attention has to read the cache of each full-attention layer.
+
+        Where it has to, vLLM lays out keys for vectors on a processor with AMX tiles too, since the op does not read
+        keys that are laid out for tiles.
+        """
+        return self.star.says_where_documents_start or self.star.shards == "on"
+
 
 class Entries(Mapping[str, Any]):
     """An engine's additional_config with the `starling` entry alone, which vLLM's key of compiled code does not have.

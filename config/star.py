@@ -137,6 +137,10 @@ class StarOptions(BaseModel):
         "names no LoRA of its own; off: the base model",
     )
 
+    @property
+    def says_where_documents_start(self) -> bool:
+        return self.segments not in (None, "off")
+
 
 Star = StarOptions | Mapping[str, Any] | Literal["off", "on", "auto"]
 """Star options as a Python program gives them."""

@@ -21,7 +21,7 @@ def has_library(config: Any) -> bool:
 
 def has_documents(config: Any) -> bool:
     """Whether the server's options say where documents start, so that its engine is made for them."""
-    return options_of(config).star.segments not in (None, "off")
+    return options_of(config).star.says_where_documents_start
 
 
 def has_dense_heads(config: Any) -> bool:
@@ -32,9 +32,3 @@ def has_dense_heads(config: Any) -> bool:
     options = options_of(config)
     share = options.star.dense_heads
     return options.star_heads is not None if share is None else share > 0
-
-
-def reads_all_caches(config: Any) -> bool:
-    """Whether Starling's CPU attention has to read the cache of each full-attention layer, by the server's options."""
-    star = options_of(config).star
-    return has_documents(config) or star.shards == "on"

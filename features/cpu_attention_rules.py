@@ -6,7 +6,6 @@ from typing import Any
 
 from starling.attention_backends.kernels.contract import AMX, CPU_ISAS
 from starling.attention_backends.kernels.cpu.attention import VECTOR_SIZE
-from starling.features.asked import reads_all_caches
 from starling.features.rule import Rule, options_of
 from starling.vllm_compat.config import cpu_attention_isa
 
@@ -14,7 +13,7 @@ from starling.vllm_compat.config import cpu_attention_isa
 def unread_isa(config: Any) -> str | None:
     """The instruction set for which vLLM lays out keys, where Starling's CPU attention does not read them."""
     isa = cpu_attention_isa(config)
-    if isa in CPU_ISAS or (isa == AMX and reads_all_caches(config)):
+    if isa in CPU_ISAS or (isa == AMX and options_of(config).reads_all_caches):
         return None
     return isa
 

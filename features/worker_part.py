@@ -22,7 +22,12 @@ class WorkerPart:
 
     Parts are called in the order of features/__init__.py. ``worker`` is vLLM's, with its configuration and its
     model runner.
+
+    Attributes:
+        makes_calls: whether layers on a GPU are made to attend by what the part has of a step.
     """
+
+    makes_calls = False
 
     @classmethod
     def make(cls, vllm_config: Any) -> Self | None:

@@ -2,15 +2,15 @@
 
 Only the metadata builder changes; cache layout and name stay those of the base backend. So does the kernel, except on
 CPU, where cpu_impl.py has one that is faster for many batches. A GPU server that is started for dense heads, or for
-blocks with positions of their own, has an implementation around vLLM's (head_calls.py, turned_impl.py). On GPUs vLLM
-picks FLASH_ATTN, TRITON_ATTN or FLASHINFER itself, on CPU always CPU_ATTN: each is overridden in place.
+documents, has an implementation around vLLM's, which attends by the parts of the step (gpu_impl.py). On GPUs vLLM picks
+FLASH_ATTN, TRITON_ATTN or FLASHINFER itself, on CPU always CPU_ATTN: each is overridden in place.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -27,22 +27,21 @@ from starling.attention_backends.kernels import devices
 from starling.attention_backends.kernels.contract import AMX, CPU_ISAS, Sizes
 from starling.attention_backends.paged.names import CLASSES, NAME
 from starling.attention_backends.star.document_step import DocumentStep
+from starling.attention_backends.star.gpu_impl import keep_for_capture, make_gpu_impl, turns_queries
 from starling.attention_backends.star.graph_ranges import GraphRanges
-from starling.attention_backends.star.head_calls import HeadBuilders, dense_heads_in_use, make_heads_impl
+from starling.attention_backends.star.head_calls import HeadBuilders
 from starling.attention_backends.star.head_step import HeadStep
 from starling.attention_backends.star.metadata import virtual_block_table, virtual_metadata
 from starling.attention_backends.star.step import current_step
-from starling.attention_backends.star.turned_impl import (
-    block_positions_in_use,
-    keep_for_capture,
-    make_turned_impl,
-    rotations_in_use,
-)
+from starling.config.entry import config_of
 from starling.vllm_compat.config import set_cpu_attention_isa
 from starling.vllm_compat.patching import extends
 
 WRAPPED = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
 """vLLM's backends that have a star form. Starling's own have one too (paged/)."""
+
+BY_PARTS = "ByParts"
+"""Behind the name of a backend whose layers attend by the parts of the step on a GPU."""
 
 
 def takes_star(spec: Any) -> bool:
@@ -119,13 +118,15 @@ def tile_queries_of(vllm_config: Any, spec: Any) -> int:
 class StarBuilder:
     """Mixed into a backend's builder, before it: splits star rows. Layers without full attention keep their rows."""
 
-    # Of the class that it is mixed into: vLLM's name of the backend, and its builder.
+    # Of the class that it is mixed into: vLLM's name of the backend, its builder, and whether layers attend by parts.
     backend: str
     base: Any
+    by_parts: bool
     # vLLM's own.
     kv_cache_spec: Any
     layer_names: list[str]
     vllm_config: Any
+    device: torch.device
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device, **kw: Any):
         self.takes_star = takes_star(kv_cache_spec)
@@ -135,30 +136,31 @@ class StarBuilder:
             vllm_config = _config_for_virtual_rows(vllm_config, kv_cache_spec.block_size, sizes_by_pages)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kw)  # type: ignore[call-arg]
         self.graph_ranges: GraphRanges | None = None
-        self.tile_queries = 1
-        if self.takes_star and block_positions_in_use() and devices.uses_triton(device):
-            self.tile_queries = tile_queries_of(vllm_config, kv_cache_spec)
-            self.supports_update_block_table = False  # a captured layer has the table of its own group
         self.head_builders: HeadBuilders | None = None
-        if self.takes_star and (device.type == "cpu" or dense_heads_in_use()):
+        if self.takes_star and (device.type == "cpu" or self.by_parts):
             self.head_builders = HeadBuilders(self.backend, self.base, self)
-            self.supports_update_block_table = False  # there is more metadata than vLLM would update
+            # There is more metadata than vLLM would update, and a captured layer has the table of its own group.
+            self.supports_update_block_table = False
         if self.takes_star and device.type == "cpu":
             self._lay_out_for_vectors(layer_names)
 
+    @functools.cached_property
+    def tile_queries(self) -> int:
+        """Tokens of a tile of queries of the kernel for rows of many tokens behind documents, on a GPU."""
+        return tile_queries_of(self.vllm_config, self.kv_cache_spec) if devices.uses_triton(self.device) else 1
+
     def _lay_out_for_vectors(self, layer_names: list[str]) -> None:
         """Let vLLM lay out keys for vectors, where it would for AMX tiles and Starling's op has to read them."""
-        from starling.attention_backends.star.cpu_impl import all_caches_are_read
-
-        builder: Any = self
-        if all_caches_are_read() and builder.isa == AMX:
+        config, builder = config_of(self.vllm_config), cast("Any", self)
+        if config is not None and config.reads_all_caches and builder.isa == AMX:
             set_cpu_attention_isa(builder, layer_names, CPU_ISAS[0])
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
         """What the base backend supports, within ``graph_support``."""
         support = super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
-        return min(support, graph_support(block_positions_in_use()), key=lambda level: level.value)
+        turns = cls.by_parts and any(map(turns_queries_in, layers_of(vllm_config).values()))
+        return min(support, graph_support(turns), key=lambda level: level.value)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -187,23 +189,19 @@ class StarBuilder:
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         """As the base backend's. A full graph of an engine for documents reads the table that ``build`` fills."""
         metadata = super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
-        if self.takes_star and block_positions_in_use() and common_attn_metadata.max_query_len == 1:
+        layers = layers_of(self.vllm_config) if self.takes_star and self.by_parts else {}
+        turning = [layers[name] for name in self.layer_names if name in layers and turns_queries_in(layers[name])]
+        if turning and common_attn_metadata.max_query_len == 1:
             if self.graph_ranges is None:
                 self.graph_ranges = GraphRanges(self.max_requests, common_attn_metadata.seq_lens.device)
-                self._load_kernels()
+                from starling.attention_backends.star.warm_up import warm_up  # imports Triton, unneeded on a CPU
+
+                # A GPU can't load a kernel in a capture. vLLM captures graphs before ``compile_or_warm_up_model`` too,
+                # to learn what they take.
+                warm_up(turning)
             self.graph_ranges.clear()
             keep_for_capture(metadata, self.graph_ranges.table(common_attn_metadata))
         return metadata
-
-    def _load_kernels(self) -> None:
-        """Run the kernels that are about to be captured: a GPU can't load a kernel in a capture.
-
-        vLLM captures graphs before ``compile_or_warm_up_model`` too, to learn what they take.
-        """
-        from starling.attention_backends.star.warm_up import warm_up  # imports Triton, which a CPU does not need
-
-        layers = self.vllm_config.compilation_config.static_forward_context
-        warm_up([layers[name] for name in self.layer_names], rotations_in_use())
 
     def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
         step = current_step() if self.takes_star else None
@@ -213,16 +211,32 @@ class StarBuilder:
         return super().update_block_table(metadata, blk_table, slot_mapping)  # type: ignore[misc]
 
 
-def _make_builder(backend: type[AttentionBackend]) -> Any:
+def layers_of(vllm_config: Any) -> dict[str, Any]:
+    """The engine's attention layers, by name, among others."""
+    layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
+    return layers
+
+
+def turns_queries_in(layer: Any) -> bool:
+    """Whether full CUDA graphs of a layer have Starling's kernels."""
+    return turns_queries(getattr(layer, "impl", None))
+
+
+def _make_builder(backend: type[AttentionBackend], by_parts: bool) -> Any:
     """A subclass of a backend's builder that splits star rows."""
     base: Any = backend.get_builder_cls()
-    return type(_class_name(base.__name__), (StarBuilder, base), {"backend": backend.get_name(), "base": base})
+    fields = {"backend": backend.get_name(), "base": base, "by_parts": by_parts}
+    return type(_class_name(base.__name__, by_parts), (StarBuilder, base), fields)
 
 
 @functools.cache
-def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
-    """A subclass of ``base`` whose layers run star rows."""
-    builder = _make_builder(base)
+def make_star_backend(base: type[AttentionBackend], by_parts: bool = False) -> type[AttentionBackend]:
+    """A subclass of ``base`` whose layers run star rows.
+
+    Args:
+        by_parts: whether layers on a GPU attend by what the step has for documents or dense heads.
+    """
+    builder = _make_builder(base, by_parts)
 
     @extends(AttentionBackend)
     class StarBackend(base):  # type: ignore[misc, valid-type]
@@ -234,20 +248,18 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
         def get_impl_cls() -> Any:
             if base.get_name() != "CPU_ATTN":
                 impl = base.get_impl_cls()
-                if dense_heads_in_use():
-                    return make_heads_impl(impl, base.get_name())
-                return make_turned_impl(impl) if block_positions_in_use() else impl
+                return make_gpu_impl(impl, base.get_name()) if by_parts else impl
             from starling.attention_backends.star.cpu_impl import CpuImpl
 
             return CpuImpl
 
-    StarBackend.__name__ = StarBackend.__qualname__ = _class_name(base.__name__)
+    StarBackend.__name__ = StarBackend.__qualname__ = _class_name(base.__name__, by_parts)
     return StarBackend
 
 
-def _class_name(base_name: str) -> str:
+def _class_name(base_name: str, by_parts: bool = False) -> str:
     """The name of the star form of a class of vLLM's, under which this module has it where it is a backend."""
-    return f"Star{base_name}"
+    return f"Star{base_name}{BY_PARTS if by_parts else ''}"
 
 
 VLLM_PATHS = {name: AttentionBackendEnum[name].value for name in WRAPPED}
@@ -259,22 +271,24 @@ def __getattr__(name: str) -> type[AttentionBackend]:
     """``starling.attention_backends.star.backend.CPU_ATTN`` is the star form of vLLM's backend of that name.
 
     The same class also has its own name, ``StarCPUAttentionBackend``: CUDA's platform finds a backend by the qualified
-    name of its class, other platforms by the registered name.
+    name of its class, other platforms by the registered name. With BY_PARTS behind it, layers attend by parts.
     """
-    if name not in PATHS:
+    base = name.removesuffix(BY_PARTS)
+    if base not in PATHS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return make_star_backend(resolve_obj_by_qualname(PATHS[name]))
+    return make_star_backend(resolve_obj_by_qualname(PATHS[base]), base != name)
 
 
-def register_star_backends(gpu_attention: str | None = None) -> None:
+def register_star_backends(gpu_attention: str | None = None, by_parts: bool = False) -> None:
     """Let vLLM resolve the wrapped names to their star forms, in this process.
 
     Args:
         gpu_attention: the setting whose backend of Starling's is one of them.
+        by_parts: as of ``make_star_backend``.
     """
+    kind = BY_PARTS if by_parts else ""
     for name in WRAPPED:
-        register_backend(AttentionBackendEnum[name], f"{__name__}.{name}")
+        register_backend(AttentionBackendEnum[name], f"{__name__}.{name}{kind}")
     if gpu_attention in CLASSES:
-        register_backend(
-            AttentionBackendEnum[NAME], f"{__name__}.{_class_name(CLASSES[gpu_attention].rpartition('.')[2])}"
-        )
+        own = _class_name(CLASSES[gpu_attention].rpartition(".")[2])
+        register_backend(AttentionBackendEnum[NAME], f"{__name__}.{own}{kind}")

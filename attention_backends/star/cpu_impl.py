@@ -6,48 +6,21 @@ import functools
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from starling.attention_backends.kernels.contract import CPU_ISAS, Layout, Operands, as_fp8
 from starling.attention_backends.kernels.cpu.attention import VECTOR_SIZE, built_op, paged_attention
-from starling.attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS, Op, Processor, select_op
+from starling.attention_backends.kernels.cpu.selection import Op, Processor, select_op
+from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.star.document_step import DocumentStep
 from starling.attention_backends.star.head_calls import attend_by_heads
 from starling.attention_backends.star.head_step import HeadStep
 from starling.attention_backends.star.remote_step import RemoteStep
 from starling.attention_backends.star.step import current_part, current_step
+from starling.config.entry import config_of
 from starling.vllm_compat.config import kv_scales
-
-_cpu_attention = "auto"
-_reads_all_caches = False
-
-
-def use_cpu_attention(setting: str) -> None:
-    """Set the op that this process's layers attend with: the faster one of each batch ("auto"), or vLLM's ("vllm").
-
-    Raises:
-        ValueError: ``setting`` is not one of ``CPU_ATTENTION_SETTINGS``.
-    """
-    global _cpu_attention
-    if setting not in CPU_ATTENTION_SETTINGS:
-        raise ValueError(f"cpu_attention={setting!r} is refused. Allowed: {', '.join(CPU_ATTENTION_SETTINGS)}")
-    _cpu_attention = setting
-
-
-def read_all_caches(in_use: bool) -> None:
-    """Say whether Starling's op has to read the caches of this process's layers, before their builders are made.
-
-    Where it has to, vLLM lays out keys for vectors on a processor with AMX tiles too, since the op does not read keys
-    that are laid out for tiles.
-    """
-    global _reads_all_caches
-    _reads_all_caches = in_use
-
-
-def all_caches_are_read() -> bool:
-    """What ``read_all_caches`` was told; False at first."""
-    return _reads_all_caches
 
 
 def unsupported_reason(impl: CPUAttentionBackendImpl) -> str | None:
@@ -65,12 +38,21 @@ def unsupported_reason(impl: CPUAttentionBackendImpl) -> str | None:
 
 
 class CpuImpl(CPUAttentionBackendImpl):
-    """Attention of one layer. vLLM's op runs the batches that Starling's does not support or is slower on."""
+    """Attention of one layer. vLLM's op runs the batches that Starling's does not support or is slower on.
+
+    Attributes:
+        setting: `cpu_attention`: the op that the layer attends with, the faster one of each batch or vLLM's.
+        rotation: the rotary embedding of the layer, where a step has had documents; given by the worker.
+    """
+
+    rotation: Rotation | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        config = config_of(get_current_vllm_config())
+        self.setting = config.cpu_attention if config else "vllm"
         # The op is built here, while the engine starts, and not in the first request.
-        self.has_op = unsupported_reason(self) is None and _cpu_attention != "vllm" and built_op() is not None
+        self.has_op = unsupported_reason(self) is None and self.setting != "vllm" and built_op() is not None
 
     def uses_op(self, query: torch.Tensor, layer: Any, metadata: Any) -> bool:
         """Whether Starling's op runs a batch.
@@ -80,7 +62,7 @@ class CpuImpl(CPUAttentionBackendImpl):
             layer: vLLM's attention layer.
             metadata: vLLM's attention metadata of the batch; None in warm-up runs.
         """
-        if not self.has_op or _cpu_attention == "vllm" or metadata is None or layer.isa not in CPU_ISAS:
+        if not self.has_op or self.setting == "vllm" or metadata is None or layer.isa not in CPU_ISAS:
             return False
         if self.is_fp8_kv_cache:  # never measured
             return False
@@ -131,7 +113,7 @@ class CpuImpl(CPUAttentionBackendImpl):
         tokens = attn_metadata.num_actual_tokens
         caches, options = self._caches(layer, kv_cache)
         if turned is not None and turned.is_whole_step and remote is None and heads is None:
-            turned.attend(layer.layer_name, query[:tokens], output[:tokens], caches, Layout.CPU, **options)
+            turned.attend(self.rotation, query[:tokens], output[:tokens], caches, Layout.CPU, **options)
             return output
         sent = remote.begin(layer.layer_name, query[:tokens], self.scale, self.logits_soft_cap) if remote else {}
         rows, row_heads = heads or (attn_metadata, None)
@@ -150,7 +132,7 @@ class CpuImpl(CPUAttentionBackendImpl):
         if remote is not None:
             remote.finish(sent, out, lse)
         if turned is not None:
-            turned.add(layer.layer_name, query[:tokens], out, lse, caches, Layout.CPU, **options)
+            turned.add(self.rotation, query[:tokens], out, lse, caches, Layout.CPU, **options)
         return output
 
     def _caches(self, layer: Any, kv_cache: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]]:

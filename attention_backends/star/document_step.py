@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from starling.attention_backends.kernels import devices
 from starling.attention_backends.kernels.ranges import RangeTable
-from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.star.range_attention import RangeAttention, make_range_attention
 from starling.attention_backends.star.rows import VirtualRows
 from starling.attention_backends.star.step import Batch, StepPart
@@ -20,14 +18,9 @@ from starling.attention_backends.star.turned_attention import TurnedAttention, m
 
 
 class DocumentStep(StepPart):
-    """The documents of one step.
+    """The documents of one step."""
 
-    Args:
-        rotations: layer name -> its rotary embedding.
-    """
-
-    def __init__(self, rotations: Mapping[str, Rotation]) -> None:
-        self.rotations = rotations
+    def __init__(self) -> None:
         self.has_unset_positions = False
         self._attention: dict[int, TurnedAttention | RangeAttention] = {}
         self._shifts: np.ndarray | None = None
@@ -64,9 +57,9 @@ class DocumentStep(StepPart):
         if rows.turned is None or not devices.uses_triton(batch.seq_lens.device):
             return False
         if table is not None:
-            made = RangeAttention(self.rotations, [table])
+            made = RangeAttention([table])
         else:
-            made = make_range_attention(rows, batch, page_size, self.rotations, tile_queries)
+            made = make_range_attention(rows, batch, page_size, tile_queries)
         self._attention[page_size] = made
         return made.is_whole_step
 
@@ -79,7 +72,7 @@ class DocumentStep(StepPart):
             batch, virtual: the metadata of the batch's rows, and of ``rows``, with pages of ``page_size`` tokens.
         """
         if rows.turned is not None and not devices.uses_triton(batch.seq_lens.device):
-            self._attention[page_size] = make_turned_attention(rows, batch, virtual, page_size, self.rotations)
+            self._attention[page_size] = make_turned_attention(rows, batch, virtual, page_size)
 
     def attention(self, page_size: int) -> Any | None:
         """By which layers with pages of this size attend to such blocks; None: no row has keys there.

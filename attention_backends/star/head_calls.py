@@ -6,41 +6,26 @@ the backends in ``CONTIGUOUS_OUTPUT``.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionType, CommonAttentionMetadata
 
-from starling.attention_backends.star.head_step import HeadCall, HeadStep
-from starling.attention_backends.star.step import current_part, current_step
+from starling.attention_backends.star.head_step import HeadCall
 from starling.vllm_compat.attention import (
     builder_of_heads,
     builder_of_other_rows,
     has_scales_by_head,
     impl_of_heads,
 )
-from starling.vllm_compat.patching import extends, touches
+from starling.vllm_compat.patching import touches
 
 CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 """Those where a head's part of a cache is a slice of it, as vLLM's options name them."""
 
 CONTIGUOUS_OUTPUT = ("CPU_ATTN", "FLASHINFER")
 """The backends that take the heads of an output to be next to one another, whatever its strides."""
-
-_in_use = False
-
-
-def use_dense_heads(in_use: bool) -> None:
-    """Say whether prompts of this process's engine may have dense heads on a GPU, before its layers are made."""
-    global _in_use
-    _in_use = in_use
-
-
-def dense_heads_in_use() -> bool:
-    """What ``use_dense_heads`` was told; False at first."""
-    return _in_use
 
 
 @touches("vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.{alibi_slopes, sliding_window}")
@@ -125,40 +110,3 @@ def attend_by_heads(
         base.forward(part, layer, queries, key, value, cache, metadata, written, *args, **kwargs)
         if written is not out:
             out[:num_tokens].copy_(written[:num_tokens])
-
-
-@functools.cache
-def make_heads_impl(base: type[AttentionImpl], backend: str) -> type[AttentionImpl]:
-    """A subclass of a GPU backend's implementation, whose layers attend by ``attend_by_heads``."""
-
-    @extends(AttentionImpl)
-    class HeadsImpl(base):  # type: ignore[misc, valid-type]
-        def fused_output_quant_supported(self, quant_key: Any) -> bool:
-            return False
-
-        def forward(
-            self,
-            layer: Any,
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            kv_cache: torch.Tensor,
-            attn_metadata: Any,
-            output: torch.Tensor,
-            *args: Any,
-            **kwargs: Any,
-        ) -> torch.Tensor:
-            """Write the attention of a step to ``output`` (tokens, heads, head size) and return it.
-
-            As in vLLM's method, K and V of the step are in the cache already.
-            """
-            step, heads = current_step(), current_part(HeadStep)
-            calls = None if heads is None or attn_metadata is None else heads.calls(layer.layer_name)
-            if step is None or calls is None:
-                return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
-            tensors = query, key, value, kv_cache, output
-            attend_by_heads(base, backend, self, calls, step.num_tokens, layer, *tensors, *args, **kwargs)
-            return output
-
-    HeadsImpl.__name__ = HeadsImpl.__qualname__ = f"Heads{base.__name__}"
-    return HeadsImpl

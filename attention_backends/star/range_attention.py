@@ -5,7 +5,7 @@ All keys that a token sees are ranges of its batch row, each met by a query that
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,18 +45,16 @@ class RangeAttention:
     """The attention of one step over ranges of keys.
 
     Attributes:
-        rotations: layer name -> its rotary embedding.
         tables: the ranges; a token is in one of them.
         is_whole_step: whether all tokens of the step are in them.
     """
 
-    rotations: Mapping[str, Rotation]
     tables: Sequence[RangeTable]
     is_whole_step: bool = True
 
     def attend(
         self,
-        layer: str,
+        rotation: Rotation,
         query: torch.Tensor,
         out: torch.Tensor,
         caches: tuple[torch.Tensor, torch.Tensor],
@@ -65,21 +63,20 @@ class RangeAttention:
         """Write the attention over all keys to these tokens in ``out``.
 
         Args:
-            layer: name of the layer.
+            rotation: the rotary embedding of the layer.
             query: (tokens, heads, head size) of the step, turned to the positions of its tokens.
             out: (tokens, heads, value size).
             caches: the layer's keys and values, (pages, page size, KV heads, size).
             options: ``scale`` and ``softcap``.
         """
         for table in self.tables:
-            attend_in_ranges(query, caches, table, self.rotations[layer], out, **options)
+            attend_in_ranges(query, caches, table, rotation, out, **options)
 
 
 def make_range_attention(
     rows: VirtualRows,
     batch: CommonAttentionMetadata,
     page_size: int,
-    rotations: Mapping[str, Rotation],
     tile_queries: int,
 ) -> RangeAttention:
     """The attention of the rows that see blocks with positions of their own; there are some.
@@ -100,4 +97,4 @@ def make_range_attention(
         for chosen, tile in ((numbers[query_lens == 1], 1), (numbers[query_lens > 1], tile_queries))
         if len(chosen)
     ]
-    return RangeAttention(rotations, tables, int(query_lens.sum()) == int(rows.query_lens.sum()))
+    return RangeAttention(tables, int(query_lens.sum()) == int(rows.query_lens.sum()))

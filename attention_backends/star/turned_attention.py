@@ -5,7 +5,7 @@ turned.py has the rows. On a GPU it is that of range_attention.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,7 +73,6 @@ class TurnedAttention:
     """The attention of one step over blocks with positions of their own.
 
     Args:
-        rotations: layer name -> its rotary embedding.
         own: the rows.
         rows: the calls for ``own``; their tokens are numbers of those of ``own``.
         tokens: the tokens of ``own``; None: they are all of the step's.
@@ -82,13 +81,11 @@ class TurnedAttention:
 
     def __init__(
         self,
-        rotations: Mapping[str, Rotation],
         own: OwnRows,
         rows: Sequence[TurnedRows],
         tokens: StepTokens | None,
         decodes: TurnedRows | None,
     ) -> None:
-        self.rotations = rotations
         self.own = own
         self.rows = rows
         self.tokens = tokens
@@ -102,7 +99,7 @@ class TurnedAttention:
 
     def attend(
         self,
-        layer: str,
+        rotation: Rotation,
         query: torch.Tensor,
         out: torch.Tensor,
         caches: tuple[torch.Tensor, torch.Tensor],
@@ -121,17 +118,17 @@ class TurnedAttention:
             written = out.new_empty((own.num_tokens, *out.shape[1:]))
         if self.decodes is not None:
             operands = self.decodes.operands(query, caches, out=written, layout=layout, **options)
-            turned_attention(operands, self._queries_of_decodes(self.decodes, self.rotations[layer]))
+            turned_attention(operands, self._queries_of_decodes(self.decodes, rotation))
         else:
             rows = own.block_table, own.query_start_loc, own.seq_lens
             _, lse = paged_attention(Operands(query, *caches, *rows, out=written, layout=layout, **options))
-            written.copy_(self._added(layer, query, written, lse, caches, layout=layout, **options))
+            written.copy_(self._added(rotation, query, written, lse, caches, layout=layout, **options))
         if self.tokens is not None:
             self.tokens.put(written, out)
 
     def add(
         self,
-        layer: str,
+        rotation: Rotation,
         query: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
@@ -142,7 +139,7 @@ class TurnedAttention:
         """Add the blocks' keys to the attention over all other keys.
 
         Args:
-            layer: name of the layer.
+            rotation: the rotary embedding of the layer.
             query: (tokens, heads, head size) of the step, turned to the positions of its tokens.
             out: (tokens, heads, value size) of the step, changed in place.
             lse: (tokens, heads) of the step, changed in place.
@@ -150,17 +147,17 @@ class TurnedAttention:
             options: further Operands: ``scale``, ``softcap`` and the like.
         """
         if self.tokens is None:
-            out.copy_(self._added(layer, query, out, lse, caches, layout=layout, **options))
+            out.copy_(self._added(rotation, query, out, lse, caches, layout=layout, **options))
             return
         numbers = self.tokens.numbers
         part = lse[numbers]
-        wide = self._added(layer, query[numbers], out[numbers], part, caches, layout=layout, **options)
+        wide = self._added(rotation, query[numbers], out[numbers], part, caches, layout=layout, **options)
         self.tokens.put(wide, out)
         self.tokens.put(part, lse)
 
     def _added(
         self,
-        layer: str,
+        rotation: Rotation,
         query: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
@@ -169,7 +166,7 @@ class TurnedAttention:
     ) -> torch.Tensor:
         """``out`` with the blocks' keys, in float32, to be rounded once; ``lse`` is changed in place."""
         wide = out.float()
-        add_rows(self.rows, self.rotations[layer], query, caches, wide, lse, **options)
+        add_rows(self.rows, rotation, query, caches, wide, lse, **options)
         return wide
 
     def _queries_of_decodes(self, rows: TurnedRows, rotation: Rotation) -> TurnedQueries:
@@ -188,7 +185,6 @@ def make_turned_attention(
     batch: CommonAttentionMetadata,
     virtual: CommonAttentionMetadata,
     page_size: int,
-    rotations: Mapping[str, Rotation],
 ) -> TurnedAttention:
     """The attention of the rows that see blocks with positions of their own; there are some.
 
@@ -205,7 +201,7 @@ def make_turned_attention(
         ranges = make_token_ranges(rows, numbers, page_size)
         if len(ranges.row) <= MAX_TOKENS:
             decodes = ranges_as_rows(ranges, batch.block_table_tensor, batch.seq_lens, page_size)
-    return TurnedAttention(rotations, own, calls, tokens, decodes)
+    return TurnedAttention(own, calls, tokens, decodes)
 
 
 def _rows_of(

@@ -6,7 +6,7 @@ Triton compiles a kernel when it is first called, which takes seconds. vLLM 0.33
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ import torch
 
 from starling.attention_backends.kernels.contract import Sizes
 from starling.attention_backends.kernels.ranges import RangeTable, TokenRanges, make_range_table
-from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.kernels.triton.ranges import prefill_tile_queries
 from starling.attention_backends.star.range_attention import RangeAttention
 from starling.vllm_compat.patching import touches
@@ -25,13 +24,12 @@ from starling.vllm_compat.patching import touches
     "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.{num_heads, head_size, logits_soft_cap}",
 )
 @torch.inference_mode()
-def warm_up(layers: Iterable[Any], rotations: Mapping[str, Rotation]) -> None:
+def warm_up(layers: Iterable[Any]) -> None:
     """Run each kernel that a step over documents can need, once for each kind of layer.
 
     Args:
         layers: vLLM's attention layers whose implementation turns queries, with their KV caches bound. Page 0 of a
             cache is read; no page is written.
-        rotations: layer name -> its rotary embedding.
     """
     seen = set()
     for layer in layers:
@@ -45,7 +43,7 @@ def warm_up(layers: Iterable[Any], rotations: Mapping[str, Rotation]) -> None:
         for tile_queries in (1, prefill_tile_queries(sizes, cache.element_size())):
             query = torch.zeros(1, impl.num_heads * impl.head_size, dtype=cache.dtype, device=cache.device)
             table = _table(tile_queries, cache.device)
-            impl.attend_turned(layer, query, cache, torch.empty_like(query), RangeAttention(rotations, [table]))
+            impl.attend_turned(query, cache, torch.empty_like(query), RangeAttention([table]))
 
 
 def _table(tile_queries: int, device: torch.device) -> RangeTable:

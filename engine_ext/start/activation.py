@@ -241,7 +241,7 @@ def _log_activation(star: StarOptions, facts: EngineFacts, model: Any, preset: s
     if facts.refusals:
         logger.warning("Star Attention is not available here: %s", "; ".join(facts.refusals))
         return
-    if star.segments not in (None, "off") and facts.document_refusals:
+    if star.says_where_documents_start and facts.document_refusals:
         logger.warning("star_segments=%s has no effect here: %s", star.segments, "; ".join(facts.document_refusals))
     logger.info("Starling: %s", summary(star))
     if star.mode == "auto" and model.max_model_len < star.min_tokens:
@@ -269,7 +269,7 @@ def prepare_server(args: Any) -> None:
     if config.cache_salt == "api-key" and not api_keys(args):
         reason = "the server has no API keys to derive salts from: give --api-key or VLLM_API_KEY"
         raise OptionError(f"{ENTRY}.{CACHE_SALT}", config.cache_salt, reason, "request or required")
-    if config.star.segments not in (None, "off"):
+    if config.star.says_where_documents_start:
         show_cached_tokens(args, config)
     wanted = [*MIDDLEWARE]
     if config.live_page == "on":

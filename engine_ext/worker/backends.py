@@ -8,14 +8,18 @@ from typing import Any
 from starling.attention_backends.paged.names import CLASSES, register_paged_backend
 from starling.attention_backends.star.backend import register_star_backends, takes_star
 from starling.config.entry import config_of
-from starling.features.asked import reads_all_caches
+from starling.features.worker_part import WorkerPart
 
 
-def register_backends(vllm_config: Any, refusals: list[str]) -> None:
+def register_backends(vllm_config: Any, refusals: list[str], parts: Sequence[WorkerPart]) -> None:
     """Register the star backends in this process where star can run, and always on CPU.
 
     On GPUs a star backend has smaller full CUDA graphs and larger buffers than vLLM's. On CPU it also has Starling's
     attention op, which dense batches use too.
+
+    Args:
+        refusals: why star can't run; none: it can.
+        parts: of the worker.
     """
     is_cpu = vllm_config.device_config.device_type == "cpu"
     config = config_of(vllm_config)
@@ -23,16 +27,11 @@ def register_backends(vllm_config: Any, refusals: list[str]) -> None:
     if own:
         register_paged_backend(own)
     if is_cpu or not refusals:
-        register_star_backends(own)
-    if is_cpu:
-        from starling.attention_backends.star import cpu_impl
+        register_star_backends(own, any(part.makes_calls for part in parts))
+    if is_cpu and vllm_config.lora_config is not None:
+        from starling.vllm_compat.cpu_lora import use_masked_lora
 
-        cpu_impl.use_cpu_attention(config.cpu_attention if config else "vllm")
-        cpu_impl.read_all_caches(reads_all_caches(vllm_config))
-        if vllm_config.lora_config is not None:
-            from starling.vllm_compat.cpu_lora import use_masked_lora
-
-            use_masked_lora()
+        use_masked_lora()
 
 
 def unsplit_layers(builders: Sequence[tuple[Any, Sequence[str]]]) -> str | None:

@@ -98,7 +98,7 @@ class StarWorker(ReplicaCalls):
         self.star_problem: str | None = None
         self.is_warming_up = False
         self.parts = [part for make in parts_of("worker") if (part := make(vllm_config)) is not None]
-        register_backends(vllm_config, self.star_refusals)
+        register_backends(vllm_config, self.star_refusals, self.parts)
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         self.star_requests = StarRequests()
         self.counts_rows = self.rank == 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from starling.attention_backends.star.head_calls import dense_heads_in_use, unsupported_reason, use_dense_heads
+from starling.attention_backends.star.head_calls import unsupported_reason
 from starling.attention_backends.star.head_step import HeadStep
 from starling.config.entry import STAR_HEADS, config_of
 from starling.config.head_scores import HeadScores
@@ -29,8 +29,8 @@ class DenseHeads(WorkerPart):
         ranks: layer name -> (KV heads,) the places of this rank's heads in the order of the scores.
     """
 
-    def __init__(self, on_cpu: bool) -> None:
-        self.on_cpu = on_cpu
+    def __init__(self, on_cpu: bool, makes_calls: bool) -> None:
+        self.on_cpu, self.makes_calls = on_cpu, makes_calls
         self.problem: str | None = None
         self.scores: HeadScores | None = None
         self.ranks: dict[str, np.ndarray] = {}
@@ -38,8 +38,7 @@ class DenseHeads(WorkerPart):
     @classmethod
     def make(cls, vllm_config: Any) -> DenseHeads:
         on_cpu = vllm_config.device_config.device_type == "cpu"
-        use_dense_heads(not on_cpu and has_dense_heads(vllm_config) and not has_documents(vllm_config))
-        return cls(on_cpu)
+        return cls(on_cpu, not on_cpu and has_dense_heads(vllm_config) and not has_documents(vllm_config))
 
     def layers_known(self, worker: Any, layers: Layers) -> None:
         self.scores = scores_of(worker.vllm_config)
@@ -47,7 +46,7 @@ class DenseHeads(WorkerPart):
             return
         model = worker.model_runner.get_model()
         self.ranks, self.problem = ranks_of_layers(self.scores, model, layers.full, layers.others)
-        if self.problem is None and (self.on_cpu or dense_heads_in_use()):
+        if self.problem is None and (self.on_cpu or self.makes_calls):
             blocks = attention_blocks(model)
             reasons = ((name, unsupported_reason(blocks[name].attention)) for name in self.ranks)
             self.problem = next((f"layer {name}: {reason}" for name, reason in reasons if reason), None)

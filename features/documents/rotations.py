@@ -11,8 +11,8 @@ from vllm.model_executor.layers.attention import Attention
 
 from starling.attention_backends.kernels.rotary import Rotation, turn_back
 from starling.attention_backends.star.backend import takes_star
-from starling.attention_backends.star.turned_impl import turns_queries
-from starling.attention_backends.star.turned_impl import unsupported_reason as unsupported_by_triton
+from starling.attention_backends.star.gpu_impl import attends_by_parts
+from starling.attention_backends.star.gpu_impl import unsupported_reason as unsupported_by_triton
 from starling.vllm_compat.rotary import FIXED_FREQUENCIES, AttentionBlock, angle_table, attention_blocks
 
 CHECKED_POSITIONS = (1, 5, 63)
@@ -23,11 +23,10 @@ in bfloat16, of which a query is rounded once more than without turning."""
 
 
 def turning_layers(vllm_config: Any) -> list[str]:
-    """Names of a loaded model's full-attention layers whose implementation turns queries, on a GPU."""
+    """Names of a loaded model's full-attention layers that attend by the parts of a step, on a GPU."""
     layers = get_layers_from_vllm_config(vllm_config, Attention).items()
-    return [
-        name for name, layer in layers if turns_queries(layer.impl) and takes_star(layer.get_kv_cache_spec(vllm_config))
-    ]
+    able = ((name, layer) for name, layer in layers if attends_by_parts(layer.impl))
+    return [name for name, layer in able if takes_star(layer.get_kv_cache_spec(vllm_config))]
 
 
 def block_positions_problem(

@@ -10,13 +10,8 @@ from vllm.logger import init_logger
 
 from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.star.document_step import DocumentStep
+from starling.attention_backends.star.gpu_impl import attends_by_parts
 from starling.attention_backends.star.step import set_positions
-from starling.attention_backends.star.turned_impl import (
-    block_positions_in_use,
-    turns_queries,
-    use_block_positions,
-    use_rotations,
-)
 from starling.config.entry import config_of
 from starling.features.documents.rotations import block_positions_problem, make_rotations, turning_layers
 from starling.features.documents.rules import is_made_for_documents
@@ -34,28 +29,29 @@ class Documents(WorkerPart):
     """
     Attributes:
         problem: why the layers of the loaded model can't have such blocks; None: they can.
-        rotations: layer name -> how its queries are turned; None: not made yet.
+        is_made_for_documents: whether the engine is, so that on a GPU its layers and graphs have Starling's kernels.
+        rotations: layer name -> how its queries are turned, which its implementation has too; None: not made yet.
     """
 
-    def __init__(self, on_cpu: bool) -> None:
-        self.on_cpu = on_cpu
+    def __init__(self, on_cpu: bool, is_made_for_documents: bool) -> None:
+        self.on_cpu, self.is_made_for_documents = on_cpu, is_made_for_documents
+        self.makes_calls = is_made_for_documents and not on_cpu
         self.problem: str | None = None
         self.rotations: dict[str, Rotation] | None = None
 
     @classmethod
     def make(cls, vllm_config: Any) -> Documents:
-        use_block_positions(is_made_for_documents(vllm_config))
-        return cls(vllm_config.device_config.device_type == "cpu")
+        return cls(vllm_config.device_config.device_type == "cpu", is_made_for_documents(vllm_config))
 
     def loaded(self, worker: Any) -> None:
         """Make the tables of angles, which count when the KV cache is sized; on a GPU the layers are looked at here."""
-        if worker.star_refusals or not block_positions_in_use():
+        if worker.star_refusals or not self.is_made_for_documents:
             return
         if not self.on_cpu:
             with set_current_vllm_config(worker.vllm_config):
                 self._check(worker, turning_layers(worker.vllm_config))
-        if block_positions_in_use():
-            use_rotations(self.made_rotations(worker))
+        if self.is_made_for_documents:
+            self.made_rotations(worker)
 
     def layers_known(self, worker: Any, layers: Layers) -> None:
         if self.on_cpu:
@@ -79,13 +75,13 @@ class Documents(WorkerPart):
             before_forward(worker.model_runner, set_positions)
             return
         config = config_of(worker.vllm_config)
-        if config is None or not block_positions_in_use():
+        if config is None or not self.is_made_for_documents:
             return
         if config.star.mode != "off":
             refused = f"star_segments={config.star.segments} is refused: {self.problem}"
             raise RuntimeError(f"{refused}. Allowed for this model: off")
         logger.warning("star_segments=%s has no effect here: %s", config.star.segments, self.problem)
-        use_block_positions(False)
+        self.is_made_for_documents = False
 
     def before_warm_up(self, worker: Any) -> None:
         """Compile the kernels of steps over documents, where an engine on a GPU may have such steps."""
@@ -95,19 +91,24 @@ class Documents(WorkerPart):
 
         blocks = attention_blocks(worker.model_runner.get_model())
         layers = (blocks[name].attention for name in self.rotations)
-        warm_up([layer for layer in layers if turns_queries(layer.impl)], self.rotations)
+        warm_up([layer for layer in layers if attends_by_parts(layer.impl)])
 
     def step_part(
         self, worker: Any, plans: Mapping[str, StarPlan], metadata: Mapping[str, RequestMetadata]
     ) -> DocumentStep | None:
-        has_documents = any(plan.documents for plan in plans.values())
-        return DocumentStep(self.made_rotations(worker)) if has_documents else None
+        if not any(plan.documents for plan in plans.values()):
+            return None
+        self.made_rotations(worker)
+        return DocumentStep()
 
     def made_rotations(self, worker: Any) -> dict[str, Rotation]:
-        """Layer name -> how its queries are turned; made at the first use."""
+        """Layer name -> how its queries are turned; made at the first use, and given to the layers."""
         if self.rotations is None:
-            max_model_len = worker.vllm_config.model_config.max_model_len
-            self.rotations = make_rotations(worker.model_runner.get_model(), max_model_len)
+            max_model_len, model = worker.vllm_config.model_config.max_model_len, worker.model_runner.get_model()
+            self.rotations = make_rotations(model, max_model_len)
+            blocks = attention_blocks(model)
+            for name, rotation in self.rotations.items():
+                blocks[name].attention.impl.rotation = rotation
         return self.rotations
 
     def report(self) -> dict[str, str | None]:

@@ -86,7 +86,7 @@ def _find_plan(case: Case) -> tuple[StarPlan | None, str | None]:
     if why is not None:
         return None, why
     check(PROMPT_RULES, case)
-    is_known = case.prompt.segments is not None or case.options.segments not in (None, "off")
+    is_known = case.prompt.segments is not None or case.options.says_where_documents_start
     documents = find_documents(case) if is_known else NO_DOCUMENTS
     context_end = find_context_end(case, documents)
     documents = documents_before(context_end, documents, case) if documents.starts else documents

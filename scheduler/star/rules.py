@@ -37,12 +37,12 @@ class Case:
     @property
     def asks_for_documents(self) -> bool:
         """Whether an option says where documents start, and the request nothing that these can't have."""
-        return self.options.segments not in (None, "off") and self.instead_of_documents is None
+        return self.options.says_where_documents_start and self.instead_of_documents is None
 
     @property
     def instead_of_documents(self) -> str | None:
         """What the request asks for, and the documents that only the server's default asks for can't have."""
-        if self.options.segments in (None, "off") or "segments" in self.given:
+        if not self.options.says_where_documents_start or "segments" in self.given:
             return None
         if self.has("block_size") and num_blocks(self.options) is not None:
             return f"{flat_name('block_size')}={self.options.block_size} is a share of the prompt"

@@ -18,11 +18,10 @@ import torch  # noqa: E402
 from starling.attention_backends.kernels import devices  # noqa: E402
 from starling.attention_backends.kernels.triton import decode  # noqa: E402
 from starling.attention_backends.kernels.triton.attention import MAX_QUERIES_PER_DECODE_ROW  # noqa: E402
-from starling.attention_backends.star.turned_impl import use_block_positions  # noqa: E402
 from starling.attention_backends.star.warm_up import warm_up  # noqa: E402
 from starling.scheduler.star.plan import StarPlan  # noqa: E402
 from tests.gpu_contract import kernels  # noqa: E402
-from tests.gpu_contract.cases import ROTATION, Case, Request, numbers  # noqa: E402
+from tests.gpu_contract.cases import Case, Request, numbers  # noqa: E402
 from tests.gpu_contract.engine import LayerGroup, make_config, run_case  # noqa: E402
 from tests.kernels.compiles import count_compiles  # noqa: E402
 
@@ -58,20 +57,19 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     kernels.install_flash_attention()
-    use_block_positions(True)
     # CPU tensors are here what a GPU's are.
     devices.uses_triton = lambda device: True
     decode.multiprocessors = lambda device: 132
     compiled = count_compiles()
     if os.environ.get("WARM_UP") != "0":
         case = random_case(0)
-        group = LayerGroup(case, FlashAttentionBackend, make_config(case), numbers(case, False), 0)
+        group = LayerGroup(case, FlashAttentionBackend, make_config(case), numbers(case, False), 0, by_parts=True)
         group.layer.kv_cache = group.cache
-        warm_up([group.layer], {group.name: ROTATION})
+        warm_up([group.layer])
     warmed, turned = dict(compiled), 0
     for seed in range(STEPS):
         case = random_case(seed)
-        _, rows = run_case(case, FlashAttentionBackend, numbers(case, False))
+        _, rows = run_case(case, FlashAttentionBackend, numbers(case, False), by_parts=True)
         turned += rows is not None and rows.turned is not None
     found = {name: compiled[name] - warmed.get(name, 0) for name in compiled}
     print(json.dumps({"warmed": warmed, "later": found, "turned": turned}))

@@ -85,7 +85,9 @@ def make_config(case: Case, dtype: torch.dtype = torch.float32) -> Any:
 class LayerGroup:
     """A KV cache group of one layer: its impl, pages and metadata builder."""
 
-    def __init__(self, case: Case, base: type[AttentionBackend], config: Any, drawn: Numbers, index: int) -> None:
+    def __init__(
+        self, case: Case, base: type[AttentionBackend], config: Any, drawn: Numbers, index: int, by_parts: bool = False
+    ) -> None:
         window = case.window if index else None
         self.case, self.name, self.window = case, f"layers.{index}.attn", window
         self.seed = case.seed + index
@@ -97,7 +99,7 @@ class LayerGroup:
             "kv_quant_mode": KVQuantMode.FP8_PER_TENSOR if case.fp8 else KVQuantMode.NONE,
         }
         spec = SlidingWindowSpec(**shape, sliding_window=window) if window else FullAttentionSpec(**shape)
-        backend = make_star_backend(base)
+        backend = make_star_backend(base, by_parts)
         self.impl = backend.get_impl_cls()(
             num_heads=case.heads,
             head_size=HEAD_SIZE,
@@ -108,6 +110,8 @@ class LayerGroup:
             kv_cache_dtype="fp8" if case.fp8 else "auto",
             sinks=drawn.sinks,
         )
+        if by_parts and window is None:
+            self.impl.rotation = ROTATION
         q_scale, k_scale, v_scale = drawn.scales
         self.layer = Attention.__new__(Attention)
         torch.nn.Module.__init__(self.layer)
@@ -195,24 +199,26 @@ def batch_fields(case: Case) -> dict[str, Any]:
 
 
 def run_case(
-    case: Case, base: type[AttentionBackend], drawn: Numbers
+    case: Case, base: type[AttentionBackend], drawn: Numbers, by_parts: bool = False
 ) -> tuple[list[tuple[torch.Tensor, int | None]], VirtualRows | None]:
     """Run one step over a full layer, and over a windowed one if the case has one.
+
+    Args:
+        by_parts: whether the engine is made for documents or dense heads.
 
     Returns:
         Each layer's output (tokens, H, D) with its window, and the step's virtual rows; None: no star rows.
     """
     config = make_config(case)
-    groups = [LayerGroup(case, base, config, drawn, index) for index in range(2 if case.window else 1)]
+    groups = [LayerGroup(case, base, config, drawn, index, by_parts) for index in range(2 if case.window else 1)]
     for group in groups:
         group.create_builder(config)
     ids = [str(index) for index in range(len(case.requests))]
     counted: list[VirtualRows] = []
     plans = {name: request.plan for name, request in zip(ids, case.requests, strict=True) if request.plan is not None}
     scheduled = dict(zip(ids, case.query_lens, strict=True))
-    rotations = {group.name: ROTATION for group in groups}
     ranks = {groups[0].name: np.array(case.ranks)} if case.ranks else {}
-    documents, heads = DocumentStep(rotations), HeadStep(plans.values(), ranks)
+    documents, heads = DocumentStep(), HeadStep(plans.values(), ranks)
     parts: list[StepPart] = [documents] if any(plan.documents for plan in plans.values()) else []
     parts += [heads] if heads.counts else []
     step = StarStep(plans, scheduled, lambda: ids, counted.append, parts)

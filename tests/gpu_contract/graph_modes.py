@@ -27,7 +27,9 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E4
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher  # noqa: E402
 from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
 
-from starling.engine_ext.worker.star_worker import register_backends  # noqa: E402
+from starling.engine_ext.worker.backends import register_backends  # noqa: E402
+from starling.features import parts_of  # noqa: E402
+from starling.features.documents.worker import Documents  # noqa: E402
 from starling.features.star.rules import star_refusals  # noqa: E402
 from starling.lab.doctor.attention import cuda_graphs  # noqa: E402
 from starling.vllm_compat.worker import without_full_graphs  # noqa: E402
@@ -93,8 +95,13 @@ def graphs_of(model: str, runner: str, options: dict[str, Any], graphs: dict[str
     except ValueError as error:
         return {"refused": str(error)}
     doctor = cuda_graphs(config)["mode"]
-    register_backends(config, star_refusals(config))
+    parts = [part for make in parts_of("worker") if (part := make(config)) is not None]
+    register_backends(config, star_refusals(config), parts)
     backend = AttentionBackendEnum.TRITON_ATTN.get_class()
+    if any(isinstance(part, Documents) and part.is_made_for_documents for part in parts):  # as once a model is loaded
+        layer: Any = SimpleNamespace(impl=object.__new__(backend.get_impl_cls()))
+        layer.impl.rotation = "a rotation"
+        config.compilation_config.static_forward_context["layer"] = layer
     piecewise = config.compilation_config.is_attention_compiled_piecewise()
     found = v1_graphs(config, backend) if runner == "V1" else v2_graphs(config, backend, piecewise)
     return found | {"doctor": doctor}

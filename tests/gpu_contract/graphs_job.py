@@ -26,10 +26,9 @@ from starling.attention_backends.star import backend as star_backend  # noqa: E4
 from starling.attention_backends.star import range_attention  # noqa: E402
 from starling.attention_backends.star.document_step import DocumentStep  # noqa: E402
 from starling.attention_backends.star.step import StarStep, open_step, set_positions  # noqa: E402
-from starling.attention_backends.star.turned_impl import use_block_positions, use_rotations  # noqa: E402
 from starling.scheduler.star.plan import StarPlan  # noqa: E402
 from tests.gpu_contract import kernels  # noqa: E402
-from tests.gpu_contract.cases import HEAD_SIZE, ROTATION, Case, Request, expected, numbers  # noqa: E402
+from tests.gpu_contract.cases import HEAD_SIZE, Case, Request, expected, numbers  # noqa: E402
 from tests.gpu_contract.engine import LayerGroup, batch_fields, make_config  # noqa: E402
 
 PAGE_SIZE, ROWS, CASES = 16, 5, 6
@@ -106,8 +105,7 @@ def replay(case: Case, graph: Graph, group: LayerGroup, metadata: Any) -> float:
     graph.query[:rows], graph.out[:] = drawn.queries[:rows], float("nan")
     names = [str(index) for index in range(rows)]
     plans = {name: one.plan for name, one in zip(names, case.requests, strict=True) if one.plan and one.plan.documents}
-    rotations = {group.name: ROTATION}
-    step = StarStep(plans, dict.fromkeys(names, 1), lambda: names, lambda rows: None, [DocumentStep(rotations)])
+    step = StarStep(plans, dict.fromkeys(names, 1), lambda: names, lambda rows: None, [DocumentStep()])
     with open_step(step if plans else None):
         build(graph, group, group.slot_mapping(), fields)
         set_positions(torch.zeros(ROWS, dtype=torch.int64))
@@ -125,7 +123,6 @@ def main() -> None:
         from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend as Backend
     else:
         from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend as Backend
-    use_block_positions(True)
     devices.uses_triton = lambda device: True
     launches: list[int] = []
     attend = range_attention.attend_in_ranges
@@ -141,9 +138,8 @@ def main() -> None:
             batch = [Request(one.end - 1, one.end) for one in batch]
         case = Case(tuple(batch), PAGE_SIZE, PAGE_SIZE, "LBNHC", 2, 2, seed=seed)
         config = make_config(case)
-        group = LayerGroup(case, Backend, config, numbers(case, False), 0)
+        group = LayerGroup(case, Backend, config, numbers(case, False), 0, by_parts=True)
         group.create_builder(config)
-        use_rotations({group.name: ROTATION})
         group.layer.kv_cache = group.cache
         launched = len(launches)
         graph, metadata = capture(case, group)

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -27,8 +28,7 @@ from vllm.platforms.interface import DeviceCapability  # noqa: E402
 from starling.attention_backends.kernels import devices  # noqa: E402
 from starling.attention_backends.star import range_attention  # noqa: E402
 from starling.attention_backends.star.document_step import DocumentStep  # noqa: E402
-from starling.attention_backends.star.head_calls import use_dense_heads  # noqa: E402
-from starling.attention_backends.star.turned_impl import use_block_positions  # noqa: E402
+from starling.attention_backends.star.rows import split_rows  # noqa: E402
 from tests.gpu_contract import kernels  # noqa: E402
 from tests.gpu_contract.cases import PAGES, cases, expected, gathers_pages, numbers  # noqa: E402
 from tests.gpu_contract.engine import run_case  # noqa: E402
@@ -38,31 +38,29 @@ from tests.kernels.determinism import OnlyDeterministic  # noqa: E402
 BOUND = 1e-6
 
 
-class Tally:
-    """Counts of the cases of a job, and their worst difference."""
+def by_parts(drawn: dict[str, Any]) -> bool:
+    """Whether the engine of cases that are drawn so is made for documents or dense heads."""
+    return bool(drawn.get("own_positions") or drawn.get("dense_heads"))
 
-    def __init__(self) -> None:
+
+class Tally:
+    """Counts of the cases of a job, and their worst difference.
+
+    Args:
+        by_parts: whether the engine is made for documents or dense heads.
+    """
+
+    def __init__(self, by_parts: bool = False) -> None:
+        self.by_parts = by_parts
         self.worst = 0.0
-        self.counts = dict.fromkeys(
-            (
-                *("cases", "star_steps", "gathered", "one_token_rows", "windowed", "fp8", "sinks", "padded"),
-                *(
-                    "split_pages",
-                    "turned",
-                    "turned_beside_others",
-                    "all_heads_dense",
-                    "calls_on_some_heads",
-                    "calls_on_three_kinds",
-                ),
-            ),
-            0,
-        )
+        self.counts: Counter[str] = Counter()
+        self.more: Callable[[str], None] = lambda fact: None
 
     def add(self, case: Any, base: Any, fp8_query: bool) -> None:
         drawn = numbers(case, case.fp8 and fp8_query)
         impl = base.get_impl_cls()
         with mock.patch.object(impl, "forward", autospec=True, side_effect=impl.forward) as forward:
-            outputs, rows = run_case(case, base, drawn)
+            outputs, rows = run_case(case, base, drawn, self.by_parts)
         calls = forward.call_count - len(outputs) + 1  # on the full layer
         if rows is None or rows.turned is None:
             wanted = case.num_runs if rows is not None else 1
@@ -77,43 +75,63 @@ class Tally:
             # fp8 values reach 4 times those of float32 here.
             assert difference <= BOUND * max(1.0, want.abs().max().item()), f"the worst difference is {difference:.1e}"
             self.worst = max(self.worst, difference / max(1.0, want.abs().max().item()))
-        facts = {
-            "cases": True,
-            "star_steps": rows is not None,
-            "gathered": rows is not None and len(rows.gathered) > 0,
-            "one_token_rows": rows is not None and bool(((rows.query_lens == 1) & rows.star).any()),
-            "windowed": case.window is not None,
-            "fp8": case.fp8,
-            "sinks": case.sinks,
-            "padded": case.padding > 0,
-            "turned": rows is not None and rows.turned is not None,
-            "turned_beside_others": rows is not None and rows.turned is not None and calls == 1,
-            "split_pages": case.kernel_page < case.manager_page,
-            "all_heads_dense": rows is not None
-            and any(len(case.dense_for(one.plan)) == case.kv_heads for one in case.requests if one.plan is not None),
-            "calls_on_some_heads": calls > 1,
-            "calls_on_three_kinds": calls > 1 and len(set(case.kinds)) > 2,
-        }
-        for name, fact in facts.items():
-            self.counts[name] += fact
+        self.counts.update({"cases": 1} | facts_of(case, rows))
+
+
+def rows_of(case: Any) -> Any:
+    """The virtual rows of a case; None: it has no star rows."""
+    plans, ends = [one.plan for one in case.requests], [one.end for one in case.requests]
+    return split_rows(plans, case.query_lens, ends, case.kernel_page)
+
+
+def facts_of(case: Any, rows: Any) -> dict[str, bool]:
+    """What is true of a case whose virtual rows are these."""
+    has_rows = rows is not None
+    turned = has_rows and rows.turned is not None
+    in_calls = has_rows and not turned and case.num_runs > 1
+    return {
+        "star_steps": has_rows,
+        "gathered": has_rows and len(rows.gathered) > 0,
+        "one_token_rows": has_rows and bool(((rows.query_lens == 1) & rows.star).any()),
+        "windowed": case.window is not None,
+        "fp8": case.fp8,
+        "sinks": case.sinks,
+        "padded": case.padding > 0,
+        "turned": turned,
+        "turned_beside_others": turned and len(np.unique(rows.turned.row)) < len(rows.query_lens),
+        "split_pages": case.kernel_page < case.manager_page,
+        "all_heads_dense": has_rows
+        and any(len(case.dense_for(one.plan)) == case.kv_heads for one in case.requests if one.plan is not None),
+        "calls_on_some_heads": in_calls,
+        "calls_on_three_kinds": in_calls and len(set(case.kinds)) > 2,
+    }
 
 
 def hold(base: Any, tally: Tally, strategy: Any, examples: int, *, fp8_query: bool = True) -> Tally:
-    """Run ``examples`` steps of a strategy on a backend, and count them in ``tally``."""
+    """Run ``examples`` steps of a strategy on a backend, and count them in ``tally``.
 
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        print_blob=False,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(strategy)
-    def run(case: Any) -> None:
-        tally.add(case, base, fp8_query)
+    An eighth of them have rows of scattered pages. ``tally.more`` runs one of which a fact is true.
+    """
 
-    run()
+    def run(part: Any, count: int) -> None:
+        @settings(
+            max_examples=count,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            print_blob=False,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(part)
+        def add(case: Any) -> None:
+            tally.add(case, base, fp8_query)
+
+        add()
+
+    gathered = -(-examples // 8)
+    run(strategy.filter(gathers_pages), gathered)
+    run(strategy, examples - gathered)
+    tally.more = lambda fact: run(strategy.filter(lambda case: facts_of(case, rows_of(case))[fact]), 1)
     return tally
 
 
@@ -123,7 +141,7 @@ def flash_attention(capability: tuple[int, int], examples: int, **drawn: Any) ->
     kernels.install_flash_attention()
     from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 
-    return hold(FlashAttentionBackend, Tally(), cases(**drawn), examples)
+    return hold(FlashAttentionBackend, Tally(by_parts(drawn)), cases(**drawn), examples)
 
 
 def flashinfer(capability: tuple[int, int], examples: int, **drawn: Any) -> Tally:
@@ -134,7 +152,7 @@ def flashinfer(capability: tuple[int, int], examples: int, **drawn: Any) -> Tall
     from vllm.v1.attention.backends.flashinfer import FlashInferBackend
 
     strategy = cases(**{"fp8": True, "decodes_first": True} | drawn)
-    return hold(FlashInferBackend, Tally(), strategy, examples, fp8_query=False)
+    return hold(FlashInferBackend, Tally(by_parts(drawn)), strategy, examples, fp8_query=False)
 
 
 def triton(examples: int, **drawn: Any) -> Tally:
@@ -142,7 +160,7 @@ def triton(examples: int, **drawn: Any) -> Tally:
 
     # The interpreter takes milliseconds for each tile of keys, so the batches are small.
     strategy = cases(fp8=True, sinks=True, max_tokens=180, max_queries=10, max_heads=4, max_requests=3, **drawn)
-    tally = Tally()
+    tally = Tally(by_parts(drawn))
     for part in (strategy.filter(gathers_pages), strategy):
         hold(TritonAttentionBackend, tally, part, examples, fp8_query=False)
     return tally
@@ -154,7 +172,7 @@ def paged_triton(examples: int, **drawn: Any) -> Tally:
 
     options = {"fp8": True, "sinks": False, "max_tokens": 180, "max_queries": 10, "max_heads": 4, "max_requests": 3}
     strategy = cases(**options | drawn)
-    tally = Tally()
+    tally = Tally(by_parts(drawn))
     for part in (strategy.filter(gathers_pages), strategy):
         hold(TritonBackend, tally, part, examples, fp8_query=False)
     return tally
@@ -184,7 +202,6 @@ def paged_xformers(examples: int) -> Tally:
 
 def own_positions(run: Callable[..., Tally], *args: Any, **drawn: Any) -> Tally:
     """A job whose requests have blocks with positions of their own: vLLM's builders, and Starling's kernel in torch."""
-    use_block_positions(True)
     devices.uses_triton = lambda device: True
     range_attention.attend_in_ranges = attend_in_ranges
     return run(*args, own_positions=True, **drawn)
@@ -192,7 +209,6 @@ def own_positions(run: Callable[..., Tally], *args: Any, **drawn: Any) -> Tally:
 
 def dense_heads(run: Callable[..., Tally], *args: Any, **drawn: Any) -> Tally:
     """A job whose prompts may have heads that see everything."""
-    use_dense_heads(True)
     return run(*args, dense_heads=True, **drawn)
 
 
@@ -229,8 +245,7 @@ def triton_own_positions(examples: int) -> Tally:
     strategy = cases(
         fp8=False, sinks=False, max_tokens=180, max_queries=10, max_heads=4, max_requests=3, own_positions=True
     )
-    use_block_positions(True)
-    tally = hold(TritonAttentionBackend, Tally(), strategy, examples)
+    tally = hold(TritonAttentionBackend, Tally(by_parts=True), strategy, examples)
     assert len(calls) >= tally.counts["turned"] > 0
     return tally
 
@@ -273,6 +288,9 @@ JOBS: dict[str, Callable[[], Tally]] = {
 
 def main() -> None:
     torch.set_num_threads(1)
-    name = sys.argv[1]
+    name, *facts = sys.argv[1:]
     tally = JOBS[name]()
+    for fact in facts:
+        if not tally.counts[fact]:
+            tally.more(fact)
     print(json.dumps({"job": name, "worst": tally.worst, **tally.counts}))

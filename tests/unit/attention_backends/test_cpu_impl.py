@@ -23,19 +23,13 @@ from tests.unit.attention_backends.test_rows import batch_metadata
 HEADS, KV_HEADS, SIZE, PAGE_SIZE, NUM_PAGES = 4, 2, 64, 32, 40
 
 
-@pytest.fixture(autouse=True)
-def restored_setting():
-    before = cpu_impl._cpu_attention
-    yield
-    cpu_impl.use_cpu_attention(before)
-
-
-def make(**changes) -> cpu_impl.CpuImpl:
+def make(setting="auto", **changes) -> cpu_impl.CpuImpl:
     arguments = {"num_heads": HEADS, "head_size": SIZE, "scale": 0.1, "num_kv_heads": KV_HEADS}
     arguments |= {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto"}
     model = SimpleNamespace(dtype=torch.float32)
     config = VllmConfig()
     config.model_config = model
+    config.additional_config = {"starling": {"cpu_attention": setting}}
     with set_current_vllm_config(config, check_compile=False):
         return cpu_impl.CpuImpl(**arguments | changes)
 
@@ -73,8 +67,7 @@ def test_both_ops_write_the_same_and_the_selected_one_runs(monkeypatch):
     monkeypatch.setattr(cpu_impl, "select_op", lambda *args, **kw: Op.STARLING)
     ours = run(impl, batch, query, cache)
     assert calls == [1]
-    cpu_impl.use_cpu_attention("vllm")
-    theirs = run(impl, batch, query, cache)
+    theirs = run(make("vllm"), batch, query, cache)
     assert calls == [1]
     assert (ours - theirs).abs().max() < 1e-5
 
@@ -140,12 +133,10 @@ class OtherReplicas:
 def test_keys_on_other_replicas_are_merged_whatever_the_setting(setting, monkeypatch):
     """A row of 10 queries whose first 4 pages are on other replicas, compared to the whole row in one batch."""
     torch.manual_seed(0)
-    impl, query = make(), torch.randn(10, HEADS, SIZE)
+    impl, query = make(setting), torch.randn(10, HEADS, SIZE)
     cache = torch.randn(NUM_PAGES, KV_HEADS, PAGE_SIZE, 2 * SIZE)
     whole = metadata([10], [200])
-    cpu_impl.use_cpu_attention("vllm")
-    wanted = run(impl, whole, query, cache)
-    cpu_impl.use_cpu_attention(setting)
+    wanted = run(make("vllm"), whole, query, cache)
     others = OtherReplicas(cache)
     others.table = whole.block_table[0, :4].numpy()
     rest = metadata([10], [200 - 4 * PAGE_SIZE])
@@ -177,8 +168,3 @@ def test_vllms_op_gives_for_slices_by_head_what_it_gives_for_all_heads(dtype, si
     calls = [HeadCall(head, head + 1, builders.build(0, 1, rows)) for head in range(KV_HEADS)]
     attend_by_heads(base, "CPU_ATTN", impl, calls, 76, LAYER, query, None, None, cache, in_calls)
     assert torch.equal(in_calls, whole)
-
-
-def test_an_unknown_setting():
-    with pytest.raises(ValueError, match="auto, vllm"):
-        cpu_impl.use_cpu_attention("fast")

@@ -9,9 +9,10 @@ import pytest
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from starling.attention_backends.star import head_calls
+from starling.attention_backends.star import gpu_impl
 from starling.attention_backends.star.backend import make_star_backend
-from starling.attention_backends.star.head_calls import make_heads_impl, unsupported_reason, use_dense_heads
+from starling.attention_backends.star.gpu_impl import make_gpu_impl
+from starling.attention_backends.star.head_calls import unsupported_reason
 from starling.attention_backends.star.head_step import HeadCall, HeadStep
 from starling.attention_backends.star.step import StarStep, open_step
 from starling.scheduler.star.plan import DenseHeads, StarPlan
@@ -34,27 +35,21 @@ class HeadsBackend(FakeBackend):
     get_builder_cls = staticmethod(lambda: HeadsBuilder)
 
 
-@pytest.fixture
-def in_use():
-    use_dense_heads(True)
-    yield
-    use_dense_heads(False)
-
-
-def heads_builder():
+def heads_builder(by_parts=True):
     """The builder of a GPU, whose metadata stays on the CPU."""
     config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context={}),
         scheduler_config=SimpleNamespace(max_num_seqs=10, max_num_batched_tokens=400),
         model_config=SimpleNamespace(max_model_len=1000),
     )
-    return make_star_backend(HeadsBackend).get_builder_cls()(SPEC, ["layer"], config, torch.device("meta"))
+    return make_star_backend(HeadsBackend, by_parts).get_builder_cls()(SPEC, ["layer"], config, torch.device("meta"))
 
 
 def step_with(ranks, plan=PLAN):
     return StarStep({"r0": plan}, {"r0": 20}, lambda: ["r0"], lambda rows: None, [HeadStep([plan], ranks)])
 
 
-def test_metadata_is_made_once_for_rows_and_a_number_of_heads(in_use):
+def test_metadata_is_made_once_for_rows_and_a_number_of_heads():
     step = step_with(RANKS)
     with open_step(step):
         whole = heads_builder().build(0, batch_metadata([20], [20], columns=12))
@@ -67,14 +62,14 @@ def test_metadata_is_made_once_for_rows_and_a_number_of_heads(in_use):
     assert calls[0].metadata is calls[2].metadata and calls[1].metadata is calls[3].metadata
 
 
-def test_a_layer_none_of_whose_heads_is_dense_is_one_call(in_use):
+def test_a_layer_none_of_whose_heads_is_dense_is_one_call():
     step = step_with({"layer": RANKS["layer"] + 2})
     with open_step(step):
         heads_builder().build(0, batch_metadata([20], [20], columns=12))
     assert step.part(HeadStep).calls("layer") is None
 
 
-def test_calls_that_no_layer_makes_are_an_error(in_use):
+def test_calls_that_no_layer_makes_are_an_error():
     step = step_with(RANKS)
     with pytest.raises(RuntimeError, match="dense heads ran, but no layer took them"), open_step(step):
         heads_builder().build(0, batch_metadata([20], [20], columns=12))
@@ -88,13 +83,12 @@ def test_a_server_that_is_not_started_for_dense_heads_has_vllms_implementation_a
         make_builder(device="meta").build(0, batch_metadata([20], [20], columns=12))
 
 
-def test_groups_of_layers_build_their_own_metadata_where_there_is_more_than_vllm_would_update(in_use):
+def test_groups_of_layers_build_their_own_metadata_where_there_is_more_than_vllm_would_update():
     """Decode steps see everything with every head, so that their full CUDA graphs stay."""
     builder = heads_builder()
     assert HeadsBuilder.supports_update_block_table and not builder.supports_update_block_table
-    assert builder.get_cudagraph_support(None, SPEC) is AttentionCGSupport.UNIFORM_BATCH
-    use_dense_heads(False)
-    assert heads_builder().supports_update_block_table
+    assert builder.get_cudagraph_support(builder.vllm_config, SPEC) is AttentionCGSupport.UNIFORM_BATCH
+    assert heads_builder(by_parts=False).supports_update_block_table
 
 
 class FakeImpl:
@@ -114,13 +108,13 @@ class FakeImpl:
 def test_a_call_has_the_slices_of_its_heads(backend, is_copied, monkeypatch):
     """Two of the kernels take the heads of an output to be next to one another. Padding is not written."""
     heads = SimpleNamespace(calls=lambda name: [HeadCall(0, 1, 100), HeadCall(1, 4, 200)])
-    monkeypatch.setattr(head_calls, "current_step", lambda: SimpleNamespace(num_tokens=3))
-    monkeypatch.setattr(head_calls, "current_part", {HeadStep: heads}.get)
+    monkeypatch.setattr(gpu_impl, "current_step", lambda: SimpleNamespace(num_tokens=3))
+    monkeypatch.setattr(gpu_impl, "current_part", {HeadStep: heads}.get)
     layer = SimpleNamespace(layer_name="layer", calls=[])
     query = torch.arange(4 * 16).view(4, 8, 2).float()
     cache = torch.arange(4.0)[None, :, None, None].expand(3, 4, 5, 4)
     output = torch.zeros(4, 16)
-    impl = make_heads_impl(FakeImpl, backend)()
+    impl = make_gpu_impl(FakeImpl, backend)()
     assert impl.forward(layer, query, None, None, cache, object(), output) is output
     added = torch.tensor([100.0] * 4 + [200.0] * 12)
     assert torch.equal(output[:3], query.view(4, 16)[:3] + added) and not output[3].any()

@@ -57,7 +57,8 @@ class FakeBackend(AttentionBackend):
 
 def make_builder(spec=SPEC, device="cpu"):
     scheduler = SimpleNamespace(max_num_seqs=10, max_num_batched_tokens=400)
-    config = SimpleNamespace(scheduler_config=scheduler, model_config=SimpleNamespace(max_model_len=1000))
+    model = SimpleNamespace(max_model_len=1000)
+    config = SimpleNamespace(scheduler_config=scheduler, model_config=model, additional_config={})
     return make_star_backend(FakeBackend).get_builder_cls()(spec, ["layer"], config, torch.device(device))
 
 
@@ -271,7 +272,7 @@ def test_a_request_with_keys_on_other_replicas_is_a_star_request_until_it_finish
 @pytest.mark.parametrize("fails", [False, True])
 def test_positions_are_those_of_the_prompt_again_after_the_step(fails):
     """Model runner V2 samples after the step, and counts output tokens by them."""
-    part, positions = DocumentStep({}), torch.arange(7, 13)
+    part, positions = DocumentStep(), torch.arange(7, 13)
     step = StarStep({}, {}, list, lambda rows: None, [part])
     part._shifts, step.engaged = np.array([0, 0, -6, -6, -6, 0]), True
     with pytest.raises(RuntimeError, match="no memory") if fails else nullcontext(), open_step(step):
@@ -289,7 +290,7 @@ def test_the_positions_of_all_requests_are_set_at_once(monkeypatch):
     blocks = ((0, 3), (4, 6))
     plan = StarPlan(16, 0, 0, 8, 10, documents=blocks)
     ids = [str(index) for index in range(9)]
-    part = DocumentStep({})
+    part = DocumentStep()
     step = StarStep(dict.fromkeys(ids[1:], plan), dict.fromkeys(ids, 1), lambda: ids, lambda rows: None, [part])
     step.rows(batch_metadata([1] * 9, [12] * 9, 4), 4)
     positions = torch.full((9,), 11)
@@ -304,7 +305,7 @@ def test_the_positions_of_all_requests_are_set_at_once(monkeypatch):
 
 
 def test_setting_positions_waits_for_no_gpu(monkeypatch):
-    part = DocumentStep({})
+    part = DocumentStep()
     part._shifts = np.array([0, 0, -6, -6, -6, 0])
     with AsyncCopies(monkeypatch, document_step):
         part.set_positions(torch.arange(7, 13, device="meta"))

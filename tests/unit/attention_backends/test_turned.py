@@ -130,7 +130,7 @@ class Batch:
         """The step's output, as a layer computes it."""
         virtual = self.split()
         rows = virtual_metadata(self.common, virtual)
-        step = DocumentStep({"layer": self.rotation})
+        step = DocumentStep()
         step.keep_block_tables(virtual, self.common, rows, PAGE_SIZE)
         query = rotate(self.query, torch.cat(self.positions), self.rotary[1], self.rotary[0]).float()
         out = torch.full_like(query, float("nan"))
@@ -138,7 +138,7 @@ class Batch:
         paged_attention(Operands(query, *self.caches, *tables, scale=SCALE, out=out))  # as vLLM's kernel, of all rows
         for number in np.unique(virtual.turned.row):
             out[slice(*rows.query_start_loc_cpu[number : number + 2])] = float("nan")
-        step.attention(PAGE_SIZE).attend("layer", query, out, self.caches, Layout.PAGES, scale=SCALE)
+        step.attention(PAGE_SIZE).attend(self.rotation, query, out, self.caches, Layout.PAGES, scale=SCALE)
         return out
 
     def check(self) -> None:
@@ -193,7 +193,7 @@ def test_a_gpu_is_not_waited_for(monkeypatch):
     virtual, names = batch.split(), ("block_table_tensor", "query_start_loc", "seq_lens")
     common = batch.common.replace(**{name: getattr(batch.common, name).to("meta") for name in names})
     with AsyncCopies(monkeypatch, ranges):
-        made = make_range_attention(virtual, common, PAGE_SIZE, {}, 4)
+        made = make_range_attention(virtual, common, PAGE_SIZE, 4)
     assert {table.numbers.device.type for table in made.tables} == {"meta"}
     single, several = made.tables
     assert single.max_places == 2, "the two output tokens behind documents"
@@ -254,9 +254,9 @@ def test_blocks_that_are_not_turned_have_plain_attention():
     rows, out = virtual_metadata(common, virtual), torch.empty_like(query)
     angles = torch.randn(NUM_POSITIONS, SIZE // 2)
     angles[0] = 0
-    step = DocumentStep({"layer": Rotation(angles.cos(), angles.sin(), True)})
+    rotation, step = Rotation(angles.cos(), angles.sin(), True), DocumentStep()
     step.keep_block_tables(virtual, common, rows, PAGE_SIZE)
-    step.attention(PAGE_SIZE).attend("layer", query, out, (keys, values), Layout.PAGES, scale=SCALE)
+    step.attention(PAGE_SIZE).attend(rotation, query, out, (keys, values), Layout.PAGES, scale=SCALE)
     table, starts, lens = common.block_table_tensor, common.query_start_loc, common.seq_lens
     plain, _ = paged_attention(Operands(query, keys, values, table, starts, lens, scale=SCALE))
     torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-5)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -18,7 +19,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from starling.attention_backends.paged.names import NAME
 from starling.attention_backends.star.backend import WRAPPED
-from starling.attention_backends.star.head_calls import use_dense_heads
+from starling.attention_backends.star.gpu_impl import attends_by_parts
 from starling.attention_backends.star.rows import is_split
 from starling.engine_ext.worker.backends import unsplit_layers
 from starling.engine_ext.worker.star_worker import make_star_worker
@@ -83,7 +84,9 @@ def unregistered():
     yield
     for name in (*WRAPPED, NAME):
         AttentionBackendEnum[name].clear_override()
-    use_dense_heads(False)
+
+
+NO_LAYERS = fake_config(compilation_config__static_forward_context={})
 
 
 FOR_DOCUMENTS = FULL | {"model_config__uses_mrope": False, "cache_config__cache_dtype": "auto"}
@@ -141,26 +144,33 @@ def test_an_engine_with_blocks_with_positions_of_their_own_has_full_graphs_of_si
     own = {"starling": {"star_segments": "auto"}}
     make_worker(**FOR_DOCUMENTS | {"additional_config": own})
     star = AttentionBackendEnum.TRITON_ATTN.get_class()
-    assert star.get_impl_cls().turns_queries
-    single = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    assert star.get_builder_cls().get_cudagraph_support(None, SPEC) is single
-    make_worker()
-    assert not hasattr(star.get_impl_cls(), "turns_queries")
-    make_worker(**FOR_DOCUMENTS | {"additional_config": own, "cache_config__cache_dtype": "fp8_e4m3"})
-    assert not hasattr(star.get_impl_cls(), "turns_queries"), "documents are refused with such a cache"
-    assert star.get_builder_cls().get_cudagraph_support(None, SPEC) is AttentionCGSupport.UNIFORM_BATCH
+    assert star.__name__ == "StarTritonAttentionBackendByParts" == star.__qualname__
+    assert resolve_obj_by_qualname(f"{star.__module__}.{star.__name__}") is star
+    layer = SimpleNamespace(impl=object.__new__(star.get_impl_cls()))
+    assert attends_by_parts(layer.impl)
+    config = fake_config(compilation_config__static_forward_context={"layer": layer})
+    support, levels = star.get_builder_cls().get_cudagraph_support, AttentionCGSupport
+    assert support(config, SPEC) is levels.UNIFORM_BATCH, "the layer's queries can't be turned"
+    layer.impl.rotation = "a rotation"
+    assert support(config, SPEC) is levels.UNIFORM_SINGLE_TOKEN_DECODE
+    for refused in ({}, {"additional_config": own, "cache_config__cache_dtype": "fp8_e4m3"}):
+        make_worker(**FOR_DOCUMENTS | refused)
+        plain = AttentionBackendEnum.TRITON_ATTN.get_class()
+        assert plain.__name__ == "StarTritonAttentionBackend"
+        assert not attends_by_parts(plain.get_impl_cls()), "documents are refused with such a cache"
+        assert plain.get_builder_cls().get_cudagraph_support(config, SPEC) is levels.UNIFORM_BATCH
 
 
 def test_an_engine_that_is_started_for_dense_heads_keeps_full_graphs_of_decode_batches():
     """Its decode steps have no step of Starling's, since each head sees everything then."""
     make_worker(additional_config={"starling": {"star_dense_heads": 0.25}})
     star = AttentionBackendEnum.TRITON_ATTN.get_class()
-    assert star.get_impl_cls().__name__ == "HeadsTritonAttentionImpl"
-    assert star.get_builder_cls().get_cudagraph_support(None, SPEC) is AttentionCGSupport.UNIFORM_BATCH
+    assert star.get_impl_cls().__name__ == "ByPartsTritonAttentionImpl"
+    assert star.get_builder_cls().get_cudagraph_support(NO_LAYERS, SPEC) is AttentionCGSupport.UNIFORM_BATCH
     plan = StarPlan(64, 16, 0, 300, 320, dense_heads=DenseHeads(1, 4, "digest"))
     assert is_split(plan, 299) and not is_split(plan, 300) and not is_split(plan, 320)
     make_worker()
-    assert star.get_impl_cls().__name__ == "TritonAttentionImpl"
+    assert AttentionBackendEnum.TRITON_ATTN.get_class().get_impl_cls().__name__ == "TritonAttentionImpl"
 
 
 @pytest.mark.parametrize("started_for", ["star_dense_heads=0.25", "star_heads=scores.json", None])
@@ -224,7 +234,7 @@ def test_what_layers_can_not_run_is_refused_or_not_captured_once_the_model_is_lo
     if mode == "off":
         assert warned == ["star_segments=auto has no effect here: a reason"]
         builder = AttentionBackendEnum.FLASH_ATTN.get_class().get_builder_cls()
-        assert builder.get_cudagraph_support(None, SPEC) is AttentionCGSupport.UNIFORM_BATCH
+        assert builder.get_cudagraph_support(NO_LAYERS, SPEC) is AttentionCGSupport.UNIFORM_BATCH
 
 
 def test_the_tokens_of_vllms_warm_up_are_not_counted():
@@ -245,9 +255,12 @@ def test_the_tokens_of_vllms_warm_up_are_not_counted():
 def test_kernels_of_steps_over_documents_are_warmed_up_on_a_gpu_before_vllm_watches_for_compiled_ones(
     device, segments, warmed, monkeypatch
 ):
-    """vLLM 0.33 begins to watch at the end of its own warm-up. Layers without a turned implementation are left out."""
+    """vLLM 0.33 begins to watch at the end of its own warm-up. Layers of another implementation are left out."""
     calls = []
-    layers = {"full": SimpleNamespace(impl=SimpleNamespace(turns_queries=True)), "window": SimpleNamespace(impl=None)}
+    layers = {
+        "full": SimpleNamespace(impl=SimpleNamespace(attends_by_parts=True)),
+        "window": SimpleNamespace(impl=SimpleNamespace()),
+    }
     blocks = {name: SimpleNamespace(attention=layer) for name, layer in layers.items()}
     rotations = {"full": "a rotation", "window": "a rotation"}
     monkeypatch.setattr(f"{DOCUMENTS}.attention_blocks", lambda model: blocks)
@@ -262,7 +275,7 @@ def test_kernels_of_steps_over_documents_are_warmed_up_on_a_gpu_before_vllm_watc
     worker.load_model()
     worker.initialize_from_config(None)
     worker.compile_or_warm_up_model()
-    assert calls == [([layers["full"]], rotations)] * warmed + ["vLLM's"]
+    assert calls == [([layers["full"]],)] * warmed + ["vLLM's"]
 
 
 def test_vllm_still_warms_up_its_kernels_in_the_method_that_is_overridden():

@@ -1,0 +1,117 @@
+"""vLLM's GPU attention, with what documents and dense heads need of a step.
+
+A row that attends to blocks with positions of their own needs the log-sum-exp of its other keys, which vLLM's
+implementations do not give: Starling's Triton kernels compute it. Heads that see everything are calls of vLLM's
+(head_calls.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionImpl
+
+from starling.attention_backends.kernels.ranges import RangeTable
+from starling.attention_backends.kernels.rotary import Rotation
+from starling.attention_backends.star.document_step import DocumentStep
+from starling.attention_backends.star.head_calls import attend_by_heads
+from starling.attention_backends.star.head_step import HeadStep
+from starling.attention_backends.star.range_attention import RangeAttention
+from starling.attention_backends.star.step import current_part, current_step
+from starling.vllm_compat.patching import extends, touches
+
+
+def attends_by_parts(impl: Any) -> bool:
+    """Whether an attention implementation is one that ``make_gpu_impl`` made."""
+    return getattr(impl, "attends_by_parts", False)
+
+
+def turns_queries(impl: Any) -> bool:
+    """Whether full CUDA graphs of an implementation have Starling's kernels: it has its layer's rotary embedding."""
+    return attends_by_parts(impl) and impl.rotation is not None
+
+
+def keep_for_capture(metadata: Any, table: RangeTable) -> None:
+    """Let layers that are captured with this metadata of vLLM's attend to the ranges of a table."""
+    metadata.starling_captured = RangeAttention([table])
+
+
+def unsupported_reason(impl: Any) -> str | None:
+    """The reason why the kernels can't run a layer, whatever the batch; None where they can."""
+    for refused, reason in (
+        (impl.alibi_slopes is not None, "it has ALiBi slopes"),
+        (impl.sinks is not None, "it has attention sinks"),
+        (impl.kv_cache_dtype.startswith("fp8"), "its cache is fp8"),
+    ):
+        if refused:
+            return reason
+    return None
+
+
+@functools.cache
+def make_gpu_impl(base: type[AttentionImpl], backend: str) -> type[AttentionImpl]:
+    """A subclass of a GPU backend's implementation for caches of shape (pages, KV heads, page size, 2 * head size).
+
+    Args:
+        backend: vLLM's name of the backend.
+    """
+
+    @extends(AttentionImpl)
+    @touches("vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.logits_soft_cap")
+    class GpuImpl(base):  # type: ignore[misc, valid-type]
+        """
+        Attributes:
+            rotation: the rotary embedding of the layer, where the engine is made for documents; given by the worker.
+        """
+
+        attends_by_parts = True
+        rotation: Rotation | None = None
+
+        def fused_output_quant_supported(self, quant_key: Any) -> bool:
+            return False
+
+        def forward(
+            self,
+            layer: Any,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            kv_cache: torch.Tensor,
+            attn_metadata: Any,
+            output: torch.Tensor,
+            *args: Any,
+            **kwargs: Any,
+        ) -> torch.Tensor:
+            """Write the attention of a step to ``output`` (tokens, heads, head size) and return it.
+
+            As in vLLM's method, K and V of the step are in the cache already.
+            """
+            turned, calls = getattr(attn_metadata, "starling_captured", None), None
+            step = None if attn_metadata is None else current_step()
+            if step is not None:
+                documents, heads = current_part(DocumentStep), current_part(HeadStep)
+                turned = turned if documents is None else documents.attention(kv_cache.shape[2])
+                calls = None if heads is None else heads.calls(layer.layer_name)
+            tensors = query, key, value, kv_cache
+            if step is not None and calls is not None:
+                attend_by_heads(base, backend, self, calls, step.num_tokens, layer, *tensors, output, *args, **kwargs)
+            elif turned is None or not turned.is_whole_step:
+                super().forward(layer, *tensors, attn_metadata, output, *args, **kwargs)
+            if turned is not None:
+                self.attend_turned(query, kv_cache, output, turned)
+            return output
+
+        def attend_turned(
+            self, query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor, turned: RangeAttention
+        ) -> None:
+            """Write the attention of rows over blocks with positions of their own; arguments as of ``forward``."""
+            assert self.rotation is not None
+            caches = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+            options = {"scale": self.scale, "softcap": self.logits_soft_cap or 0.0}
+            shape = (-1, self.num_heads, self.head_size)
+            turned.attend(self.rotation, query.view(shape), output.view(shape), caches, **options)
+
+    GpuImpl.__name__ = GpuImpl.__qualname__ = f"ByParts{base.__name__}"
+    return GpuImpl

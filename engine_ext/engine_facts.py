@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
 from typing import Any
 
-from starling.features.adapter.lora import adapter_of
-from starling.features.dense_heads.head_scores import scores_of
-from starling.features.dense_heads.rules import heads_refusals
-from starling.features.documents.rules import document_refusals
-from starling.features.replicas.rules import replica_set
-from starling.features.rule import options_of
-from starling.features.star.rules import is_attamba, star_refusals
+from starling.features import parts_of
+from starling.features.front_part import FrontPart
 from starling.scheduler.star.facts import EngineFacts
-from starling.scheduler.star.request_metadata import default_num_shards
 from starling.vllm_compat.config import page_size_before_start
-
-NO_OVERLAP = "an Attamba model's window ends at the border of a star block, and an overlap would go beyond it"
 
 
 def star_page_size(vllm_config: Any) -> int:
@@ -25,22 +17,23 @@ def star_page_size(vllm_config: Any) -> int:
     return own or page_size_before_start(vllm_config)
 
 
-def engine_facts(vllm_config: Any, page_size: int | None) -> EngineFacts:
+def front_parts(vllm_config: Any) -> list[FrontPart]:
+    """What features have in a front of an engine (raises OptionError: an option of the server can't be used)."""
+    return [part for make in parts_of("front") if (part := make(vllm_config)) is not None]
+
+
+def engine_facts(vllm_config: Any, page_size: int | None, parts: Sequence[FrontPart] | None = None) -> EngineFacts:
     """What is known of an engine, as far as its configuration and the reports of engine cores that have started say.
 
     Args:
         page_size: tokens of a KV page of the full-attention layers.
+        parts: of a front of the engine, where it has them already.
     """
+    parts = front_parts(vllm_config) if parts is None else parts
+    facts = {name: fact for part in parts for name, fact in part.facts().items()}
     return EngineFacts(
         page_size,
-        tuple(star_refusals(vllm_config)),
-        functools.cache(lambda: tuple(document_refusals(vllm_config))),
-        functools.cache(lambda: scores_of(vllm_config)),
-        functools.cache(lambda: tuple(heads_refusals(vllm_config))),
-        NO_OVERLAP if is_attamba(vllm_config) else None,
-        replica_set(vllm_config),
-        vllm_config.model_config.max_model_len - 1,  # a prompt leaves room for one token of output
-        divides_kv=default_num_shards(vllm_config) > 1,
-        quality_sizes=options_of(vllm_config).quality_sizes,
-        adapter=adapter_of(options_of(vllm_config)),
+        max_prompt_tokens=vllm_config.model_config.max_model_len - 1,  # a prompt leaves room for one token of output
+        changes=tuple(part.planned for part in parts),
+        **facts,
     )

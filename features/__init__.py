@@ -1,7 +1,8 @@
 """The features of star, a folder each. Processes loop over their parts, and name none of them.
 
-A folder has ``core.py`` with its parts in the engine core (scheduler/part.py), ``worker.py`` with those in a worker
-(worker_part.py), and ``rules.py`` with what it does not run with, as far as it needs them.
+A folder has ``front.py`` with its parts where requests arrive (front_part.py), ``core.py`` with those in the engine
+core (scheduler/part.py), ``worker.py`` with those in a worker (worker_part.py), and ``rules.py`` with what it does not
+run with, as far as it needs them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def parts_of(process: str) -> tuple[Any, ...]:
     """What makes the parts of all features in a process, in their order: ``PARTS`` of each module of that name.
 
     Args:
-        process: "core" or "worker".
+        process: "front", "core" or "worker".
     """
     names = (f"{__name__}.{feature}.{process}" for feature in FEATURES)
     return tuple(part for name in names if find_spec(name) is not None for part in import_module(name).PARTS)

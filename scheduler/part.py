@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from starling.config.entry import StarlingConfig
 from starling.vllm_compat.kv_pages import Page
+
+P = TypeVar("P")
+
+
+class HasParts:
+    """Something that features have parts of."""
+
+    parts: Sequence[Any]
+
+    def part(self, kind: type[P]) -> P | None:
+        """The part of a class; None: there is none."""
+        return next((part for part in self.parts if isinstance(part, kind)), None)
 
 
 class CorePart:

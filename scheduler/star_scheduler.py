@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -12,18 +12,16 @@ from starling.config.entry import StarlingConfig, config_of
 from starling.config.star import StarOptions
 from starling.scheduler.cache_keys import page_keys
 from starling.scheduler.core_rpc import add_core_rpc
-from starling.scheduler.part import CorePart, hooks_of
+from starling.scheduler.part import CorePart, HasParts, hooks_of
 from starling.scheduler.star.rules import check_sizes
 from starling.vllm_compat.kv_pages import Page
 from starling.vllm_compat.patching import extends
 from starling.vllm_compat.prefix_cache import add_page_keys
 from starling.vllm_compat.scheduler_hooks import SchedulerHooks
 
-P = TypeVar("P", bound=CorePart)
-
 
 @extends(Scheduler)
-class StarMixin(SchedulerHooks):
+class StarMixin(HasParts, SchedulerHooks):
     """Mixed into a vLLM scheduler class, before it: calls the hooks of its parts (part.py), and knows none of them.
 
     The page keys go in where vLLM makes its own, so that hashing, KV events and partial hits agree.
@@ -57,10 +55,6 @@ class StarMixin(SchedulerHooks):
         """Call these parts from now on, in this order."""
         self.parts = list(parts)
         self.hooks = hooks_of(self.parts)
-
-    def part(self, kind: type[P]) -> P | None:
-        """The part of a class; None: this scheduler has none."""
-        return next((part for part in self.parts if isinstance(part, kind)), None)
 
     # What vLLM calls.
 

@@ -15,6 +15,7 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from starling.attention_backends.star.rows import VirtualRows, split_rows
+from starling.scheduler.part import HasParts
 from starling.scheduler.star.plan import StarPlan
 
 RowIds = Callable[[], Sequence[str]]
@@ -69,10 +70,10 @@ class StepPart:
         return None
 
 
-P = TypeVar("P", bound=StepPart)
+P = TypeVar("P")
 
 
-class StarStep:
+class StarStep(HasParts):
     """One scheduler step that holds at least one star request.
 
     Args:
@@ -101,10 +102,6 @@ class StarStep:
         self.counted = False
         self.batch: Batch | None = None
         self._rows: dict[tuple[int, bool], VirtualRows | None] = {}
-
-    def part(self, kind: type[P]) -> P | None:
-        """The part of a class; None: this step has none."""
-        return next((part for part in self.parts if isinstance(part, kind)), None)
 
     def rows(self, common: CommonAttentionMetadata, page_size: int, anchored: bool = True) -> VirtualRows | None:
         """The batch's virtual rows for pages of ``page_size`` tokens; None where no row lies in star blocks.

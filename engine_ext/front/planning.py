@@ -13,10 +13,11 @@ from vllm.logger import init_logger
 from starling.config.entry import ENTRY, StarlingConfig, config_of
 from starling.config.parsing import OptionError
 from starling.config.star import FIELD_OF, StarOptions, is_star_key, parse_options
-from starling.engine_ext.engine_facts import engine_facts
+from starling.engine_ext.engine_facts import engine_facts, front_parts
 from starling.engine_ext.front.bounds import shortened
 from starling.engine_ext.front.metrics import front_metrics
 from starling.engine_ext.front.misplaced import nearly, refuse_among_options
+from starling.scheduler.part import HasParts
 from starling.scheduler.star.counts import describe, model_keys
 from starling.scheduler.star.decide import Decision, decide, refuse_above_one_replica
 from starling.scheduler.star.documents import NOT_ONE_TOKEN, refuse_many_offsets
@@ -84,7 +85,7 @@ def refuse_segment_text(text: Any, model_config: Any) -> None:
         raise OptionError(SEGMENTS, text, NOT_ONE_TOKEN, "auto, off, or the text of one token")
 
 
-class PromptPlanner:
+class PromptPlanner(HasParts):
     """Plans the prompts of one engine."""
 
     def __init__(self, vllm_config: Any, tokenizer: Any = None) -> None:
@@ -92,7 +93,10 @@ class PromptPlanner:
         self.vllm_config = vllm_config
         self.tokenizer = tokenizer
         self.num_peers: Callable[[], int] | None = None  # how many servers there are now to split prompts with
-        facts = EngineFacts(None, (HOW_TO_ACTIVATE,)) if self.config is None else engine_facts(vllm_config, None)
+        self.parts = [] if self.config is None else front_parts(vllm_config)
+        facts = EngineFacts(None, (HOW_TO_ACTIVATE,))
+        if self.config is not None:
+            facts = engine_facts(vllm_config, None, self.parts)
         self.facts = replace(facts, token_of=lru_cache(maxsize=256)(self.token_of))
         self.defaults = usable_defaults((self.config or StarlingConfig()).star, facts)
 

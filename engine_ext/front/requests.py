@@ -10,7 +10,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from starling.config.parsing import OptionError
-from starling.config.star import flat_name, is_star_key, parse_options
+from starling.config.star import is_star_key, parse_options
 from starling.engine_ext.front.bounds import REQUEST_ID, check_params, check_prompt_logprobs
 from starling.engine_ext.front.cache_salt import salted
 from starling.engine_ext.front.call import current_call
@@ -18,7 +18,6 @@ from starling.engine_ext.front.constraints import check_transfer_params
 from starling.engine_ext.front.metrics import front_metrics
 from starling.engine_ext.front.misplaced import refuse_at_top_level
 from starling.engine_ext.front.planning import PromptPlanner, rejection
-from starling.features.adapter.lora import lora_request
 from starling.scheduler.star.counts import describe
 from starling.scheduler.star.decide import Decision
 from starling.scheduler.star.facts import PromptFacts
@@ -103,7 +102,7 @@ class RequestPlanner(PromptPlanner):
     def resolve(self, request: Any, prompt: Any) -> None:
         """Replace a processed request's star options by its metadata, in the request's own sampling parameters.
 
-        A prompt whose plan has the server's adapter gets it.
+        A prompt whose plan has an adapter of the server's gets it.
 
         Args:
             prompt: what vLLM made the request of; with its Decision where a front has planned it.
@@ -128,8 +127,8 @@ class RequestPlanner(PromptPlanner):
             decision = self.plan(params.extra_args, facts)
         if self.config is None:
             return
-        if decision.plan is not None and decision.plan.documents:
-            _refuse_token_positions(params)
+        if decision.plan is not None:
+            self.check(decision.plan, params)
         request.lora_request = self.lora_of(decision.plan, request.lora_request)
         metadata = replace(metadata, plan=decision.plan, why=decision.why, keys=self.model_keys(decision))
         rest = {key: value for key, value in (params.extra_args or {}).items() if not is_star_key(key)}
@@ -138,13 +137,22 @@ class RequestPlanner(PromptPlanner):
             front_metrics().requests.labels("dense" if decision.plan is None else "star").inc()
 
     def lora_of(self, plan: StarPlan | None, named: Any) -> Any:
-        """The LoRA adapter (LoRARequest) with which a prompt runs: the server's, where its plan has it, or ``named``.
+        """The LoRA adapter (LoRARequest) with which a prompt runs: a feature's, where its plan has one, or ``named``.
 
         Args:
             named: by the request; None: none.
         """
-        adapter = self.facts.adapter
-        return lora_request(adapter) if adapter is not None and plan is not None and plan.adapter else named
+        for part in self.parts if plan is not None else ():
+            named = part.lora(plan, named)
+        return named
+
+    def check(self, plan: StarPlan, params: Any) -> None:
+        """Refuse parameters that can't be used with a plan (raises VLLMValidationError)."""
+        try:
+            for part in self.parts:
+                part.check(plan, params)
+        except OptionError as error:
+            raise VLLMValidationError(str(error), parameter=error.name) from None
 
 
 def plan_of_request(request: Any) -> dict[str, Any] | None:
@@ -188,19 +196,6 @@ def prompt_facts(engine_input: Mapping[str, Any], dense_only: str | None = None,
     return PromptFacts(
         len(token_ids), token_ids if alone else None, engine_input.get(KNOWN_SEGMENTS), dense_only, has_lora
     )
-
-
-def _refuse_token_positions(params: Any) -> None:
-    """Refuse parameters that count the client's prompt tokens, where the engine gets padding tokens too."""
-    rows, start = params.prompt_logprob_token_ids, params.routed_experts_prompt_start
-    for name, value, given in (
-        ("prompt_logprob_token_ids", rows and f"{len(rows)} rows", rows is not None),
-        ("routed_experts_prompt_start", start, start > 0),
-    ):
-        if given:
-            reason = "with each document on a KV page the engine's prompt has more tokens"
-            error = OptionError(name, value, reason, f"none, or {flat_name('segments')}=off")
-            raise VLLMValidationError(str(error), parameter=name)
 
 
 def check_unknown(fields: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any, TypeVar
+from typing import Any
 
 from vllm.logger import init_logger
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -20,7 +20,8 @@ from starling.features import parts_of
 from starling.features.replicas.worker import ReplicaCalls
 from starling.features.report import STAR
 from starling.features.star.rules import star_refusals
-from starling.features.worker_part import Layers, WorkerPart
+from starling.features.worker_part import Layers
+from starling.scheduler.part import HasParts
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import RequestMetadata, metadata_of
 from starling.vllm_compat.models import without_prefill_checkpoints
@@ -34,7 +35,6 @@ from starling.vllm_compat.worker import (
     without_full_graphs,
 )
 
-P = TypeVar("P", bound=WorkerPart)
 logger = init_logger("vllm.starling")
 
 BASES = {
@@ -85,7 +85,7 @@ def count_rows(rows: VirtualRows) -> None:
 
 
 @extends(WorkerBase)
-class StarWorker(ReplicaCalls):
+class StarWorker(HasParts, ReplicaCalls):
     """Mixed into a platform's worker, before it: runs star requests, and calls the hooks of its parts (features/)."""
 
     # vLLM's own.
@@ -104,10 +104,6 @@ class StarWorker(ReplicaCalls):
         self.counts_rows = self.rank == 0
         replica = str(vllm_config.parallel_config.data_parallel_index)
         self.computed_tokens = worker_metrics().computed_tokens.labels(replica)
-
-    def part(self, kind: type[P]) -> P | None:
-        """The part of a class; None: this worker has none."""
-        return next((part for part in self.parts if isinstance(part, kind)), None)
 
     def star_report(self) -> dict[str, str | None]:
         """What the loaded model's layers can't run, and why (engine_report.py)."""

@@ -105,6 +105,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     from starling.engine_ext.serving.cli.cores import CORES_ENV, bound_cores, core_binding
     from starling.engine_ext.serving.cli.serve_args import parse
     from starling.engine_ext.serving.grpc.prompts import chat_params
+    from starling.features.adapter.lora import adapter_of
     from starling.scheduler.star.decide import needs_independent_blocks
     from starling.scheduler.star.rules import refused_options
     from starling.scheduler.star.sizes import has_default_overlap
@@ -133,7 +134,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
         "star_refused": refusals,
         "options_refused": refused_options(star, engine),
         "documents": documents(config, engine.document_refusals),
-        "adapter": "none" if engine.adapter is None else engine.adapter.described,
+        "adapter": "none" if (adapter := adapter_of(starling)) is None else adapter.described,
         "star_block_reuse": block_reuse(config, starling.scheduling, refusals, has_overlap),
     }
     if star.segments == "auto":

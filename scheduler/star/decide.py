@@ -106,7 +106,9 @@ def _find_plan(case: Case) -> tuple[StarPlan | None, str | None]:
     if len(plan.starts) < 2:
         one_block = f"a context of {context_end:,} tokens is one star block of {plan.block_size:,}"
         return None, (None if plan.documents else case.dense_word) or one_block
-    return with_replicas(sized, with_adapter(case, plan)), documents.why
+    for change in case.engine.changes:
+        plan = change(plan, case.options, case.prompt)
+    return with_replicas(sized, plan), documents.why
 
 
 def off(case: Case) -> str | None:
@@ -206,14 +208,6 @@ def plan_of_documents(case: Case, documents: Documents, context_end: int) -> Sta
         documents=spans,
         padding_token=documents.padding(head, ids),
     )
-
-
-def with_adapter(case: Case, plan: StarPlan) -> StarPlan:
-    """The plan with the server's adapter, where it was trained for such plans and the request names none of its own."""
-    adapter, purpose = case.engine.adapter, "documents" if plan.documents else "star"
-    if adapter is None or purpose not in adapter.purposes or case.prompt.has_lora or case.options.adapter == "off":
-        return plan
-    return replace(plan, adapter=adapter.digest)
 
 
 def with_replicas(case: Case, plan: StarPlan) -> StarPlan:

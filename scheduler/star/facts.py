@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from starling.config.adapter import StarAdapter
 from starling.config.head_scores import HeadScores
+from starling.config.star import StarOptions
+from starling.scheduler.star.plan import StarPlan
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class EngineFacts:
         divides_kv: whether prompts may be longer than the memory of one replica.
         token_of: returns the token that a text is; None: it is none, or several.
         quality_sizes: as of ``StarlingConfig``.
-        adapter: for prompts with a star plan; None: there is none.
+        changes: what features change in a plan, in their order (features/front_part.py).
     """
 
     page_size: int | None
@@ -98,7 +99,7 @@ class EngineFacts:
     divides_kv: bool = False
     token_of: Callable[[str], int | None] = lambda text: None
     quality_sizes: Mapping[str, int] | None = None
-    adapter: StarAdapter | None = None
+    changes: tuple[Callable[[StarPlan, StarOptions, PromptFacts], StarPlan], ...] = ()
 
     @property
     def document_refusals(self) -> tuple[str, ...]:

@@ -17,12 +17,21 @@ from tests.parity.harness import OF_ENGINES, TINY, cores
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory):
-    """Of the one engine of these tests."""
-    model = make_random_llama(tmp_path_factory.mktemp("models") / "tiny", **TINY)
+def model(tmp_path_factory):
+    return make_random_llama(tmp_path_factory.mktemp("models") / "tiny", **TINY)
+
+
+@pytest.fixture(scope="module")
+def result(model):
+    """Of the one engine of most of these tests."""
+    return result_of("llm_job", model)
+
+
+def result_of(job: str, model) -> dict:
+    """What a job says of its engine, whose front, core and worker are one process."""
     with cores(1) as bound:
         env = {"VLLM_CPU_OMP_THREADS_BIND": bound, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        done = run_in_fork("tests.parity.llm_job:main", str(model), imports=OF_ENGINES, env=env)
+        done = run_in_fork(f"tests.parity.{job}:main", str(model), imports=OF_ENGINES, env=env)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     (line,) = (line for line in done.stdout.splitlines() if line.startswith(RESULT))
     return json.loads(line.removeprefix(RESULT))
@@ -54,6 +63,16 @@ def test_star_options_with_a_list_of_parameters_and_with_none(result):
     assert result["plans"]["each"] == result["plans"]["default"] == block
     assert result["tokens"]["each"] == 2 and result["tokens"]["default"] > 2
     assert result["sources"] == [None] * 9
+
+
+@pytest.mark.engine
+def test_a_feature_is_a_folder_and_a_line_and_is_seen_in_front_core_worker_and_response(model):
+    """tests/parity/toys/: by default, blocks of 256 tokens have an overlap of 224."""
+    found = result_of("toy_job", model)
+    assert found["plan"]["attention"] == "star" and found["plan"]["overlap_size"] == 0
+    assert sum(tokens for _, tokens in found["rows"]) >= 900 - 256
+    assert {overlap for overlap, _ in found["rows"]} == {0}
+    assert max(tokens for _, tokens in found["rows"]) == 64
 
 
 @pytest.mark.engine

@@ -27,6 +27,7 @@ from starling.engine_ext.front.requests import RequestPlanner
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.serving.grpc.arrivals import arriving
 from starling.engine_ext.serving.grpc.messages import abort
+from starling.features.adapter.front import Adapter
 from starling.scheduler.star.documents import lay_out
 from starling.scheduler.star.plan import StarPlan
 from starling.v1 import replica_pb2 as pb
@@ -87,8 +88,8 @@ def split_prompt(message: pb.Prompt, planner: RequestPlanner) -> SplitPrompt:
     if documents and planner.engine.document_refusals:
         reason = f"a peer sent a prompt of documents: {'; '.join(planner.engine.document_refusals)}"
         raise VLLMValidationError(reason, parameter="prompt")
-    own = planner.facts.adapter
-    if message.adapter and (own is None or own.digest != message.adapter):
+    own = planner.part(Adapter)
+    if message.adapter and (own is None or own.adapter.digest != message.adapter):
         reason = f"a peer sent a prompt with the adapter {message.adapter}, which is not this server's"
         raise VLLMValidationError(reason, parameter="prompt")
     inputs = {"cache_salt": message.cache_salt} if message.HasField("cache_salt") else {}

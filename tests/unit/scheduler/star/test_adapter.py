@@ -6,6 +6,7 @@ import pytest
 
 from starling.config.adapter import Distilled, StarAdapter
 from starling.config.star import parse_options
+from starling.features.adapter.front import Adapter
 from starling.scheduler.star.counts import describe
 from starling.scheduler.star.decide import decide
 from starling.scheduler.star.facts import EngineFacts, PromptFacts
@@ -23,7 +24,7 @@ def adapter(*purposes: str) -> StarAdapter:
 
 def used(options: dict, *purposes: str, has_lora: bool = False, defaults: dict | None = None) -> bool | None:
     """Whether a prompt runs with an adapter of these purposes; None: it has no plan."""
-    engine = EngineFacts(4, adapter=adapter(*purposes) if purposes else None)
+    engine = EngineFacts(4, changes=(Adapter(adapter(*purposes)).planned,) if purposes else ())
     facts = PromptFacts(len(IDS), IDS, has_lora=has_lora)
     plan = decide(parse_options(defaults or {}), parse_options(options), facts, engine).plan
     if plan is None:

@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
-from vllm.exceptions import GenerationError, VLLMClientError, VLLMValidationError
+from vllm.exceptions import VLLMValidationError
+from vllm.outputs import RequestOutput
 
 from starling.config.entry import config_of
 from starling.engine_ext.front.call import Call, this_call
 from starling.engine_ext.front.requests import decision_of
 from starling.engine_ext.front.state import front_state
+from starling.engine_ext.front.whole_request import empty_output
 from starling.features.adapter.lora import adapter_fields
 from starling.features.asked import has_library
 from starling.scheduler.core_rpc import CACHED_TOKENS
@@ -19,15 +21,8 @@ from starling.scheduler.star.request_metadata import RequestMetadata
 from starling.vllm_compat.front import call_engine_core, num_engine_cores
 
 
-class LookedUp(GenerationError, VLLMClientError):
-    """In place of a request's outputs: the call has the answer. vLLM logs no error of these two kinds with its stack.
-
-    vLLM's server answers a GenerationError, and `/v1/messages` a VLLMClientError (vllm_compat/front.py).
-    """
-
-
 def prepare_look_up(http_request: Any) -> None:
-    """Make one answer of a request of a call that only looks up, where it asks for a stream.
+    """Make one answer of a request of a call that only looks up, where it asks for a stream or its prompt.
 
     Raises:
         VLLMValidationError: it runs when the call has ended.
@@ -36,17 +31,22 @@ def prepare_look_up(http_request: Any) -> None:
         return
     if getattr(http_request, "background", None):
         raise VLLMValidationError("A response in the background is not looked up.", parameter="background")
-    if getattr(http_request, "stream", None):
-        http_request.stream = False
+    for name in ("stream", "echo"):  # an answer without tokens has no log-probabilities to echo
+        if getattr(http_request, name, None):
+            setattr(http_request, name, False)
 
 
-def look_up(engine: Any, prompt: Any, keywords: Mapping[str, Any], call: Call) -> AsyncGenerator[Any, None]:
-    """A generator that gives a call its answer, and no outputs. What is refused is so before a response begins.
+def look_up(
+    engine: Any, prompt: Any, request_id: str, keywords: Mapping[str, Any], call: Call
+) -> AsyncGenerator[RequestOutput, None]:
+    """The outputs of a request that is looked up: one without tokens, once the call has its answer.
+
+    What is refused is so before a response begins.
 
     Args:
         engine: an AsyncLLM.
         prompt: the engine input.
-        keywords: of AsyncLLM.generate.
+        request_id, keywords: of AsyncLLM.generate.
 
     Raises:
         VLLMValidationError: prompts of this kind are not looked up, nor are several at once.
@@ -59,14 +59,15 @@ def look_up(engine: Any, prompt: Any, keywords: Mapping[str, Any], call: Call) -
     lora = front_state(engine).planner.lora_of(planned.plan, keywords.get("lora_request"))
     metadata = RequestMetadata(planned.plan).to_wire()
     question = (planned.token_ids, metadata, prompt.get("cache_salt"), adapter_fields(lora))
-    return _ask(engine, question, planned.shown, call)
+    return _ask(engine, question, planned.shown, call, request_id)
 
 
-async def _ask(engine: Any, question: tuple[Any, ...], plan: Any, call: Call) -> AsyncGenerator[Any, None]:
+async def _ask(
+    engine: Any, question: tuple[Any, ...], plan: Any, call: Call, request_id: str
+) -> AsyncGenerator[RequestOutput, None]:
     """Give a call its answer.
 
     Raises:
-        LookedUp: always, once the call has its answer.
         VLLMValidationError: the engine looks up no prompt.
         EngineDeadError, RetryableRequestError: a replica does not answer.
     """
@@ -78,5 +79,4 @@ async def _ask(engine: Any, question: tuple[Any, ...], plan: Any, call: Call) ->
     config = config_of(engine.vllm_config)
     own = {} if config is None else {"star_segments": config.star.segments, "library": has_library(engine.vllm_config)}
     call.cached = {"plan": plan, "replicas": found} | own
-    raise LookedUp("the prompt was looked up, and does not run")
-    yield  # makes this a generator
+    yield empty_output(request_id, question[0], 1, "stop")

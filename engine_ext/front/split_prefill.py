@@ -34,7 +34,7 @@ from starling.engine_ext.front.replica import HeldPart, Home, PartAborted, Repli
 from starling.engine_ext.front.replica_rpc import ReplicaUnavailable, WeightsChanged
 from starling.engine_ext.front.requests import decision_of
 from starling.engine_ext.front.state import front_state
-from starling.engine_ext.front.whole_request import Task, aborted_output, with_task
+from starling.engine_ext.front.whole_request import Task, empty_output, with_task
 from starling.features.replicas.page_transfer import layout_mismatch
 from starling.scheduler.star.assignment import Assignment, ReplicaState, assign_blocks
 from starling.scheduler.star.client_tokens import pad, work
@@ -165,7 +165,7 @@ class SplitPrefill:
                 aborting.cancel()
             prepared = None if self.aborted.is_set() else preparing.result()
             if prepared is None:
-                yield aborted_output(self.request_id, self.token_ids, params.n)
+                yield empty_output(self.request_id, self.token_ids, params.n)
                 return
             rank, task = prepared
             self.reader = None if task is None else self.homes[rank]
@@ -186,7 +186,7 @@ class SplitPrefill:
                     has_ended, self.has_output = output.finished, True
                     yield output
         except RequestWithdrawn:  # aborted while it was handed over
-            yield aborted_output(self.request_id, self.token_ids, params.n)
+            yield empty_output(self.request_id, self.token_ids, params.n)
         finally:
             withdraw(self.engine, admission)
             self.state.split_requests.remove(self)

@@ -1,4 +1,4 @@
-"""The request of a whole prompt whose parts were prefilled before: its parameters, and its end before it began."""
+"""A request whose parts were prefilled before: its parameters; and the output of one that the engine does not get."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from starling.scheduler.star.request_metadata import KEY, PageFetch, RemoteShard
 Task = PageFetch | RemoteShards
 
 
-def aborted_output(request_id: str, token_ids: Sequence[int], num_choices: int) -> RequestOutput:
-    """The last output of a request that is aborted before the engine gets it."""
+def empty_output(
+    request_id: str, token_ids: Sequence[int], num_choices: int, finish_reason: str = "abort"
+) -> RequestOutput:
+    """The last output of a request that the engine does not get."""
     choices = [
-        CompletionOutput(index, "", [], cumulative_logprob=None, logprobs=None, finish_reason="abort")
+        CompletionOutput(index, "", [], cumulative_logprob=None, logprobs=[], finish_reason=finish_reason)
         for index in range(num_choices)
     ]
     return RequestOutput(request_id, None, list(token_ids), None, choices, finished=True, num_cached_tokens=0)

@@ -104,7 +104,7 @@ def _hook_into_front() -> None:
     ) -> AsyncGenerator[Any, None]:
         call = current_call.get()
         if call is not None and call.only_looks_up:
-            return look_up(engine, prompt, request[-1], call)
+            return look_up(engine, prompt, request[0], request[-1], call)
         generated = generate_split(engine, generate, prompt, params, *request)
         error = constraint_error(params)
         generated = generated if error is None else with_reason(generated, error)

@@ -341,14 +341,17 @@ class TestCachedTokens:
         http, text = fleet.http[1], new_prompt(600)
         messages = [{"role": "user", "content": text}]
         body = {"max_tokens": 4, "stream": stream}
-        prompts = {"/v1/completions": {"prompt": text}, "/v1/responses": {"input": text}}
+        prompts = {
+            "/v1/completions": {"prompt": text, "logprobs": 1, "echo": not stream},
+            "/v1/chat/completions": {"messages": messages, "logprobs": True, "top_logprobs": 2},
+            "/v1/responses": {"input": text},
+        }
         body |= prompts.get(path, {"messages": messages})
         http.post(path, json={"model": MODEL} | body).raise_for_status()
         errors = fleet.servers[1].log.read_text().count(" ERROR ")
         answer = _look_up(http, path, **body)
         assert answer.status_code == 200, answer.text
-        if path != "/v1/messages":  # vLLM logs each error there
-            assert fleet.servers[1].log.read_text().count(" ERROR ") == errors
+        assert fleet.servers[1].log.read_text().count(" ERROR ") == errors
         assert answer.json()["replicas"][0]["cached_tokens"] >= 512, answer.text
 
     @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +24,6 @@ from starling.config.warm_prompts import (
     tokens_found,
 )
 from starling.engine_ext.front.bounds import DOCUMENTS, DOCUMENTS_AT_ONCE, shortened
-from starling.engine_ext.front.cached_tokens import LookedUp
 from starling.engine_ext.front.call import current_call, this_call
 from starling.engine_ext.serving.grpc.prompts import PromptLimit
 from starling.v1 import inference_pb2 as pb
@@ -109,12 +108,7 @@ class Warming:
         call = replace(this_call(), only_looks_up=True, plans=[], request_ids=[], num_sequences=0)
         context = copy_context()
         context.run(current_call.set, call)
-
-        async def ask() -> None:
-            with suppress(LookedUp):
-                await self._plan_of(message)
-
-        await asyncio.create_task(ask(), context=context)
+        await asyncio.create_task(self._plan_of(message), context=context)
         return call.cached or {"replicas": [], "plan": {}}
 
 

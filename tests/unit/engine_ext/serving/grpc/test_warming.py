@@ -11,8 +11,8 @@ import pytest
 
 from starling.client import AsyncClient, StarlingError, WarmedDocument
 from starling.config.star import parse_options
-from starling.engine_ext.front.cached_tokens import LookedUp
 from starling.engine_ext.front.call import current_call
+from starling.engine_ext.front.whole_request import empty_output
 from starling.engine_ext.serving.errors import DrainingError
 from starling.scheduler.star.facts import EngineFacts
 from starling.scheduler.star.request_metadata import LIBRARY_CONNECTOR
@@ -53,7 +53,8 @@ class Engine(FakeEngine):
             self.looked_up.append(len(prompt["prompt_token_ids"]))
             block = {"tokens": TEN, "cached_tokens": self.finds}
             call.cached = {"plan": {}, "replicas": [{"documents": [block, block]}]}
-            raise LookedUp
+            yield empty_output(request_id, prompt["prompt_token_ids"], 1, "stop")
+            return
         star = {name: value for name, value in (params.extra_args or {}).items() if name.startswith("star")}
         self.sent.append((len(prompt["prompt_token_ids"]), star, prompt.get("cache_salt")))
         async for event in super().generate(prompt, params, request_id, priority, lora_request):

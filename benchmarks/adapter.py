@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.report import mean_ratio, saved_figure, write_row
 from starling.lab.distillation.adapted_model import AdaptedModel, make_rows
-from starling.lab.distillation.options import DTYPES
+from starling.lab.distillation.distil_options import DTYPES
 from starling.lab.distillation.training import document_plan
 from starling.lab.distillation.training_prompts import TRAINED_TASKS, with_recalls
 from starling.lab.evaluation.document_prompts import (

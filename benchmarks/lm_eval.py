@@ -24,7 +24,7 @@ from benchmarks.accuracy import ENGINE, QUERY_TOKENS, plans
 from benchmarks.engine import ROOT
 from benchmarks.report import write_json
 from starling.lab.evaluation.plans import DENSE, Plan, parse_plan
-from starling.lab.evaluation.server import served
+from starling.lab.evaluation.server_process import served
 from starling.lab.evaluation.statistics import bootstrap
 
 PROGRAM = ROOT / "build" / "lm-eval" / "bin" / "lm_eval"

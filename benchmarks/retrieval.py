@@ -31,7 +31,7 @@ from benchmarks.engine import ROOT
 from benchmarks.random_llama import byte_tokenizer
 from benchmarks.report import write_json
 from starling.lab.evaluation.plans import DENSE, Plan
-from starling.lab.evaluation.server import served
+from starling.lab.evaluation.server_process import served
 
 HEAD, PAIRS = 128, 64
 THETA, ROTATED = 1e20, 20

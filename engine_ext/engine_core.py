@@ -8,7 +8,7 @@ from vllm.logger import init_logger
 
 from starling.config.entry import config_of
 from starling.engine_ext.engine_report import engine_report
-from starling.features.report import SPLIT, STAR
+from starling.features.report_fields import SPLIT, STAR
 from starling.features.schedulers import (
     AsyncDiffusionStarScheduler,
     AsyncStarScheduler,
@@ -17,7 +17,7 @@ from starling.features.schedulers import (
 )
 from starling.features.star.rules import star_refusals
 from starling.scheduler.star.request_metadata import REPLICA_CONNECTORS
-from starling.vllm_compat.engine_report import send_report
+from starling.vllm_compat.report_to_fronts import send_report
 
 __all__ = ["AsyncDiffusionStarScheduler", "AsyncStarScheduler", "DiffusionStarScheduler", "StarScheduler"]
 

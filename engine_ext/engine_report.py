@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from starling.features.report import BLOCK_POSITIONS, HEADS, HEADS_ORDER, SPLIT, STAR
+from starling.features.report_fields import BLOCK_POSITIONS, HEADS, HEADS_ORDER, SPLIT, STAR
 from starling.vllm_compat.scheduler_view import SchedulerView
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from starling.config.entry import StarlingConfig, config_of
-from starling.vllm_compat.engine_report import engine_reports
+from starling.vllm_compat.report_to_fronts import engine_reports
 
 
 class Rule(NamedTuple):

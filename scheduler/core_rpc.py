@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from starling.scheduler.cache_state import cache_state, prefill_progress
-from starling.vllm_compat.engine_core import add_core_utility
+from starling.vllm_compat.core_process import add_core_utility
 from starling.vllm_compat.worker import attention_backends
 
 CACHE_STATE = "starling_cache_state"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from starling.config.adapter import DISTILLED, PEFT_CONFIG, WEIGHTS
-from starling.features.dense_heads.head_scores import checkpoint_digest
+from starling.features.dense_heads.model_heads import checkpoint_digest
 
 ALPHA = 4
 

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from starling.vllm_compat.admission import has_arrived, hide_requests
+from starling.vllm_compat.admission_limits import has_arrived, hide_requests
 from starling.vllm_compat.patching import Original, touches, wrap
 
 ENGINE_SECONDS = 3.0

@@ -1,6 +1,6 @@
 """A layer's decode step on a GPU: every request has one token, and nothing is read from the host.
 
-The same as mix.py and attend.py compute, in a few launches that a CUDA graph can record.
+The same as mix.py and attend_step.py compute, in a few launches that a CUDA graph can record.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from starling.attention_backends.attamba.attend import Cache, Sizes
+from starling.attention_backends.attamba.attend_step import Cache, Sizes
 from starling.attention_backends.attamba.backend import AttambaMetadata
 from starling.attention_backends.attamba.decode_kernels import join_kernel, mix_kernel, rows_kernel, store_kernel
 from starling.attention_backends.attamba.mixer import MixerParameters, MixerSizes

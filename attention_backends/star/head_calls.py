@@ -13,7 +13,7 @@ import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionType, CommonAttentionMetadata
 
 from starling.attention_backends.star.head_step import HeadCall
-from starling.vllm_compat.attention import (
+from starling.vllm_compat.head_attention import (
     builder_of_heads,
     builder_of_other_rows,
     has_scales_by_head,

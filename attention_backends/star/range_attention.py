@@ -1,6 +1,6 @@
 """The attention of a step's tokens that see blocks with positions of their own, as layers compute it on a GPU.
 
-All keys that a token sees are ranges of its batch row, each met by a query that is turned back (turned.py says why).
+All keys that a token sees are ranges of its batch row, met by queries that are turned back: turned_rows.py says why.
 """
 
 from __future__ import annotations

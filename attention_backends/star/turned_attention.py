@@ -1,6 +1,6 @@
 """The attention of a step's tokens that see blocks with positions of their own, as layers compute it on a CPU.
 
-turned.py has the rows. On a GPU it is that of range_attention.py.
+turned_rows.py has the rows. On a GPU it is that of range_attention.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.kernels.turned import TurnedQueries, turned_attention
 from starling.attention_backends.star.range_attention import make_token_ranges
 from starling.attention_backends.star.rows import VirtualRows
-from starling.attention_backends.star.turned import (
+from starling.attention_backends.star.turned_rows import (
     MAX_TOKENS,
     TurnedRows,
     add_rows,

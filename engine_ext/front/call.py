@@ -25,7 +25,7 @@ class Call:
         request_ids: of the engine requests that were made for it.
         num_sequences: of them: their choices.
         only_looks_up: its prompt is not run: what is cached of it is looked up.
-        cached: what was found (front/cached_tokens.py); None: nothing yet.
+        cached: what was found (look_up.py); None: nothing yet.
     """
 
     api_key: str = ""

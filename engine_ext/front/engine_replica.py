@@ -15,6 +15,7 @@ import msgspec
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.kv_reservations import Reservation
 from starling.engine_ext.front.replica import HeldPart, PartAborted
 from starling.engine_ext.front.replica_rpc import (
@@ -24,9 +25,8 @@ from starling.engine_ext.front.replica_rpc import (
     WeightsChanged,
 )
 from starling.engine_ext.front.requests import PLANNED
-from starling.engine_ext.front.state import front_state
 from starling.features.adapter.lora import adapter_fields
-from starling.features.replicas.core_rpc import (
+from starling.features.replicas.replica_calls import (
     CANCEL_FETCH,
     EXTEND_FETCH,
     IS_PAUSED,

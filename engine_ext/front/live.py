@@ -19,9 +19,9 @@ from typing import Any
 from prometheus_client.registry import Collector
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.progress import ADDED, furthest
 from starling.engine_ext.front.replica_rpc import retrieve_error
-from starling.engine_ext.front.state import front_state
 from starling.features.live.core import LISTED, shortened
 from starling.scheduler.core_rpc import LIVE_REQUESTS
 from starling.vllm_compat.front import call_engine_core, num_engine_cores, request_state

@@ -2,7 +2,7 @@
 
 The call is the lease of the pages. The other server holds them until this one says that it needs them no more, or for
 some time after the call has broken: so nothing stays behind on the other server, however this one ends
-(engine_ext/serving/grpc/replica.py).
+(engine_ext/serving/grpc/replica_service.py).
 """
 
 from __future__ import annotations

@@ -16,12 +16,12 @@ from vllm.logger import init_logger
 
 from starling.config.entry import config_of
 from starling.config.replicas import ReplicaOptions, join_address, split_address, split_peers
-from starling.engine_ext.front.metrics import front_metrics
 from starling.engine_ext.front.replica_rpc import ReplicaRPC
+from starling.engine_ext.front.star_metrics import front_metrics
 from starling.features.adapter.lora import adapter_of
 from starling.features.replicas.agents import server_of
-from starling.features.replicas.core_rpc import IDENTITY
 from starling.features.replicas.page_transfer import differences
+from starling.features.replicas.replica_calls import IDENTITY
 from starling.features.replicas.rules import MAX_SERVERS
 from starling.v1 import replica_pb2 as pb
 from starling.v1 import replica_pb2_grpc

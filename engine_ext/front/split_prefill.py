@@ -28,12 +28,12 @@ from vllm.sampling_params import SamplingParams
 
 from starling.engine_ext.front.end_of_reads import renew_all, until_ended, until_fetched
 from starling.engine_ext.front.engine_replica import EngineReplica, SplitPrompt, while_answering
-from starling.engine_ext.front.metrics import front_metrics
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.peer_replica import PeerReplica
 from starling.engine_ext.front.replica import HeldPart, Home, PartAborted, Replica
 from starling.engine_ext.front.replica_rpc import ReplicaUnavailable, WeightsChanged
 from starling.engine_ext.front.requests import decision_of
-from starling.engine_ext.front.state import front_state
+from starling.engine_ext.front.star_metrics import front_metrics
 from starling.engine_ext.front.whole_request import Task, empty_output, with_task
 from starling.features.replicas.page_transfer import layout_mismatch
 from starling.scheduler.star.assignment import Assignment, ReplicaState, assign_blocks
@@ -42,7 +42,7 @@ from starling.scheduler.star.decide import Decision
 from starling.scheduler.star.kv_demand import KVDemand
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import LOST, PageFetch, RemoteShards, Shard
-from starling.vllm_compat.admission import Admission, RequestWithdrawn, admit, admitted_outputs, withdraw
+from starling.vllm_compat.admission_limits import Admission, RequestWithdrawn, admit, admitted_outputs, withdraw
 from starling.vllm_compat.front import abort_in_engine_cores, engine_request_ids, num_engine_cores
 
 logger = init_logger("vllm.starling")

@@ -33,22 +33,22 @@ from starling.config.presets import PRESET, preset_of, with_preset
 from starling.config.star import StarOptions, summary
 from starling.engine_ext.engine_facts import engine_facts, star_page_size
 from starling.engine_ext.environment import ADMIN_KEY_ENV, LIVE_DATA, LIVE_PATH, SERVES_PEERS, refuse_rust_front
-from starling.engine_ext.front.clients import api_keys
-from starling.engine_ext.front.metrics import front_metrics
+from starling.engine_ext.front.client_keys import api_keys
 from starling.engine_ext.front.planning import refuse_segment_text
-from starling.engine_ext.start.library import beside_library, set_library
+from starling.engine_ext.front.star_metrics import front_metrics
+from starling.engine_ext.start.library_connector import beside_library, set_library
 from starling.features.adapter.lora import check_adapter, turn_lora_on
 from starling.features.asked import has_dense_heads
-from starling.features.dense_heads.head_scores import scores_of
+from starling.features.dense_heads.model_heads import scores_of
 from starling.features.replicas import network
 from starling.features.replicas.rules import other_launcher
 from starling.scheduler.star.facts import EngineFacts, ReplicaSet
 from starling.scheduler.star.request_metadata import CONNECTOR, ONE_HOST, SHARDS, default_num_shards
 from starling.scheduler.star.rules import check_defaults
 from starling.vllm_compat.config import is_async_engine, share_memory_nodes
-from starling.vllm_compat.engine_core import divide_kv_memory_check, end_children_with_parent
-from starling.vllm_compat.engine_report import receive_reports
+from starling.vllm_compat.core_process import divide_kv_memory_check, end_children_with_parent
 from starling.vllm_compat.metrics import collect_from_children
+from starling.vllm_compat.report_to_fronts import receive_reports
 
 logger = init_logger("vllm.starling")
 

@@ -13,10 +13,10 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from starling.engine_ext.models.registry import register_model_families
-from starling.vllm_compat.bench import add_bench_backend, is_bench
+from starling.vllm_compat.bench_commands import add_bench_backend, is_bench
 from starling.vllm_compat.chat import before_tokenizing, on_rendered_chat
 from starling.vllm_compat.config import is_async_engine, on_engine_config, on_server_args
-from starling.vllm_compat.engine_core import divide_kv_memory_check
+from starling.vllm_compat.core_process import divide_kv_memory_check
 from starling.vllm_compat.front import (
     on_abort,
     on_beam_search,
@@ -52,8 +52,8 @@ def _hook_in() -> None:
         before_engine_config(engine_args)
 
     def after(engine_args: object, vllm_config: object) -> None:
+        from starling.engine_ext.front.front_state import state_of
         from starling.engine_ext.front.requests import plan_of_request
-        from starling.engine_ext.front.state import state_of
         from starling.engine_ext.start.activation import after_engine_config
         from starling.scheduler.star.request_metadata import SOURCES
 
@@ -87,14 +87,14 @@ def _hook_in() -> None:
 def _hook_into_front() -> None:
     """Hook into the engine as a server has it: what its clients send passes here."""
     from starling.engine_ext.front.bounds import bounded_text, shortened
-    from starling.engine_ext.front.cached_tokens import look_up, prepare_look_up
     from starling.engine_ext.front.call import current_call, sees_cached, with_sources, without_cached
     from starling.engine_ext.front.chat_segments import add_segments, generates, note_chat_options, wants_segments
     from starling.engine_ext.front.constraints import constraint_error, with_reason
+    from starling.engine_ext.front.front_state import abort_split, state_of
+    from starling.engine_ext.front.look_up import look_up, prepare_look_up
     from starling.engine_ext.front.misplaced import explained
     from starling.engine_ext.front.requests import begin_beam_search, check_openai_request, check_unknown, shown_plan
     from starling.engine_ext.front.split_prefill import generate_split
-    from starling.engine_ext.front.state import abort_split, state_of
 
     def with_salt(input_processor: Any, prompt: Any) -> Any:
         return state_of(input_processor).planner.with_salt(prompt)

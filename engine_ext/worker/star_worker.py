@@ -14,11 +14,11 @@ from starling.attention_backends.star.graph_ranges import fits_graphs
 from starling.attention_backends.star.rows import VirtualRows, is_split
 from starling.attention_backends.star.step import StarStep, open_step
 from starling.config.entry import config_of
-from starling.engine_ext.front.metrics import worker_metrics
+from starling.engine_ext.front.star_metrics import worker_metrics
 from starling.engine_ext.worker.backends import register_backends, unsplit_layers
 from starling.features import parts_of
 from starling.features.replicas.worker import ReplicaCalls
-from starling.features.report import STAR
+from starling.features.report_fields import STAR
 from starling.features.star.rules import star_refusals
 from starling.features.worker_part import Layers
 from starling.scheduler.part import HasParts

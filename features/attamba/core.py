@@ -7,7 +7,7 @@ from typing import Any
 
 from starling.config.entry import StarlingConfig
 from starling.scheduler.cache_state import cache_state, compressed_groups, states_used
-from starling.scheduler.metrics import cache_metrics
+from starling.scheduler.core_metrics import cache_metrics
 from starling.scheduler.part import CorePart
 from starling.vllm_compat.kv_pages import CacheGroup
 

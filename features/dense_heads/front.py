@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from starling.features.dense_heads.head_scores import scores_of
+from starling.features.dense_heads.model_heads import scores_of
 from starling.features.dense_heads.rules import heads_refusals
 from starling.features.front_part import FrontPart
 

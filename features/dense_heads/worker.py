@@ -12,13 +12,13 @@ from starling.attention_backends.star.head_step import HeadStep
 from starling.config.entry import STAR_HEADS, config_of
 from starling.config.head_scores import HeadScores
 from starling.features.asked import has_dense_heads, has_documents
-from starling.features.dense_heads.head_scores import ranks_of_layers, scores_of
-from starling.features.report import HEADS, HEADS_ORDER
+from starling.features.dense_heads.model_heads import ranks_of_layers, scores_of
+from starling.features.report_fields import HEADS, HEADS_ORDER
 from starling.features.worker_part import Layers, WorkerPart
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import RequestMetadata
 from starling.scheduler.star.rules import HEADS as DENSE_HEADS
-from starling.vllm_compat.rotary import attention_blocks
+from starling.vllm_compat.rotary_layers import attention_blocks
 
 
 class DenseHeads(WorkerPart):

@@ -16,7 +16,7 @@ from starling.scheduler.star.client_tokens import client_indexes, pad
 from starling.scheduler.star.counts import num_client_tokens
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import metadata_of
-from starling.vllm_compat.engine_core import amend_requests
+from starling.vllm_compat.core_process import amend_requests
 
 
 def padded_plan(request: Any) -> StarPlan | None:

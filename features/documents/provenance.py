@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from starling.config.entry import StarlingConfig
-from starling.scheduler.metrics import scheduler_metrics
+from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.part import CorePart
 from starling.scheduler.source_kinds import COMPUTED, KINDS, MEMORY, PEER
 from starling.scheduler.star.plan import StarPlan

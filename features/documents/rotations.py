@@ -13,7 +13,7 @@ from starling.attention_backends.kernels.rotary import Rotation, turn_back
 from starling.attention_backends.star.backend import takes_star
 from starling.attention_backends.star.gpu_impl import attends_by_parts
 from starling.attention_backends.star.gpu_impl import unsupported_reason as unsupported_by_triton
-from starling.vllm_compat.rotary import FIXED_FREQUENCIES, AttentionBlock, angle_table, attention_blocks
+from starling.vllm_compat.rotary_layers import FIXED_FREQUENCIES, AttentionBlock, angle_table, attention_blocks
 
 CHECKED_POSITIONS = (1, 5, 63)
 TOLERANCES = {torch.float32: 1e-3}

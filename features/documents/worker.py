@@ -15,11 +15,11 @@ from starling.attention_backends.star.step import set_positions
 from starling.config.entry import config_of
 from starling.features.documents.rotations import block_positions_problem, make_rotations, turning_layers
 from starling.features.documents.rules import is_made_for_documents
-from starling.features.report import BLOCK_POSITIONS
+from starling.features.report_fields import BLOCK_POSITIONS
 from starling.features.worker_part import Layers, WorkerPart
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import RequestMetadata
-from starling.vllm_compat.rotary import attention_blocks
+from starling.vllm_compat.rotary_layers import attention_blocks
 from starling.vllm_compat.worker import before_forward
 
 logger = init_logger("vllm.starling")

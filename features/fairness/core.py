@@ -14,7 +14,7 @@ from starling.config.scheduling import MIN_CHUNK
 from starling.features.fairness.admission import WAITING, Admission
 from starling.features.fairness.step_budget import Limits, LongPrompt, divide_step, make_limits
 from starling.features.reuse.block_reuse import num_cached_tokens
-from starling.scheduler.metrics import scheduler_metrics
+from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.part import CorePart
 from starling.scheduler.star.request_metadata import metadata_of
 from starling.vllm_compat.scheduler_view import SchedulerView

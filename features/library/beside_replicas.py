@@ -32,7 +32,7 @@ class LibraryAndReplicasConnector(MultiConnector):
     """Asks the connector between replicas first, then the library's.
 
     vLLM's MultiConnector passes one connector's handshake on. Here both have one. What Starling's scheduler, workers
-    and features/replicas/core_rpc.py call beside vLLM's methods are methods of the connector between replicas.
+    and features/replicas/replica_calls.py call beside vLLM's methods are methods of the connector between replicas.
     """
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:

@@ -22,7 +22,7 @@ from starling.config.library import FORM
 from starling.config.parsing import OptionError
 from starling.features.library.file_space import FileSpace
 from starling.features.library.identity import LENGTH, digest
-from starling.features.library.metrics import library_metrics
+from starling.features.library.library_metrics import library_metrics
 from starling.features.library.stamp import has_stamp, write_stamp
 from starling.vllm_compat.offloading import FileTier, ends_within, say_io_errors_once
 

@@ -17,7 +17,7 @@ from starling.scheduler.core_rpc import LIVE_REQUESTS
 from starling.scheduler.part import CorePart
 from starling.scheduler.star.counts import describe
 from starling.scheduler.star.request_metadata import SOURCES, metadata_of
-from starling.vllm_compat.engine_core import add_core_utility
+from starling.vllm_compat.core_process import add_core_utility
 from starling.vllm_compat.scheduler_view import SchedulerView
 
 LISTED = 100

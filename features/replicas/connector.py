@@ -12,8 +12,8 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 
-from starling.features.replicas.core_rpc import add_replica_rpc
-from starling.features.replicas.metadata import PageLoads, WorkerAddress
+from starling.features.replicas.connector_metadata import PageLoads, WorkerAddress
+from starling.features.replicas.replica_calls import add_replica_rpc
 from starling.features.replicas.scheduler_connector import SchedulerConnector
 from starling.features.replicas.worker_connector import WorkerConnector
 from starling.features.replicas.worker_report import WorkerReport
@@ -22,7 +22,7 @@ from starling.features.replicas.worker_report import WorkerReport
 class StarConnector(KVConnectorBase_V1, SupportsHMA):
     """Forwards the calls of vLLM, the scheduler and the worker to the side that its role makes.
 
-    What Starling's scheduler, worker and core_rpc.py call beside vLLM's methods are methods of that side.
+    What Starling's scheduler, worker and replica_calls.py call beside vLLM's methods are methods of that side.
 
     Attributes:
         connector_scheduler: in the role of the scheduler.

@@ -13,7 +13,7 @@ from starling.config.entry import StarlingConfig
 from starling.features.replicas.prefix_hits import PrefixHits
 from starling.features.replicas.quarantine import Quarantine
 from starling.features.replicas.worker_report import WorkerReport, worker_report
-from starling.scheduler.metrics import scheduler_metrics
+from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.part import CorePart
 from starling.scheduler.star.request_metadata import LOST, default_num_shards, metadata_of
 from starling.vllm_compat.kv_pages import Page

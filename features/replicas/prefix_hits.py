@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from starling.config.entry import StarlingConfig
-from starling.scheduler.metrics import scheduler_metrics
+from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.part import CorePart
 from starling.scheduler.star.request_metadata import metadata_of
 from starling.vllm_compat.prefix_cache import leave_out_of_hit_rate

@@ -20,8 +20,8 @@ from vllm.logger import init_logger
 from starling.attention_backends.kernels.contract import Layout
 from starling.attention_backends.kernels.rotary import NO_ROTATION, Rotation
 from starling.attention_backends.star.rows import TurnedKeys
-from starling.attention_backends.star.turned import add_rows, make_turned_rows
-from starling.features.replicas.messages import Message, MessageError, MessageLimits, Messenger
+from starling.attention_backends.star.turned_rows import add_rows, make_turned_rows
+from starling.features.replicas.notifications import Message, MessageError, MessageLimits, Messenger
 from starling.features.replicas.remote_query import Query, QueryError, Span, parse_query
 
 logger = init_logger("vllm.starling")

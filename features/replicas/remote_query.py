@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import torch
 
-from starling.features.replicas.messages import Message, MessageLimits
+from starling.features.replicas.notifications import Message, MessageLimits
 
 SPAN_BYTES = 512
 """At least what one span of a query takes in its header, with the name of its shard, and without its ranges."""

@@ -9,8 +9,8 @@ from vllm import envs
 
 from starling.features.asked import has_library, has_peers
 from starling.features.cpu_attention_rules import CPU_ATTENTION_RULES
-from starling.features.replicas.messages import nixl_problem
-from starling.features.report import SPLIT
+from starling.features.replicas.notifications import nixl_problem
+from starling.features.report_fields import SPLIT
 from starling.features.rule import Rule, reasons, reported
 from starling.features.star.rules import RULES
 from starling.scheduler.star.facts import ReplicaSet

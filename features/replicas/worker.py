@@ -8,7 +8,7 @@ from typing import Any
 from starling.attention_backends.star.remote_step import RemoteStep
 from starling.features.asked import has_library, has_peers
 from starling.features.documents.worker import Documents
-from starling.features.replicas.metrics import replica_metrics
+from starling.features.replicas.transfer_metrics import replica_metrics
 from starling.features.replicas.weights import note_weights
 from starling.features.worker_part import WorkerPart
 from starling.scheduler.star.plan import StarPlan
@@ -34,7 +34,7 @@ class Split(WorkerPart):
 
 
 class ReplicaCalls:
-    """What core_rpc.py calls in a worker by name."""
+    """What replica_calls.py calls in a worker by name."""
 
     def open_shard(self, name: str, page_ids: list[int]) -> dict[str, Any]:
         worker: Any = self

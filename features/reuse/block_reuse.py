@@ -19,7 +19,7 @@ from starling.config.entry import StarlingConfig
 from starling.config.scheduling import MIN_CHUNK
 from starling.features.documents.provenance import Provenance
 from starling.scheduler.cache_keys import chain_restarts, independent_block_hasher, independent_plan
-from starling.scheduler.metrics import scheduler_metrics
+from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.part import CorePart
 from starling.scheduler.star.independence import dependence
 from starling.scheduler.star.request_metadata import OWN_CONNECTORS, metadata_of

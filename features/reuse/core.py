@@ -8,7 +8,7 @@ from starling.config.entry import StarlingConfig
 from starling.features.reuse.block_reuse import BlockReuse
 from starling.features.reuse.cached_tokens import cached_tokens
 from starling.scheduler.core_rpc import CACHED_TOKENS
-from starling.vllm_compat.engine_core import add_core_utility
+from starling.vllm_compat.core_process import add_core_utility
 
 
 def make(scheduler: Any, config: StarlingConfig) -> BlockReuse | None:

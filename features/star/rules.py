@@ -8,7 +8,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpecKind
 
 from starling.attention_backends.paged.names import CLASSES, NAME
 from starling.attention_backends.star.backend import WRAPPED
-from starling.features.report import STAR
+from starling.features.report_fields import STAR
 from starling.features.rule import Rule, options_of, reasons, reported
 from starling.scheduler.star.independence import FULL_ATTENTION, HYBRID
 from starling.scheduler.star.request_metadata import OWN_CONNECTORS

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from starling.lab.evaluation.prompt_options import Length, PromptOptions, without_secrets
-from starling.lab.evaluation.server import option_name
+from starling.lab.evaluation.server_process import option_name
 
 OF_METHOD = {"gradient": ("steps",), "ablation": ("orders", "groups")}
 """The options that decide the scores of one method alone."""

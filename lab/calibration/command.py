@@ -15,13 +15,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from starling.config.head_scores import HeadScores
-from starling.features.dense_heads.head_scores import checkpoint_digest, checkpoint_folder
+from starling.features.dense_heads.model_heads import checkpoint_digest, checkpoint_folder
 from starling.lab.calibration.calibration_options import DTYPES, CalibrationOptions
 from starling.lab.calibration.found import Found, part_of, replace_text
 from starling.lab.calibration.gated_model import CalibrationError, GatedModel
+from starling.lab.calibration.integrated_gradients import ScoredPrompt
 from starling.lab.calibration.scorers import AblationScorer, GradientScorer
-from starling.lab.calibration.scoring import ScoredPrompt
-from starling.lab.evaluation.client import ServerError
 from starling.lab.evaluation.commands.measuring import (
     FAILED,
     INTERRUPTED,
@@ -32,8 +31,9 @@ from starling.lab.evaluation.commands.measuring import (
     progress_bars,
     signals_as_interrupt,
 )
+from starling.lab.evaluation.completions_client import ServerError
 from starling.lab.evaluation.prompt_options import parse_options
-from starling.lab.evaluation.server import StartError
+from starling.lab.evaluation.server_process import StartError
 from starling.lab.evaluation.tasks import GROUPS, TASKS
 from starling.lab.evaluation.tokenizer import LocalTokenizer
 

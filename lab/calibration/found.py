@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from starling.lab.calibration.scoring import ScoredPrompt
+from starling.lab.calibration.integrated_gradients import ScoredPrompt
 
 Compute = Callable[[ScoredPrompt], Any]
 """Gives the value of a prompt, as JSON holds it."""

@@ -17,8 +17,8 @@ from starling.lab.calibration.ablation import Head, fitted_scores, group_counts,
 from starling.lab.calibration.calibration_options import CalibrationOptions
 from starling.lab.calibration.found import Compute, Found
 from starling.lab.calibration.gated_model import CalibrationError, GatedModel, layers_of
-from starling.lab.calibration.scoring import Case, ScoredPrompt
-from starling.lab.evaluation.server import option_name
+from starling.lab.calibration.integrated_gradients import Case, ScoredPrompt
+from starling.lab.evaluation.server_process import option_name
 
 Rows = tuple[tuple[float, ...], ...]
 """For each layer a score for each KV head; none for layers that are not full attention."""

@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from starling.config.adapter import DISTILLED, PURPOSES, VERSION
-from starling.features.dense_heads.head_scores import checkpoint_digest, checkpoint_folder
+from starling.features.dense_heads.model_heads import checkpoint_digest, checkpoint_folder
 from starling.lab.distillation.adapted_model import AdaptedModel, DistilError
-from starling.lab.distillation.memory import GIB, needed_bytes
-from starling.lab.distillation.options import DTYPES, DistilOptions
+from starling.lab.distillation.distil_options import DTYPES, DistilOptions
 from starling.lab.distillation.own_prompts import OWN, read_prompts, with_answers
 from starling.lab.distillation.training import DENSE_SHARE, HeldOut, Training, plan_for
+from starling.lab.distillation.training_memory import GIB, needed_bytes
 from starling.lab.distillation.training_prompts import FUNCTIONS, TEXT, TaskPrompts, with_recalls
 from starling.lab.evaluation.commands.measuring import (
     INTERRUPTED,

@@ -16,9 +16,9 @@ from typing import Any, TextIO
 
 from starling.engine_ext.serving.cli.installation import installation, print_report
 from starling.engine_ext.serving.cli.start_checks import refuse_mistakes
-from starling.lab.doctor.attention import attention_backend, attention_op, cuda_graphs
-from starling.lab.doctor.machine import machine
-from starling.lab.doctor.memory import decode_step, unprofiled_memory
+from starling.lab.doctor.attention_report import attention_backend, attention_op, cuda_graphs
+from starling.lab.doctor.machine_facts import machine
+from starling.lab.doctor.unprofiled_memory import decode_step, unprofiled_memory
 from starling.lab.doctor.verdict import verdict
 from starling.scheduler.star.independence import FULL_ATTENTION, HYBRID
 from starling.vllm_compat import versions
@@ -104,7 +104,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     from starling.engine_ext.front.planning import usable_defaults
     from starling.engine_ext.serving.cli.cores import CORES_ENV, bound_cores, core_binding
     from starling.engine_ext.serving.cli.serve_args import parse
-    from starling.engine_ext.serving.grpc.prompts import chat_params
+    from starling.engine_ext.serving.grpc.prompt_inputs import chat_params
     from starling.features.adapter.lora import adapter_of
     from starling.scheduler.star.decide import needs_independent_blocks
     from starling.scheduler.star.rules import refused_options

@@ -26,7 +26,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM
     from vllm.v1.metrics.reader import Counter
 
-    from starling.vllm_compat.measuring import count_graphs, gpu_memory
+    from starling.vllm_compat.engine_readings import count_graphs, gpu_memory
 
     llm = LLM(skip_tokenizer_init=True, disable_log_stats=False, cudagraph_metrics=True, seed=0, **job["engine"])
     graphs, memory = count_graphs(llm.llm_engine), {"start": llm.collective_rpc(gpu_memory)}

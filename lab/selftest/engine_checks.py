@@ -14,7 +14,7 @@ import torch
 
 from starling.attention_backends.star.reference import star_mask
 from starling.config.entry import ENTRY
-from starling.lab.selftest import prompts as p
+from starling.lab.selftest import check_prompts as p
 from starling.lab.selftest.engine_run import EngineRun, Feature
 from starling.lab.selftest.model import alternating_scores, reference_logprobs, reference_refusal
 from starling.lab.selftest.paged import rms
@@ -113,7 +113,7 @@ def make_engines(
     """The engines of a setting; none is started yet.
 
     Args:
-        max_length: tokens that the model takes, at least ``prompts.LONGEST``.
+        max_length: tokens that the model takes, at least ``check_prompts.LONGEST``.
         folder: gets the file of the scores of KV heads.
         starling: options of the activated engines.
         arguments: further arguments of vllm.LLM, which go before the setting's.

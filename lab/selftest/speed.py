@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from starling.config.entry import ENTRY
+from starling.lab.selftest.check_prompts import QUERY, WITH_DOCUMENTS, make_prompt
 from starling.lab.selftest.engine_checks import DOCUMENTS, HEADS
 from starling.lab.selftest.engine_run import Batches, EngineRun, Feature
 from starling.lab.selftest.model import alternating_scores
-from starling.lab.selftest.prompts import QUERY, WITH_DOCUMENTS, make_prompt
 from starling.lab.selftest.result import Check, Result, Skip
 from starling.lab.selftest.usage import usage_checks
 

@@ -17,6 +17,7 @@ import torch
 
 from starling.config.entry import GPU_ATTENTION
 from starling.lab.selftest.accuracy import accuracy_check
+from starling.lab.selftest.check_prompts import LONGEST
 from starling.lab.selftest.engine import RESULT
 from starling.lab.selftest.engine_checks import (
     FP8_CAPABILITY,
@@ -30,10 +31,9 @@ from starling.lab.selftest.engine_checks import (
 from starling.lab.selftest.engine_run import EngineRun
 from starling.lab.selftest.kernels import kernel_checks
 from starling.lab.selftest.model import TINY, make_config, make_model, max_length, timed_shape, vocabulary
-from starling.lab.selftest.prompts import LONGEST
 from starling.lab.selftest.result import Check, Result, Skip
-from starling.lab.selftest.rows import row_checks
 from starling.lab.selftest.speed import speed_checks
+from starling.lab.selftest.star_rows import row_checks
 from starling.lab.selftest.steady import steady_checks
 from starling.lab.selftest.tiles import tile_checks
 
@@ -161,7 +161,7 @@ def judge_pages(source: str, reader: str) -> Result:
     Raises:
         RuntimeError: the pages can't be read; the message has the last lines that were printed.
     """
-    command = [sys.executable, "-m", "starling.lab.selftest.pages", source, reader]
+    command = [sys.executable, "-m", "starling.lab.selftest.moved_pages", source, reader]
     done = subprocess.run(command, capture_output=True, text=True, timeout=MOVE_SECONDS)
     lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
     if done.returncode or not lines:

@@ -14,7 +14,7 @@ import uvicorn
 from starling.engine_ext.serving.grpc import limits
 from starling.engine_ext.serving.grpc.server import Front
 from starling.engine_ext.serving.http import keepalive
-from starling.vllm_compat.server import on_server_socket
+from starling.vllm_compat.server_socket import on_server_socket
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine
 
 GRPC_PORT, HTTP_PORT = 50051, 8000

@@ -15,9 +15,9 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from benchmarks.random_llama import make_tiny_llama
 from examples.server import ENVIRONMENT
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.progress import ProgressPoller
 from starling.engine_ext.front.requests import RequestPlanner
-from starling.engine_ext.front.state import front_state
 from starling.engine_ext.serving.errors import DrainingError
 from starling.engine_ext.serving.grpc import admin
 from starling.engine_ext.start import plugin

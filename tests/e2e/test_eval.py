@@ -20,7 +20,7 @@ import pytest
 from benchmarks.random_llama import make_tiny_llama
 from examples.server import ENVIRONMENT, serving
 from starling.lab.evaluation.report import Report
-from starling.lab.evaluation.tuning.report import TuneReport
+from starling.lab.evaluation.tuning.tune_report import TuneReport
 from tests.e2e.serving import MODEL, PAGE_SIZE, PROMPT
 from tests.e2e.wait import wait_until
 

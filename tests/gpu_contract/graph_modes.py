@@ -31,7 +31,7 @@ from starling.engine_ext.worker.backends import register_backends  # noqa: E402
 from starling.features import parts_of  # noqa: E402
 from starling.features.documents.worker import Documents  # noqa: E402
 from starling.features.star.rules import star_refusals  # noqa: E402
-from starling.lab.doctor.attention import cuda_graphs  # noqa: E402
+from starling.lab.doctor.attention_report import cuda_graphs  # noqa: E402
 from starling.vllm_compat.worker import without_full_graphs  # noqa: E402
 
 SPEC = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)

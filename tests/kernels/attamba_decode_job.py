@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch.nn.functional import rms_norm, silu
 
-from starling.attention_backends.attamba import attend, decode, decode_kernels, mix
-from starling.attention_backends.attamba.attend import Cache, Sizes
+from starling.attention_backends.attamba import attend_step, decode, decode_kernels, mix
+from starling.attention_backends.attamba.attend_step import Cache, Sizes
 from starling.attention_backends.attamba.backend import AttambaMetadata
 from starling.attention_backends.attamba.chunks import PAGE_ROWS, StepTokens, chunk_start, dense_tokens, plan_step
 from starling.attention_backends.attamba.mixer import MixerSizes
@@ -144,7 +144,9 @@ class Step:
         projected, plan = self.projected[: len(self.lens)], plan_step(self.tokens, *self.layer)
         y = mix.mix_in_torch(projected, self.rows, self.table, plan, self.parameters, self.mixer, EPS)
         query, own, *mixed = (part[: len(self.lens)] for part in (self.query, self.own, *self.mixed))
-        return y, attend.attend_in_torch(query, mixed, own, self.angles, *self.caches(self.tokens), plan, self.sizes)
+        return y, attend_step.attend_in_torch(
+            query, mixed, own, self.angles, *self.caches(self.tokens), plan, self.sizes
+        )
 
     @property
     def tokens(self) -> StepTokens:
@@ -186,7 +188,7 @@ def clone(step: Step) -> Step:
 
 
 def interpret() -> None:
-    attend.paged_attention = reference.paged_attention  # takes any head size
+    attend_step.paged_attention = reference.paged_attention  # takes any head size
     torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN
     torch.use_deterministic_algorithms(True, warn_only=True)
     for step in STEPS:

@@ -6,7 +6,7 @@ import functools
 from collections import Counter
 from typing import Any
 
-from starling.attention_backends.attamba import attend, mix, scan_kernel
+from starling.attention_backends.attamba import attend_step, mix, scan_kernel
 from starling.attention_backends.kernels.contract import Layout
 from starling.attention_backends.kernels.triton import attention as triton_attention
 from starling.engine_ext.models import attamba
@@ -18,10 +18,10 @@ RAN: Counter[str] = Counter()
 
 def use_kernels(worker: Any) -> None:
     """To be called before the engine has cached anything, with Triton's interpreter."""
-    for module in (attend, mix):
+    for module in (attend_step, mix):
         module.built_op = lambda: None
     mix.chunk_scan = counted(scan_kernel.chunk_scan, RAN)
-    attend.paged_attention = counted(triton_attention.paged_attention, RAN)
+    attend_step.paged_attention = counted(triton_attention.paged_attention, RAN)
     attamba.KvPages = functools.partial(attamba.KvPages, layout=Layout.PAGES)
     for layer in worker.get_model().layers:
         layer.attentive_ssm.states.kv_cache = layer.attentive_ssm.states.kv_cache  # forgets the views

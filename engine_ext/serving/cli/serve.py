@@ -26,23 +26,23 @@ from starling.config.entry import StarlingConfig, config_of
 from starling.config.replicas import KEY_ENV, join_address
 from starling.engine_ext.environment import ADMIN_KEY_ENV
 from starling.engine_ext.front.bounds import MAX_CHOICES, MAX_CHOICES_ENV
-from starling.engine_ext.front.clients import api_keys
+from starling.engine_ext.front.client_keys import api_keys
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.peers import PeerDirectory, own_identity
 from starling.engine_ext.front.planning import PromptPlanner
-from starling.engine_ext.front.state import front_state
 from starling.engine_ext.serving.cli.cores import CORES_ENV, bound_cores, core_binding, free_cores, physical_cores
 from starling.engine_ext.serving.cli.cpu_memory import memory_share
 from starling.engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
 from starling.engine_ext.serving.cli.start_checks import refuse_taken_port
 from starling.engine_ext.serving.grpc.addresses import LOOPBACK, AdminOptions
 from starling.engine_ext.serving.grpc.auth import peer_credentials, server_credentials
-from starling.engine_ext.serving.grpc.prompts import chat_params
-from starling.engine_ext.serving.grpc.replica import ReplicaServicer
+from starling.engine_ext.serving.grpc.prompt_inputs import chat_params
+from starling.engine_ext.serving.grpc.replica_service import ReplicaServicer
 from starling.engine_ext.serving.grpc.server import GRACE_SECONDS, Front
 from starling.engine_ext.serving.http.keepalive import KEEP_ALIVE_ENV, KEEP_ALIVE_SECONDS, end_lost_connections
 from starling.vllm_compat.config import is_of_configuration, plain_message
 from starling.vllm_compat.front import around_shutdown
-from starling.vllm_compat.server import on_server_socket, set_up_environment, validate_serve_args
+from starling.vllm_compat.server_socket import on_server_socket, set_up_environment, validate_serve_args
 
 logger = init_logger("vllm.starling")
 

@@ -18,8 +18,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
 from starling.config.star import StarOptions
-from starling.engine_ext.front.clients import digest, has_valid_key
-from starling.engine_ext.front.state import front_state
+from starling.engine_ext.front.client_keys import digest, has_valid_key
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.serving.errors import DrainingError
 from starling.engine_ext.serving.grpc.arrivals import ArrivalInterceptor
 from starling.engine_ext.serving.grpc.auth import (

@@ -21,16 +21,16 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from starling.config.warm_prompts import NO_LIBRARY
 from starling.engine_ext.front.bounds import check_request
 from starling.engine_ext.front.call import note_star
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.requests import shown_plan
-from starling.engine_ext.front.state import front_state
 from starling.engine_ext.serving.errors import DuplicateRequestError, root_cause
 from starling.engine_ext.serving.grpc.admin import star_message
 from starling.engine_ext.serving.grpc.arrivals import ClientOf
 from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
 from starling.engine_ext.serving.grpc.messages import abort, given, star_args
 from starling.engine_ext.serving.grpc.outputs import deltas, final, prompt_logprobs
-from starling.engine_ext.serving.grpc.progress import with_progress
-from starling.engine_ext.serving.grpc.prompts import GenerateRequest, prompt_field, prompt_limit, render
+from starling.engine_ext.serving.grpc.progress_stream import with_progress
+from starling.engine_ext.serving.grpc.prompt_inputs import GenerateRequest, prompt_field, prompt_limit, render
 from starling.engine_ext.serving.grpc.sampling import TEXT_FIELDS, constraint_path, sampling_params
 from starling.engine_ext.serving.grpc.tokenizing import Tokenizing
 from starling.engine_ext.serving.grpc.upload import Upload, as_upload_event, upload_quota

@@ -12,8 +12,8 @@ from vllm.logger import init_logger
 from vllm.renderers import ChatParams
 
 from starling.config.replicas import join_address
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.peers import PeerDirectory
-from starling.engine_ext.front.state import front_state
 from starling.engine_ext.serving.grpc import admin as admin_service
 from starling.engine_ext.serving.grpc.addresses import NO_ADMIN, AdminOptions
 from starling.engine_ext.serving.grpc.admin import AdminInterceptor, AdminServicer, start_admin_server
@@ -21,7 +21,7 @@ from starling.engine_ext.serving.grpc.arrivals import ArrivalInterceptor
 from starling.engine_ext.serving.grpc.auth import AuthInterceptor, NoteClient, add_port
 from starling.engine_ext.serving.grpc.inference import SERVICE, Inference
 from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES, server_options
-from starling.engine_ext.serving.grpc.replica import ReplicaServicer
+from starling.engine_ext.serving.grpc.replica_service import ReplicaServicer
 from starling.v1 import admin_pb2_grpc, inference_pb2_grpc, replica_pb2_grpc
 
 logger = init_logger("vllm.starling")

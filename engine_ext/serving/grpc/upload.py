@@ -12,7 +12,7 @@ from starling.engine_ext.front.bounds import UPLOAD
 from starling.engine_ext.serving.errors import UploadMemoryError
 from starling.engine_ext.serving.grpc.arrivals import SlowMessageError, arriving
 from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
-from starling.engine_ext.serving.grpc.prompts import PromptLimit
+from starling.engine_ext.serving.grpc.prompt_inputs import PromptLimit
 from starling.engine_ext.serving.grpc.quota import Quota, Room
 from starling.v1 import inference_pb2 as pb
 

@@ -25,7 +25,7 @@ from starling.config.warm_prompts import (
 )
 from starling.engine_ext.front.bounds import DOCUMENTS, DOCUMENTS_AT_ONCE, shortened
 from starling.engine_ext.front.call import current_call, this_call
-from starling.engine_ext.serving.grpc.prompts import PromptLimit
+from starling.engine_ext.serving.grpc.prompt_inputs import PromptLimit
 from starling.v1 import inference_pb2 as pb
 
 Events = AsyncGenerator[pb.GenerateStreamResponse]

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from starling.engine_ext.environment import ADMIN_KEY_ENV
-from starling.engine_ext.front.clients import api_keys, authorization_of, digest, has_valid_key, path_of
+from starling.engine_ext.front.client_keys import api_keys, authorization_of, digest, has_valid_key, path_of
 
 OPEN_PATHS = ("/health", "/ping", "/version", "/metrics", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
 OPEN_FOLDERS = ("/metrics/", "/static/")

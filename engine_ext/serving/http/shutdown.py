@@ -14,9 +14,9 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from starling.engine_ext.serving.http.progress import is_event_stream
+from starling.engine_ext.serving.http.progress_events import is_event_stream
 from starling.vllm_compat.front import around_shutdown
-from starling.vllm_compat.server import close_connections
+from starling.vllm_compat.server_socket import close_connections
 
 MESSAGE = "the server is shutting down"
 ERROR = {"error": {"message": MESSAGE, "type": "ServiceUnavailableError", "param": None, "code": 503}}

@@ -19,16 +19,17 @@ from rich.markup import escape
 from starling.config.entry import ENTRY
 from starling.config.quality import size_text, size_texts
 from starling.config.star import QUALITY_SIZES, num_blocks, parse_options
-from starling.lab.evaluation.client import Client
 from starling.lab.evaluation.commands import tune
 from starling.lab.evaluation.commands.measuring import connect, run_measurement
+from starling.lab.evaluation.completions_client import Client
 from starling.lab.evaluation.plans import DENSE, Plan, parse_plan
 from starling.lab.evaluation.prompt_options import without_secrets
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.report import percent, points
 from starling.lab.evaluation.tuning.candidates import served_options, usable_candidates
 from starling.lab.evaluation.tuning.measures import Measure
-from starling.lab.evaluation.tuning.report import (
+from starling.lab.evaluation.tuning.search_options import TuneOptions
+from starling.lab.evaluation.tuning.tune_report import (
     TuneReport,
     Word,
     how_to_serve,
@@ -36,7 +37,6 @@ from starling.lab.evaluation.tuning.report import (
     make_loss,
     server_flags,
 )
-from starling.lab.evaluation.tuning.search_options import TuneOptions
 from starling.lab.evaluation.tuning.tuner import Tuning
 from starling.scheduler.star.sizes import DEFAULT_QUALITY
 

@@ -31,12 +31,13 @@ from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.repeats import repeated_tokens
 from starling.lab.evaluation.report import terminal_table
 from starling.lab.evaluation.runner import key_of
-from starling.lab.evaluation.server import option_name
+from starling.lab.evaluation.server_process import option_name
 from starling.lab.evaluation.store import Answer
 from starling.lab.evaluation.tuning.candidates import Candidate, chosen_candidates, default_candidates
 from starling.lab.evaluation.tuning.halving import halves, measured_plans
 from starling.lab.evaluation.tuning.measures import MEASURES
-from starling.lab.evaluation.tuning.report import (
+from starling.lab.evaluation.tuning.search_options import DEFAULT_LOGPROBS, TuneOptions
+from starling.lab.evaluation.tuning.tune_report import (
     COLUMNS,
     TuneReport,
     candidate_results,
@@ -48,7 +49,6 @@ from starling.lab.evaluation.tuning.report import (
     summary,
     table_rows,
 )
-from starling.lab.evaluation.tuning.search_options import DEFAULT_LOGPROBS, TuneOptions
 from starling.lab.evaluation.tuning.tuner import Trial, Tuner, Tuning, find_engine
 
 Measure = Callable[[argparse.Namespace, TuneOptions, Sequence[str], Console], Awaitable[int]]

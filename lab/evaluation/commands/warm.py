@@ -34,7 +34,6 @@ from starling.config.warm_prompts import (
     message,
     tokens_found,
 )
-from starling.lab.evaluation.client import Client, RequestRefused, ServerError
 from starling.lab.evaluation.commands.measuring import (
     FAILED,
     INTERRUPTED,
@@ -47,7 +46,8 @@ from starling.lab.evaluation.commands.measuring import (
     progress_bars,
     signals_as_interrupt,
 )
-from starling.lab.evaluation.server import StartError, served
+from starling.lab.evaluation.completions_client import Client, RequestRefused, ServerError
+from starling.lab.evaluation.server_process import StartError, served
 
 LINE = '{"text": "..."}, a text in quotes, or for chats a message {"role": ..., "content": ...}'
 SAYS_CACHED = "--enable-prompt-tokens-details"

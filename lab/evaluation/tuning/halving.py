@@ -10,7 +10,7 @@ from starling.lab.evaluation.plans import DENSE, parse_plan
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.runner import key_of
 from starling.lab.evaluation.store import Store
-from starling.lab.evaluation.tuning.bounds import lower_bound
+from starling.lab.evaluation.tuning.loss_bounds import lower_bound
 from starling.lab.evaluation.tuning.measures import Measure
 
 FIRST_ROUND = 8  # prompts

@@ -10,7 +10,7 @@ from pydantic import Field
 from starling.lab.evaluation.plans import DENSE, parse_plan, with_dense
 from starling.lab.evaluation.prompt_options import DEFAULT_MAX_TOKENS, PromptOptions
 from starling.lab.evaluation.prompts import read_own_prompts
-from starling.lab.evaluation.tuning.bounds import LOSSLESS_DRAWS, least_prompts
+from starling.lab.evaluation.tuning.loss_bounds import LOSSLESS_DRAWS, least_prompts
 from starling.lab.evaluation.tuning.measures import MEASURES, Measure, MeasureName
 
 SETUP_VERSION = 1

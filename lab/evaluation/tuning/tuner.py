@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from starling.config.star import flat_name
-from starling.lab.evaluation.client import Client, ServerError
+from starling.lab.evaluation.completions_client import Client, ServerError
 from starling.lab.evaluation.plans import Plan
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.runner import Memory, evaluate
 from starling.lab.evaluation.statistics import make_pairs
 from starling.lab.evaluation.store import Answer, Store
-from starling.lab.evaluation.tuning.bounds import upper_bound
 from starling.lab.evaluation.tuning.candidates import Candidate
 from starling.lab.evaluation.tuning.halving import rounds, why_dropped
+from starling.lab.evaluation.tuning.loss_bounds import upper_bound
 from starling.lab.evaluation.tuning.measures import Measure
 from starling.scheduler.star.counts import summary
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starling.attention_backends.attamba import attend as attention
+from starling.attention_backends.attamba import attend_step as attention
 from starling.attention_backends.attamba import mix, reference
-from starling.attention_backends.attamba.attend import Cache, Sizes
+from starling.attention_backends.attamba.attend_step import Cache, Sizes
 from starling.attention_backends.attamba.backend import AttambaMetadataBuilder
 from starling.attention_backends.attamba.cache import cache_specs
 from starling.attention_backends.attamba.chunks import (

@@ -20,7 +20,7 @@ from vllm.forward_context import override_forward_context
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from starling.attention_backends.attamba import attend as attention
+from starling.attention_backends.attamba import attend_step as attention
 from starling.attention_backends.attamba import backend, chunks, decode, mix, scan_kernel
 from starling.attention_backends.attamba.backend import AttambaMetadataBuilder
 from starling.attention_backends.kernels.triton import decode as triton_decode

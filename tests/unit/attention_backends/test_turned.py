@@ -17,12 +17,12 @@ from starling.attention_backends.kernels.contract import Layout, Operands
 from starling.attention_backends.kernels.dispatch import paged_attention
 from starling.attention_backends.kernels.rotary import Rotation, turn_back
 from starling.attention_backends.kernels.triton import decode
-from starling.attention_backends.star import turned
+from starling.attention_backends.star import turned_rows
 from starling.attention_backends.star.document_step import DocumentStep
 from starling.attention_backends.star.metadata import virtual_metadata
 from starling.attention_backends.star.range_attention import make_range_attention, make_token_ranges
 from starling.attention_backends.star.rows import VirtualRows, split_rows
-from starling.attention_backends.star.turned import make_turned_rows, ranges_as_rows
+from starling.attention_backends.star.turned_rows import make_turned_rows, ranges_as_rows
 from starling.scheduler.star.client_tokens import client_index
 from starling.scheduler.star.documents import lay_out
 from starling.scheduler.star.plan import StarPlan
@@ -175,7 +175,7 @@ MIXED = [
 @pytest.mark.parametrize("rotary", ROTARY, ids=["neox", "pairs", "neox, half", "pairs, quarter"])
 @pytest.mark.parametrize("max_tokens", [1, 7, 8192])
 def test_a_step_attends_at_true_distances(rotary, max_tokens, monkeypatch):
-    monkeypatch.setattr(turned, "MAX_TOKENS", max_tokens)
+    monkeypatch.setattr(turned_rows, "MAX_TOKENS", max_tokens)
     Batch(MIXED, rotary).check()
 
 
@@ -211,7 +211,7 @@ def test_the_turn_is_what_makes_it_right():
 
 @pytest.mark.parametrize("max_tokens", [1, 5, 1000])
 def test_each_query_meets_each_block_once_in_calls_of_few_tokens(max_tokens, monkeypatch):
-    monkeypatch.setattr(turned, "MAX_TOKENS", max_tokens)
+    monkeypatch.setattr(turned_rows, "MAX_TOKENS", max_tokens)
     batch = Batch(MIXED, ROTARY[0])
     virtual = batch.split()
     first = np.cumsum(virtual.query_lens) - virtual.query_lens

@@ -12,8 +12,8 @@ import torch
 
 from starling.config.head_scores import HeadScores, ScoresError
 from starling.config.parsing import OptionError
-from starling.features.dense_heads import head_scores
-from starling.features.dense_heads.head_scores import (
+from starling.features.dense_heads import model_heads
+from starling.features.dense_heads.model_heads import (
     check_shape,
     checkpoint_digest,
     checkpoint_folder,
@@ -26,7 +26,7 @@ SCORES = [[0.1, 0.9, 0.2, 0.8], [], [0.7, 0.6, 0.5, 0.4]]
 
 @pytest.fixture(autouse=True)
 def nothing_found_before():
-    head_scores._scores_of.cache_clear()
+    model_heads._scores_of.cache_clear()
 
 
 @pytest.fixture
@@ -79,10 +79,10 @@ def test_a_model_is_a_folder_or_in_the_cache_of_the_hub(model, tmp_path):
 
 
 def test_scores_that_come_with_starling_are_found_by_the_weights(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(head_scores, "KNOWN", tmp_path)
+    monkeypatch.setattr(model_heads, "KNOWN", tmp_path)
     write(tmp_path / "a.json", checkpoint="another")
     assert scores_of(config_of(model)) is None
-    head_scores._scores_of.cache_clear()
+    model_heads._scores_of.cache_clear()
     write(tmp_path / "b.json", checkpoint=checkpoint_digest(model))
     assert scores_of(config_of(model)).num_heads == 8
 
@@ -121,9 +121,9 @@ def fake_layers(monkeypatch, heads: int, rank: int, size: int) -> torch.nn.Modul
         f"model.layers.{i}.self_attn.attn": SimpleNamespace(attention=SimpleNamespace(num_kv_heads=heads))
         for i in (0, 2)
     }
-    monkeypatch.setattr(head_scores, "attention_blocks", lambda model: blocks)
-    monkeypatch.setattr(head_scores, "get_tensor_model_parallel_rank", lambda: rank)
-    monkeypatch.setattr(head_scores, "get_tensor_model_parallel_world_size", lambda: size)
+    monkeypatch.setattr(model_heads, "attention_blocks", lambda model: blocks)
+    monkeypatch.setattr(model_heads, "get_tensor_model_parallel_rank", lambda: rank)
+    monkeypatch.setattr(model_heads, "get_tensor_model_parallel_world_size", lambda: size)
     return torch.nn.Module()
 
 
@@ -161,7 +161,7 @@ def test_layers_that_do_not_fit_the_scores_are_a_problem(monkeypatch):
     [("smollm2-135m-instruct", 30, 3, True), ("qwen2.5-coder-0.5b-instruct", 24, 2, False)],
 )
 def test_the_scores_that_come_with_starling_are_of_their_models_shape(name, layers, kv_heads, has_curve):
-    scores = HeadScores.model_validate_json((head_scores.KNOWN / f"{name}.json").read_text())
+    scores = HeadScores.model_validate_json((model_heads.KNOWN / f"{name}.json").read_text())
     check_shape(scores, layers, kv_heads)
     assert scores.num_heads == layers * kv_heads
     assert scores.checkpoint
@@ -188,4 +188,4 @@ def test_scores_of_uneven_layers_are_refused():
 
 def test_the_docs_say_how_much_of_the_weights_the_digest_covers():
     page = (Path(__file__).parents[3] / "docs" / "dense-heads.md").read_text(encoding="utf-8")
-    assert f"{head_scores.SAMPLES} pieces of {head_scores.SAMPLE_BYTES // 1024} KiB" in page
+    assert f"{model_heads.SAMPLES} pieces of {model_heads.SAMPLE_BYTES // 1024} KiB" in page

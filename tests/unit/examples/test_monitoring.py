@@ -8,10 +8,10 @@ import yaml
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from vllm.v1.metrics import loggers
 
-import starling.engine_ext.front.metrics
-import starling.features.library.metrics
-import starling.features.replicas.metrics
-import starling.scheduler.metrics
+import starling.engine_ext.front.star_metrics
+import starling.features.library.library_metrics
+import starling.features.replicas.transfer_metrics
+import starling.scheduler.core_metrics
 from starling.vllm_compat.metrics import DIRECTORY_ENV
 from tests.dashboard import (
     DASHBOARD,
@@ -57,19 +57,24 @@ def exported(tmp_path_factory):
             for attribute, kind in (("_counter_cls", Counter), ("_gauge_cls", Gauge), ("_histogram_cls", Histogram)):
                 if hasattr(owner, attribute):
                     patch.setattr(owner, attribute, recorded(kind))
-        modules = (starling.engine_ext.front, starling.features.library, starling.features.replicas, starling.scheduler)
-        for module in (package.metrics for package in modules):
+        modules = (
+            starling.engine_ext.front.star_metrics,
+            starling.features.library.library_metrics,
+            starling.features.replicas.transfer_metrics,
+            starling.scheduler.core_metrics,
+        )
+        for module in modules:
             for kind in (Counter, Gauge):
                 if hasattr(module, kind.__name__):
                     patch.setattr(module, kind.__name__, recorded(kind).__func__)
         loggers.PrometheusStatLogger(config)
         for metrics in (
-            starling.engine_ext.front.metrics.FrontMetrics,
-            starling.engine_ext.front.metrics.WorkerMetrics,
-            starling.features.library.metrics.LibraryMetrics,
-            starling.features.replicas.metrics.ReplicaMetrics,
-            starling.scheduler.metrics.CacheMetrics,
-            starling.scheduler.metrics.SchedulerMetrics,
+            starling.engine_ext.front.star_metrics.FrontMetrics,
+            starling.engine_ext.front.star_metrics.WorkerMetrics,
+            starling.features.library.library_metrics.LibraryMetrics,
+            starling.features.replicas.transfer_metrics.ReplicaMetrics,
+            starling.scheduler.core_metrics.CacheMetrics,
+            starling.scheduler.core_metrics.SchedulerMetrics,
         ):
             metrics()
     return labels

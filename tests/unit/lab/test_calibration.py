@@ -11,10 +11,10 @@ import torch
 from benchmarks.random_llama import make_random_llama
 from starling.config.head_scores import read_scores
 from starling.engine_ext.serving.cli.main import main
-from starling.features.dense_heads.head_scores import checkpoint_digest
+from starling.features.dense_heads.model_heads import checkpoint_digest
 from starling.lab.calibration import command
 from starling.lab.calibration.gated_model import CalibrationError, GatedModel
-from starling.lab.calibration.scoring import Case, ScoredPrompt, divergence, make_plan
+from starling.lab.calibration.integrated_gradients import Case, ScoredPrompt, divergence, make_plan
 from tests.parity.harness import reference_scores
 from tests.unit.masks import mask_of
 

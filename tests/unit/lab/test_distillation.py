@@ -12,9 +12,9 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from benchmarks.random_llama import make_tiny_llama
-from starling.lab.distillation import command, memory
+from starling.lab.distillation import command, training_memory
 from starling.lab.distillation.adapted_model import AdaptedModel, DistilError, make_rows
-from starling.lab.distillation.options import DistilOptions
+from starling.lab.distillation.distil_options import DistilOptions
 from starling.lab.distillation.own_prompts import OWN, chat_segments, read_prompts, with_answers
 from starling.lab.distillation.training import PATIENCE, HeldOut, Training, document_plan, losses, star_plan
 from starling.lab.distillation.training_prompts import (
@@ -255,7 +255,7 @@ def test_own_prompts_and_tasks_take_turns(encoder, tmp_path):
 
 def test_memory_grows_with_prompts_and_falls_with_layers_computed_again(folder):
     def needed(recompute: bool = False, **options) -> int:
-        return memory.needed_bytes(folder, DistilOptions(dtype="float32", **options), recompute=recompute)
+        return training_memory.needed_bytes(folder, DistilOptions(dtype="float32", **options), recompute=recompute)
 
     assert needed(tokens=4096) > needed(tokens=1024) > needed(recompute=True, tokens=1024)
 

@@ -25,10 +25,10 @@ from starling.features.library.connector import close_after_change
 from starling.features.library.file_space import COUNT_FILE
 from starling.features.library.stamp import STAMP_BYTES, has_stamp, write_stamp
 from starling.features.library.tier import LibraryTier
-from starling.features.replicas.core_rpc import add_replica_rpc
+from starling.features.replicas.replica_calls import add_replica_rpc
 from starling.features.replicas.weights import KNOWN, changed_by
-from starling.vllm_compat import engine_core
-from starling.vllm_compat.engine_core import on_worker_call
+from starling.vllm_compat import core_process
+from starling.vllm_compat.core_process import on_worker_call
 
 CHUNKS, SIZE = 4, 4096
 KEYS = [make_offload_key(bytes([number]) * 32, 0) for number in range(CHUNKS)]
@@ -269,7 +269,7 @@ def test_the_files_are_closed_before_the_weights_may_change_where_an_engine_has_
 
 def test_the_files_are_closed_beside_what_replicas_note_of_the_same_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both connectors want to know of a call that may change the weights."""
-    monkeypatch.setattr(engine_core, "_worker_calls", [])
+    monkeypatch.setattr(core_process, "_worker_calls", [])
     closed: list[str] = []
     core = object.__new__(EngineCore)
     core.scheduler = SimpleNamespace(connector=SimpleNamespace(close_files=closed.append))

@@ -15,9 +15,9 @@ from vllm.v1.metrics.stats import PrefixCacheStats
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
-from starling.features.replicas import clock, core_rpc
+from starling.features.replicas import clock, replica_calls
 from starling.features.replicas.connector import StarConnector
-from starling.features.replicas.metadata import PageLoad, PageLoads, PageRead, WorkerAddress
+from starling.features.replicas.connector_metadata import PageLoad, PageLoads, PageRead, WorkerAddress
 from starling.features.replicas.page_transfer import TransferError, layout_mismatch
 from starling.features.replicas.replica_state import replica_state
 from starling.features.replicas.worker_connector import WorkerConnector
@@ -103,10 +103,10 @@ def test_a_part_that_still_runs_when_its_pages_are_released_never_holds_them(sch
         output = scheduler.schedule()
         scheduler.update_from_output(output, answer(output, {name: [] for name in output.num_scheduled_tokens}))
     assert "mine" in scheduler.requests
-    core_rpc._release(core, ["mine"])
+    replica_calls._release(core, ["mine"])
     run_to_end(scheduler)
     assert list(scheduler.connector.connector_scheduler.holds) == ["other"]
-    core_rpc._release(core, ["other"])
+    replica_calls._release(core, ["other"])
     assert free_pages(scheduler) == 39
 
 
@@ -181,8 +181,8 @@ def test_a_request_whose_fetch_is_cancelled_computes_the_pages(scheduler, begun)
     scheduler.add_request(whole("whole", 128, [21, 22, 30, 31, 32]))
     if begun:
         loads = scheduler.schedule().kv_connector_metadata.loads
-    core_rpc._cancel_fetch(core, ["whole", "unknown"])
-    core_rpc._cancel_fetch(core, ["whole"])
+    replica_calls._cancel_fetch(core, ["whole", "unknown"])
+    replica_calls._cancel_fetch(core, ["whole"])
     if begun:
         step = scheduler.schedule()
         assert step.kv_connector_metadata.cancelled == ["whole"]
@@ -208,7 +208,7 @@ def test_a_fetch_begins_until_its_deadline_or_not_at_all(scheduler, monkeypatch,
     fetch = replace(metadata_of(whole("whole", 128, [21, 22, 30, 31, 32])).fetch, deadline=100)
     scheduler.add_request(make_request("whole", PLAN, 300, metadata=RequestMetadata(fetch=fetch)))
     if extended:
-        core_rpc._extend_fetch(core, ["whole", "unknown"], extended)
+        replica_calls._extend_fetch(core, ["whole", "unknown"], extended)
     if fetches:
         (load,) = scheduler.schedule().kv_connector_metadata.loads
         assert load.deadline == (extended or 100)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
-from starling.features.replicas import core_rpc
+from starling.features.replicas import replica_calls
 
 
 class Core:
@@ -31,9 +31,9 @@ class Core:
 
 def test_a_shard_is_closed_in_the_workers_before_its_pages_are_free():
     core = Core()
-    assert core_rpc._open_shard(core, "a") == [{"name": "server"}]
-    core_rpc._release(core, ["a", "b"])
-    core_rpc._release(core, ["b"])
+    assert replica_calls._open_shard(core, "a") == [{"name": "server"}]
+    replica_calls._release(core, ["a", "b"])
+    replica_calls._release(core, ["b"])
     assert core.events == [
         ("open_shard", "a", [3, 4]),
         ("close_shards", ["a"]),
@@ -44,16 +44,16 @@ def test_a_shard_is_closed_in_the_workers_before_its_pages_are_free():
 
 def test_the_workers_forget_servers_that_are_gone():
     core = Core()
-    core_rpc._forget_servers(core, ["a", "b"])
+    replica_calls._forget_servers(core, ["a", "b"])
     assert core.events == [("forget_servers", ["a", "b"])]
 
 
 def test_an_engine_core_offers_the_calls(monkeypatch):
-    for name in (core_rpc.REPLICA_STATE, core_rpc.OPEN_SHARD, core_rpc.RELEASE, core_rpc.IS_PAUSED):
+    for name in (replica_calls.REPLICA_STATE, replica_calls.OPEN_SHARD, replica_calls.RELEASE, replica_calls.IS_PAUSED):
         monkeypatch.setattr(EngineCore, name, None, raising=False)
     for _ in range(2):
-        core_rpc.add_replica_rpc()
+        replica_calls.add_replica_rpc()
     core = object.__new__(EngineCoreProc)
     core.scheduler = core.model_executor = Core()
-    method = getattr(core, core_rpc.OPEN_SHARD)
+    method = getattr(core, replica_calls.OPEN_SHARD)
     assert method(*EngineCoreProc._convert_msgspec_args(method, ["a"])) == [{"name": "server"}]

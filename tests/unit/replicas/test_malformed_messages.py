@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 
-from starling.features.replicas.messages import (
+from starling.features.replicas.notifications import (
     FRAME,
     FRAME_BYTES,
     HEADER,

@@ -11,7 +11,6 @@ import psutil
 import pytest
 
 from starling.features.replicas import network
-from starling.features.replicas.messages import nixl_problem
 from starling.features.replicas.network import (
     ADDRESS_ENV,
     DEVICES_ENV,
@@ -21,6 +20,7 @@ from starling.features.replicas.network import (
     keep_gloo_on_loopback,
     use_devices,
 )
+from starling.features.replicas.notifications import nixl_problem
 
 CARDS = {
     "lo": ["127.0.0.1", "::1"],
@@ -79,7 +79,7 @@ def test_gloo_is_kept_on_loopback_unless_the_user_names_a_device(cards, environ,
 
 LISTENING = """
 import os, psutil
-from starling.features.replicas.messages import MessageLimits, Messenger
+from starling.features.replicas.notifications import MessageLimits, Messenger
 from starling.features.replicas.network import use_devices
 from starling.features.replicas.agents import make_agent
 use_devices(True, os.environ)

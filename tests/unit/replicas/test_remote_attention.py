@@ -20,7 +20,7 @@ from starling.attention_backends.star.reference import star_mask
 from starling.attention_backends.star.remote_queries import make_remote_queries
 from starling.attention_backends.star.rows import split_rows
 from starling.features.replicas import remote_attention_client, remote_attention_server
-from starling.features.replicas.messages import FRAME_BYTES, FrameAssembler, MessageLimits, frames
+from starling.features.replicas.notifications import FRAME_BYTES, FrameAssembler, MessageLimits, frames
 from starling.features.replicas.remote_attention_client import RemoteAttentionClient
 from starling.features.replicas.remote_attention_server import RemoteAttentionServer
 from starling.features.replicas.worker_report import WorkerReport

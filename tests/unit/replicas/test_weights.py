@@ -7,7 +7,7 @@ import torch
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.worker.gpu_worker import Worker
 
-from starling.features.replicas import core_rpc
+from starling.features.replicas import replica_calls
 from starling.features.replicas.weights import HARMLESS, changed_by, weights_digest
 
 
@@ -56,7 +56,7 @@ def test_the_order_in_memory_does_not_count():
 @pytest.fixture
 def core():
     """An engine core of vLLM's that offers Starling's calls, whose workers do nothing."""
-    core_rpc.add_replica_rpc()
+    replica_calls.add_replica_rpc()
     made = object.__new__(EngineCoreProc)
     made.called = []
 
@@ -76,14 +76,14 @@ def test_a_call_that_may_change_the_weights_is_noted_from_the_digest_on(core, me
     assert hasattr(Worker, method), "vLLM calls it otherwise now"
     EngineCore.collective_rpc(core, method)
     assert changed_by(core) is None
-    core_rpc._identity(core)
+    replica_calls._identity(core)
     EngineCore.collective_rpc(core, method)
-    assert getattr(core, core_rpc.WEIGHTS_CHANGED_BY)() == changed_by(core) == method
+    assert getattr(core, replica_calls.WEIGHTS_CHANGED_BY)() == changed_by(core) == method
     assert core.called[0] == core.called[-1] == method
 
 
 def test_what_a_function_or_a_worker_extension_does_is_not_known(core):
-    core_rpc._identity(core)
+    replica_calls._identity(core)
     EngineCore.collective_rpc(core, "my_own_update")
     assert changed_by(core) == "my_own_update"
     EngineCore.collective_rpc(core, lambda worker: None)
@@ -93,6 +93,6 @@ def test_what_a_function_or_a_worker_extension_does_is_not_known(core):
 @pytest.mark.parametrize("method", sorted(HARMLESS))
 def test_a_call_that_leaves_the_weights_as_they_are_is_not_noted(core, method):
     assert hasattr(Worker, method), "vLLM has no such method any more"
-    core_rpc._identity(core)
+    replica_calls._identity(core)
     EngineCore.collective_rpc(core, method)
     assert changed_by(core) is None

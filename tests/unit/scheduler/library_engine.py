@@ -13,11 +13,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiKV
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata
 from vllm.v1.outputs import KVConnectorOutput
 
-from starling.engine_ext.start.library import beside_library
+from starling.engine_ext.start.library_connector import beside_library
 from starling.features.library.beside_replicas import Handshakes, LibraryAndReplicasConnector
 from starling.features.library.connector import WorkerPages
 from starling.features.replicas.connector import StarConnector
-from starling.features.replicas.metadata import WorkerAddress
+from starling.features.replicas.connector_metadata import WorkerAddress
 from tests.unit.scheduler.simulation import Engine, answer, make_config, make_scheduler
 
 PAGE_SIZE = 8

@@ -10,7 +10,7 @@ from vllm.v1.request import RequestStatus
 
 from starling.features.reuse.block_reuse import BlockReuse
 from starling.features.schedulers import AsyncStarScheduler, StarScheduler
-from starling.scheduler.metrics import scheduler_metrics
+from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.star.plan import StarPlan
 from tests.unit.scheduler.simulation import Engine, make_config, make_scheduler, random_ids
 

@@ -9,7 +9,7 @@ from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
 
 from starling.scheduler import core_rpc
-from starling.vllm_compat.engine_core import add_core_utility
+from starling.vllm_compat.core_process import add_core_utility
 from starling.vllm_compat.front import SHUTTING_DOWN
 
 

@@ -18,7 +18,7 @@ from starling.config.scheduling import SchedulingOptions, parse_scheduling
 from starling.features.fairness.core import PrefillLimiter
 from starling.features.fairness.step_budget import Limits, LongPrompt, attended, chunk_within, divide_step, make_limits
 from starling.features.schedulers import StarScheduler
-from starling.scheduler.metrics import scheduler_metrics
+from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.star.plan import StarPlan
 from tests.unit.scheduler.simulation import SHAPE, Engine, make_scheduler, random_ids
 from tests.unit.scheduler.steps import LONG, PAGE_SIZE, STEP, add_long, make_engine, make_step_config, throttle

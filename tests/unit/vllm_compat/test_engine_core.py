@@ -16,7 +16,7 @@ import psutil
 import pytest
 from vllm.v1.engine import core
 
-from starling.vllm_compat.engine_core import divide_kv_memory_check
+from starling.vllm_compat.core_process import divide_kv_memory_check
 from starling.vllm_compat.metrics import DIRECTORY_ENV
 
 
@@ -61,7 +61,7 @@ sys.path[:0] = {path}
 from vllm.config import ParallelConfig
 from vllm.v1.engine.coordinator import DPCoordinator
 from vllm.v1.engine.core import EngineCoreProc
-from starling.vllm_compat.engine_core import end_children_with_parent
+from starling.vllm_compat.core_process import end_children_with_parent
 
 def core():
     print(os.getpid(), flush=True)

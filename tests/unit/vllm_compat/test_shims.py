@@ -17,7 +17,7 @@ from vllm_names import names
 INSTALLED = release_of(vllm_version() or "")
 TABLES = [json.loads(file.read_text()) for file in sorted(names.TABLES.glob("names-*.json"))]
 FOR_0_32 = (
-    "vllm_compat/server.py",
+    "vllm_compat/server_socket.py",
     "the branch of vllm_compat.config.kv_cache_capacity",
     "the branch of vllm_compat.prefix_cache.use_request_hasher and of SchedulerHooks._get_local_prefix_cache_hit",
     "PrefillLimiter.without_adapter",

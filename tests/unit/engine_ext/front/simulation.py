@@ -28,7 +28,7 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from starling.features.replicas.metadata import WorkerAddress
+from starling.features.replicas.connector_metadata import WorkerAddress
 from starling.features.replicas.weights import worker_digest
 from starling.features.replicas.worker_report import WorkerReport
 from starling.features.schedulers import StarScheduler

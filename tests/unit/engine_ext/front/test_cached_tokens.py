@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from vllm.exceptions import VLLMValidationError
 
-from starling.engine_ext.front.cached_tokens import prepare_look_up
 from starling.engine_ext.front.call import Call, current_call
+from starling.engine_ext.front.look_up import prepare_look_up
 
 
 @pytest.fixture

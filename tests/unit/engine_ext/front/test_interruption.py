@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from starling.engine_ext.front.state import front_state
+from starling.engine_ext.front.front_state import front_state
 from tests.unit.engine_ext.front.interruption import interrupted
 from tests.unit.engine_ext.front.simulation import SHARDS, STAR, Server
 from tests.unit.scheduler.simulation import random_ids

@@ -9,8 +9,8 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.live import KEEP_SECONDS, SHARE_SECONDS, WAIT_SECONDS, LiveView, read_totals
-from starling.engine_ext.front.state import front_state
 from starling.features.live.core import LISTED, MAX_ID
 from starling.scheduler.core_rpc import LIVE_REQUESTS
 from tests.unit.engine_ext.conftest import REPLICAS

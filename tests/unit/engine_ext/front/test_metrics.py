@@ -16,12 +16,14 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from starling.vllm_compat.metrics import DIRECTORY_ENV, MULTIPROCESS_ENV, DirectoryCollector, collect_from_children
 
 COUNT_HITS = (
-    "from starling.scheduler.metrics import scheduler_metrics as m; "
+    "from starling.scheduler.core_metrics import scheduler_metrics as m; "
     "m().count_hit('block', 64); m().count_hit('block', 0)"
 )
-COUNT_TOKENS = "from starling.engine_ext.front.metrics import worker_metrics; worker_metrics().context_tokens.inc(7)"
+COUNT_TOKENS = (
+    "from starling.engine_ext.front.star_metrics import worker_metrics; worker_metrics().context_tokens.inc(7)"
+)
 SET_SIZES = """
-from starling.scheduler.metrics import cache_metrics
+from starling.scheduler.core_metrics import cache_metrics
 cache_metrics().states.set(20)
 cache_metrics().bytes_per_token.labels("0", "full_attention").set(34)
 """
@@ -71,8 +73,8 @@ fork = multiprocessing.get_context("fork")
 
 
 def count():
-    from starling.engine_ext.front.metrics import worker_metrics
-    from starling.features.replicas.metrics import replica_metrics
+    from starling.engine_ext.front.star_metrics import worker_metrics
+    from starling.features.replicas.transfer_metrics import replica_metrics
 
     worker_metrics().context_tokens.inc(7)
     replica_metrics().bytes_moved.inc(3)

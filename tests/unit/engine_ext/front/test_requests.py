@@ -11,7 +11,6 @@ from vllm.sampling_params import SamplingParams
 from starling.attention_backends.attamba.count import prompt_keys
 from starling.engine_ext.front import bounds
 from starling.engine_ext.front.call import Call, current_call
-from starling.engine_ext.front.metrics import front_metrics
 from starling.engine_ext.front.requests import (
     PLANNED,
     RequestPlanner,
@@ -19,6 +18,7 @@ from starling.engine_ext.front.requests import (
     check_openai_request,
     plan_of_request,
 )
+from starling.engine_ext.front.star_metrics import front_metrics
 from starling.engine_ext.models.attamba_config import AttambaConfig
 from starling.engine_ext.serving.grpc.outputs import final
 from starling.scheduler.star.decide import Decision

@@ -8,9 +8,9 @@ import pytest
 from vllm.exceptions import QueueOverflowError
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.replica_rpc import ReplicaTimeout
-from starling.engine_ext.front.state import front_state
-from starling.features.replicas.core_rpc import RELEASE
+from starling.features.replicas.replica_calls import RELEASE
 from starling.scheduler.star.request_metadata import metadata_of
 from tests.unit.engine_ext.front.simulation import (
     SHARDS,

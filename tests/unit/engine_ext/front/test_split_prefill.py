@@ -16,9 +16,9 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
 from starling.engine_ext.front import end_of_reads, engine_replica
-from starling.engine_ext.front.metrics import front_metrics
-from starling.engine_ext.front.state import front_state
-from starling.features.replicas.core_rpc import REPLICA_STATE
+from starling.engine_ext.front.front_state import front_state
+from starling.engine_ext.front.star_metrics import front_metrics
+from starling.features.replicas.replica_calls import REPLICA_STATE
 from starling.scheduler.star.client_tokens import pad
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import metadata_of

@@ -6,11 +6,11 @@ import asyncio
 
 import pytest
 
-from starling.engine_ext.front.metrics import front_metrics
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.replica_rpc import ReplicaTimeout
 from starling.engine_ext.front.split_prefill import ShardLost
-from starling.engine_ext.front.state import front_state
-from starling.features.replicas.core_rpc import OPEN_SHARD, RELEASE
+from starling.engine_ext.front.star_metrics import front_metrics
+from starling.features.replicas.replica_calls import OPEN_SHARD, RELEASE
 from starling.scheduler.star.request_metadata import metadata_of
 from tests.unit.engine_ext.front.simulation import SHARDS, TOKENS, both_parts_run, whole_requests
 from tests.unit.engine_ext.front.virtual_time import now, until

@@ -19,11 +19,11 @@ from contextlib import contextmanager
 import pytest
 
 from starling.config.plain_text import plain
-from starling.lab.evaluation import client as client_module
-from starling.lab.evaluation import server
+from starling.lab.evaluation import completions_client as client_module
+from starling.lab.evaluation import server_process
 from starling.lab.evaluation.answers import MAX_ANSWER_BYTES
-from starling.lab.evaluation.client import MAX_MESSAGE, Client, ServerError
 from starling.lab.evaluation.commands import eval as eval_command
+from starling.lab.evaluation.completions_client import MAX_MESSAGE, Client, ServerError
 from tests.unit.lab.evaluation.fake_server import listening, served
 
 MIB = 2**20
@@ -183,7 +183,7 @@ def test_a_compressed_answer_is_read(coding):
 def test_the_health_of_a_server_that_starts_is_read_from_its_status_alone(tmp_path):
     with sending(lambda: itertools.repeat(b"a" * MIB)) as (url, sent):
         process = type("Running", (), {"poll": lambda self: None})()
-        server.wait_until_ready(process, url, tmp_path / "log")
+        server_process.wait_until_ready(process, url, tmp_path / "log")
     assert sent[0] <= 32 * MIB
 
 

@@ -8,7 +8,7 @@ from importlib import util
 import pytest
 
 from starling.engine_ext.serving.cli.main import main
-from starling.lab.evaluation import figure, server
+from starling.lab.evaluation import figure, server_process
 from starling.lab.evaluation.commands import eval as cli
 from starling.lab.evaluation.commands import measuring
 from starling.lab.evaluation.report import Report
@@ -55,7 +55,7 @@ def test_a_run_writes_results_that_a_second_run_finds(tmp_path, capsys):
 def test_another_format_is_refused_before_a_server_starts_and_another_model_after(tmp_path, capsys, monkeypatch):
     with served(answer=knows) as fake:
         assert evaluate(fake, tmp_path) == 0
-    monkeypatch.setattr(server.sys, "executable", "/bin/false")
+    monkeypatch.setattr(server_process.sys, "executable", "/bin/false")
     (tmp_path / "setup.json").write_text('{"version": 0, "model": "fake"}')
     assert cli.run(["some/model", *TASKS, "--out", str(tmp_path)]) == 2
     assert "version was 0 and is 1" in capsys.readouterr().err

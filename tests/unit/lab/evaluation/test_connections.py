@@ -13,12 +13,12 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
-from starling.lab.evaluation import client as client_module
-from starling.lab.evaluation import server
-from starling.lab.evaluation.client import Client, ServerError
+from starling.lab.evaluation import completions_client as client_module
+from starling.lab.evaluation import server_process
+from starling.lab.evaluation.completions_client import Client, ServerError
 from starling.lab.evaluation.connection import is_this_machine
-from starling.lab.evaluation.server import StartError
-from starling.lab.evaluation.server import served as serving
+from starling.lab.evaluation.server_process import StartError
+from starling.lab.evaluation.server_process import served as serving
 from tests.unit.lab.evaluation.fake_server import listening, served
 from tests.unit.lab.evaluation.test_runner import STAR, prompt, run
 
@@ -82,17 +82,17 @@ def test_a_loopback_server_is_asked_directly_and_others_by_the_proxy(monkeypatch
 
 
 def test_a_server_that_starts_is_asked_directly(monkeypatch, tmp_path):
-    monkeypatch.setattr(server, "START_SECONDS", 0.2)
+    monkeypatch.setattr(server_process, "START_SECONDS", 0.2)
     with answering(200) as (proxy, asked), child() as process, socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))  # and does not listen
         monkeypatch.setenv("http_proxy", proxy)
         with pytest.raises(StartError, match="did not answer"):
-            server.wait_until_ready(process, f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path / "log")
+            server_process.wait_until_ready(process, f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path / "log")
         assert asked == []
-    monkeypatch.setattr(server, "START_SECONDS", 300)
+    monkeypatch.setattr(server_process, "START_SECONDS", 300)
     with answering(503) as (proxy, _), answering(200) as (ready, asked), child() as process:
         monkeypatch.setenv("http_proxy", proxy)
-        server.wait_until_ready(process, ready, tmp_path / "log")
+        server_process.wait_until_ready(process, ready, tmp_path / "log")
         assert asked == ["/health"]
 
 
@@ -249,8 +249,8 @@ def test_a_server_that_ends_in_the_middle_is_reported_with_its_log(tmp_path, mon
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\necho the engine is out of memory\nexit 7\n")
     script.chmod(0o755)
-    monkeypatch.setattr(server.sys, "executable", str(script))
-    monkeypatch.setattr(server, "wait_until_ready", lambda process, base_url, log: process.wait())
+    monkeypatch.setattr(server_process.sys, "executable", str(script))
+    monkeypatch.setattr(server_process, "wait_until_ready", lambda process, base_url, log: process.wait())
     with pytest.raises(StartError) as failed, serving("some/model", [], tmp_path / "log") as url:
         facts(url)
     assert "ConnectError" in str(failed.value)
@@ -279,6 +279,6 @@ def test_a_second_interruption_kills_the_child(tmp_path, monkeypatch):
 
     monkeypatch.setattr(process, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        server.stop(process)
+        server_process.stop(process)
     assert process.returncode == -9
     process.stdout.close()

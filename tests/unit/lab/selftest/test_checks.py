@@ -14,8 +14,18 @@ from vllm.engine.arg_utils import EngineArgs
 
 from starling.attention_backends.kernels.cpu import fallback
 from starling.features.replicas import network
-from starling.lab.selftest import engine_checks, engine_run, kernels, model, pages, rows, speed, steady, suite
-from starling.lab.selftest import prompts as p
+from starling.lab.selftest import check_prompts as p
+from starling.lab.selftest import (
+    engine_checks,
+    engine_run,
+    kernels,
+    model,
+    moved_pages,
+    speed,
+    star_rows,
+    steady,
+    suite,
+)
 from starling.lab.selftest.engine_checks import Setting, judge_tokens, settings
 from starling.lab.selftest.engine_run import EngineError, EngineRun
 from starling.lab.selftest.paged import DECODE, MIXED, make_operands
@@ -66,7 +76,7 @@ def test_a_kernel_with_32_bit_offsets_fails_on_the_large_cache(attention, passes
 )
 @pytest.mark.parametrize("own_op", [False, True])
 def test_rows_of_another_plan_fail(own_op, change):
-    right, wrong = rows.check_rows(own_op), rows.check_rows(own_op, replace(rows.PLAN, **change))
+    right, wrong = star_rows.check_rows(own_op), star_rows.check_rows(own_op, replace(star_rows.PLAN, **change))
     assert right.measured <= right.bound < wrong.measured
 
 
@@ -219,9 +229,9 @@ def test_pages_that_two_processes_move_are_those_of_the_source():
 def test_a_page_that_is_another_one_is_counted(monkeypatch):
     """A source whose pages have other contents than those that are expected of it."""
     monkeypatch.setenv(network.DEVICES_ENV, network.devices(True, {}))
-    source = pages.make_caches("cpu", 2)
-    held = pages.make_reader("source", source)
-    assert pages.read_pages(held.address(), "cpu")["different"] == 32 * 32
+    source = moved_pages.make_caches("cpu", 2)
+    held = moved_pages.make_reader("source", source)
+    assert moved_pages.read_pages(held.address(), "cpu")["different"] == 32 * 32
     held.close()
 
 

@@ -18,7 +18,7 @@ from starling.lab.evaluation.tasks import TASKS
 from starling.lab.selftest import accuracy, model, speed, suite, usage
 from starling.lab.selftest.engine_run import EngineRun
 from starling.lab.selftest.result import Skip
-from starling.vllm_compat.measuring import count_graphs, gpu_memory
+from starling.vllm_compat.engine_readings import count_graphs, gpu_memory
 
 
 def test_steps_are_counted_by_vllms_own_statistics():

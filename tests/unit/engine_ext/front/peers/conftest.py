@@ -13,10 +13,10 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from starling.engine_ext.front import end_of_reads, engine_replica, peer_replica, peers
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.peers import own_identity
-from starling.engine_ext.front.state import front_state
-from starling.engine_ext.serving.grpc import replica as replica_service
-from starling.engine_ext.serving.grpc.replica import ReplicaServicer
+from starling.engine_ext.serving.grpc import replica_service
+from starling.engine_ext.serving.grpc.replica_service import ReplicaServicer
 from starling.engine_ext.serving.grpc.server import Front
 from tests.unit.engine_ext.front.peers.pods import KEY, TIMEOUT, Pod, until
 from tests.unit.engine_ext.front.simulation import Cluster, serving

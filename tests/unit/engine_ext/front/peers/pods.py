@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Callable
 
 from starling.config.replicas import ReplicaOptions
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.peer_replica import PeerReplica
 from starling.engine_ext.front.peers import PeerDirectory, own_identity
-from starling.engine_ext.front.state import front_state
 from starling.engine_ext.serving.grpc.server import Front
 from starling.scheduler.star.request_metadata import KEY as METADATA
 from tests.unit.engine_ext.front.simulation import STAR, Server

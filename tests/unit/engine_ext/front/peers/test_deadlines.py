@@ -9,9 +9,9 @@ import pytest
 from starling.engine_ext.front import peers
 from starling.engine_ext.front.engine_replica import EngineReplica
 from starling.engine_ext.front.peer_replica import PeerLost, PeerReplica
-from starling.engine_ext.serving.grpc import replica as replica_service
+from starling.engine_ext.serving.grpc import replica_service
 from starling.features.replicas import clock
-from starling.features.replicas.core_rpc import CANCEL_FETCH, EXTEND_FETCH
+from starling.features.replicas.replica_calls import CANCEL_FETCH, EXTEND_FETCH
 from starling.scheduler.star.request_metadata import metadata_of
 from tests.unit.engine_ext.front.peers.pods import AUTO, TIMEOUT, session_of, stop_before_the_whole_request, until
 from tests.unit.engine_ext.front.simulation import TOKENS, whole_requests

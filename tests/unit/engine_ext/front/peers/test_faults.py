@@ -15,8 +15,8 @@ from starling.engine_ext.front import peer_replica, peers
 from starling.engine_ext.front.engine_replica import SplitPrompt
 from starling.engine_ext.front.peers import Identity
 from starling.engine_ext.front.replica_rpc import ReplicaTimeout
-from starling.engine_ext.serving.grpc import replica as replica_service
-from starling.features.replicas.core_rpc import CANCEL_FETCH, RELEASE
+from starling.engine_ext.serving.grpc import replica_service
+from starling.features.replicas.replica_calls import CANCEL_FETCH, RELEASE
 from starling.scheduler.star.plan import StarPlan
 from starling.v1 import replica_pb2 as pb
 from tests.unit.engine_ext.front.peers.pods import (

@@ -8,7 +8,7 @@ import pytest
 
 from starling.engine_ext.front import peers
 from starling.engine_ext.front.peers import Identity
-from starling.features.replicas.core_rpc import FORGET_SERVERS
+from starling.features.replicas.replica_calls import FORGET_SERVERS
 from tests.unit.engine_ext.front.peers.pods import Pod, until
 
 

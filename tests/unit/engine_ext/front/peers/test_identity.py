@@ -12,7 +12,7 @@ import pytest
 from starling.engine_ext.front import peers
 from starling.engine_ext.front.peers import Identity, own_identity
 from starling.engine_ext.serving.grpc.auth import peer_credentials, server_credentials
-from starling.engine_ext.serving.grpc.replica import ReplicaServicer
+from starling.engine_ext.serving.grpc.replica_service import ReplicaServicer
 from starling.engine_ext.serving.grpc.server import Front
 from tests.unit.engine_ext.front.peers.pods import AUTO, KEY
 from tests.unit.engine_ext.front.simulation import TOKENS

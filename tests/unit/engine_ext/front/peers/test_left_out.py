@@ -11,7 +11,7 @@ from vllm.v1.core.sched.interface import PauseState
 
 from starling.engine_ext.front import peers
 from starling.engine_ext.front.engine_replica import EngineReplica
-from starling.engine_ext.front.metrics import front_metrics
+from starling.engine_ext.front.star_metrics import front_metrics
 from tests.unit.engine_ext.front.peers.pods import AUTO, until
 from tests.unit.engine_ext.front.simulation import TOKENS
 from tests.unit.scheduler.simulation import random_ids

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from starling.engine_ext.front.metrics import front_metrics
+from starling.engine_ext.front.star_metrics import front_metrics
 from tests.unit.engine_ext.front.peers.pods import AUTO, Pod, stop_before_the_whole_request, until
 from tests.unit.engine_ext.front.simulation import TOKENS
 from tests.unit.scheduler.simulation import random_ids

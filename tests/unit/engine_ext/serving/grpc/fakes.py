@@ -16,8 +16,8 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from starling.config.entry import StarlingConfig
 from starling.config.star import StarOptions
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.requests import PLANNED
-from starling.engine_ext.front.state import front_state
 from starling.engine_ext.serving.grpc.server import Front
 from starling.scheduler.star.counts import describe
 from starling.scheduler.star.decide import Decision

@@ -10,7 +10,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from starling.engine_ext.front.clients import digest
+from starling.engine_ext.front.client_keys import digest
 from starling.engine_ext.serving.grpc.addresses import AdminOptions
 from starling.engine_ext.serving.grpc.arrivals import HEALTH_OF_HOST, Arrivals
 from starling.engine_ext.serving.grpc.auth import host_of

@@ -16,7 +16,7 @@ from starling.engine_ext.serving.grpc.bench import (
 )
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
-from starling.vllm_compat.bench import is_bench
+from starling.vllm_compat.bench_commands import is_bench
 from tests.unit.engine_ext.serving.grpc.fakes import PROMPT_TOKENS, FakeEngine, front_of
 
 

@@ -11,8 +11,8 @@ from vllm.logprobs import Logprob
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from starling.engine_ext.front.constraints import NO_GRAMMAR
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.requests import PLANNED
-from starling.engine_ext.front.state import front_state
 from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
 from starling.scheduler.star.facts import EngineFacts
 from starling.v1 import inference_pb2 as pb

@@ -7,12 +7,12 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers import ChatParams, TokenizeParams
 
 from starling.engine_ext.front.requests import KNOWN_SEGMENTS
-from starling.engine_ext.serving.grpc import prompts
+from starling.engine_ext.serving.grpc import prompt_inputs
 from starling.scheduler.star.facts import KnownSegments
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine
 
-LIMIT = prompts.PromptLimit(1000, 8000)
+LIMIT = prompt_inputs.PromptLimit(1000, 8000)
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ LIMIT = prompts.PromptLimit(1000, 8000)
 )
 def test_prompt(request_, prompt):
     engine = FakeEngine()
-    asyncio.run(prompts.render(engine, request_, ChatParams(), {}, LIMIT))
+    asyncio.run(prompt_inputs.render(engine, request_, ChatParams(), {}, LIMIT))
     assert engine.rendered == [([prompt], None)]
 
 
@@ -40,7 +40,7 @@ def test_prompt(request_, prompt):
 )
 def test_an_empty_prompt_is_refused_by_its_field(request_, field):
     with pytest.raises(VLLMValidationError) as refused:
-        prompts.prompt_of(request_)
+        prompt_inputs.prompt_of(request_)
     assert refused.value.parameter == field
 
 
@@ -61,7 +61,7 @@ def chat(*roles: str, **fields) -> pb.TokenizeRequest:
 def test_chat_is_rendered_with_the_servers_options(request_, opens):
     engine = FakeEngine()
     server = ChatParams(chat_template="T", chat_template_kwargs={"enable_thinking": False})
-    asyncio.run(prompts.render(engine, request_, server, {}, LIMIT))
+    asyncio.run(prompt_inputs.render(engine, request_, server, {}, LIMIT))
     ((conversations, params, tokenizing),) = engine.rendered
     (messages,) = conversations
     assert [message["role"] for message in messages] == [message.role for message in request_.chat.messages]
@@ -83,25 +83,25 @@ class NumberedRenderer(FakeEngine):
 def test_many_token_ids_leave_room_for_other_tasks():
     async def scenario():
         renderer = NumberedRenderer(max_model_len=10**6)
-        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=range(3 * prompts.PIECE_IDS + 1)))
-        limit = prompts.prompt_limit(renderer)
-        rendering = asyncio.create_task(prompts.render(renderer, request, ChatParams(), {}, limit))
+        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=range(3 * prompt_inputs.PIECE_IDS + 1)))
+        limit = prompt_inputs.prompt_limit(renderer)
+        rendering = asyncio.create_task(prompt_inputs.render(renderer, request, ChatParams(), {}, limit))
         while not rendering.done():
             renderer.rendered.append("other")
             await asyncio.sleep(0)
         return renderer.rendered
 
     *turns, (rendered, _) = asyncio.run(scenario())
-    assert [turn for turn in turns if turn != "other"] == [prompts.PIECE_IDS] * 3 + [1]
-    assert turns == [turn for piece in [prompts.PIECE_IDS] * 3 + [1] for turn in ("other", piece)]
-    assert rendered == [{"prompt_token_ids": list(range(3 * prompts.PIECE_IDS + 1))}]
+    assert [turn for turn in turns if turn != "other"] == [prompt_inputs.PIECE_IDS] * 3 + [1]
+    assert turns == [turn for piece in [prompt_inputs.PIECE_IDS] * 3 + [1] for turn in ("other", piece)]
+    assert rendered == [{"prompt_token_ids": list(range(3 * prompt_inputs.PIECE_IDS + 1))}]
 
 
 def test_more_ids_than_the_context_are_refused_before_they_are_a_list():
     renderer = NumberedRenderer(max_model_len=100)
     request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=range(101)))
     with pytest.raises(VLLMValidationError, match="101 token ids"):
-        asyncio.run(prompts.render(renderer, request, ChatParams(), {}, prompts.prompt_limit(renderer)))
+        asyncio.run(prompt_inputs.render(renderer, request, ChatParams(), {}, prompt_inputs.prompt_limit(renderer)))
     assert renderer.rendered == []
 
 
@@ -112,7 +112,7 @@ def test_more_ids_than_the_context_are_refused_before_they_are_a_list():
 )
 def test_bad_chat(request_, says):
     with pytest.raises(VLLMValidationError) as refused:
-        asyncio.run(prompts.render(FakeEngine(), request_, ChatParams(), {}, LIMIT))
+        asyncio.run(prompt_inputs.render(FakeEngine(), request_, ChatParams(), {}, LIMIT))
     assert refused.value.parameter == "chat"
     assert says in str(refused.value)
 
@@ -121,14 +121,14 @@ def test_harmony_is_refused():
     engine = FakeEngine()
     engine.model_config.hf_config.model_type = "gpt_oss"
     with pytest.raises(VLLMValidationError, match="send token_ids"):
-        asyncio.run(prompts.render(engine, chat("user"), ChatParams(), {}, LIMIT))
+        asyncio.run(prompt_inputs.render(engine, chat("user"), ChatParams(), {}, LIMIT))
 
 
 def test_the_kinds_of_prompt_are_named():
     with pytest.raises(VLLMValidationError, match="set text or chat"):
-        prompts.prompt_of(pb.TokenizeRequest())
+        prompt_inputs.prompt_of(pb.TokenizeRequest())
     with pytest.raises(VLLMValidationError, match="set text or token_ids or chat"):
-        prompts.prompt_of(pb.GenerateRequest())
+        prompt_inputs.prompt_of(pb.GenerateRequest())
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_the_kinds_of_prompt_are_named():
 )
 def test_messages_that_no_context_holds_are_refused(chat, says):
     with pytest.raises(VLLMValidationError, match=says):
-        prompts.PromptLimit(3, 30).check_chat(chat)
+        prompt_inputs.PromptLimit(3, 30).check_chat(chat)
 
 
 class ByteRenderer:
@@ -162,7 +162,7 @@ class ByteRenderer:
 
 def render_texts(*texts: str):
     request = pb.GenerateStreamRequest(texts=pb.Texts(texts=texts))
-    return asyncio.run(prompts.render(ByteRenderer(), request, ChatParams(), {"cache_salt": "me"}, LIMIT))
+    return asyncio.run(prompt_inputs.render(ByteRenderer(), request, ChatParams(), {"cache_salt": "me"}, LIMIT))
 
 
 def test_texts_are_tokenised_one_by_one_and_start_where_the_one_before_ends():
@@ -174,7 +174,7 @@ def test_texts_are_tokenised_one_by_one_and_start_where_the_one_before_ends():
 
 def test_many_texts_leave_room_for_other_tasks(monkeypatch):
     """They are tokenised in pieces, with special tokens in front of the first alone."""
-    monkeypatch.setattr(prompts, "PIECE_TEXTS", 4)
+    monkeypatch.setattr(prompt_inputs, "PIECE_TEXTS", 4)
     made = render_texts(*(f"{number} " for number in range(9)))
     assert made["prompt_token_ids"] == [1, *b"012345678"]
     assert made[KNOWN_SEGMENTS] == KnownSegments("texts", tuple(range(2, 10)))

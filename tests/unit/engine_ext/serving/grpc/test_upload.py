@@ -13,7 +13,7 @@ from starling.engine_ext.front.bounds import UPLOAD
 from starling.engine_ext.serving.errors import UploadMemoryError
 from starling.engine_ext.serving.grpc.arrivals import SlowMessageError
 from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
-from starling.engine_ext.serving.grpc.prompts import PromptLimit
+from starling.engine_ext.serving.grpc.prompt_inputs import PromptLimit
 from starling.engine_ext.serving.grpc.quota import Quota
 from starling.engine_ext.serving.grpc.upload import (
     CHARACTER_BYTES,

@@ -9,8 +9,8 @@ import pytest
 from fastapi import FastAPI
 
 from starling.engine_ext.front.call import current_call
-from starling.engine_ext.front.state import front_state
-from starling.engine_ext.serving.http.client import NoteClient
+from starling.engine_ext.front.front_state import front_state
+from starling.engine_ext.serving.http.call_middleware import NoteClient
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine
 
 

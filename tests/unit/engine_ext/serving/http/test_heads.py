@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from starling.engine_ext.front.bounds import HEAD
-from starling.vllm_compat.server import bound_request_heads
+from starling.vllm_compat.server_socket import bound_request_heads
 
 
 async def answer(request):

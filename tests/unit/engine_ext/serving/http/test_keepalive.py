@@ -7,7 +7,7 @@ import socket
 from vllm.entrypoints.launchers import launcher
 
 from starling.engine_ext.serving.http.keepalive import end_lost_connections
-from starling.vllm_compat.server import on_server_socket
+from starling.vllm_compat.server_socket import on_server_socket
 
 
 def test_accepted_connections_end_within_a_minute_of_silence(monkeypatch):

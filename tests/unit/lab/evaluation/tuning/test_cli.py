@@ -15,14 +15,14 @@ from rich.progress import Progress
 from starling.config.entry import parse_config
 from starling.engine_ext.serving.cli.main import main
 from starling.engine_ext.serving.cli.serve_args import parse as parse_serve
-from starling.lab.evaluation import server
+from starling.lab.evaluation import server_process
 from starling.lab.evaluation.commands import measuring
 from starling.lab.evaluation.commands import tune as cli
 from starling.lab.evaluation.prompt_options import parse_options
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.tuning.halving import halves
-from starling.lab.evaluation.tuning.report import TuneReport
 from starling.lab.evaluation.tuning.search_options import TuneOptions
+from starling.lab.evaluation.tuning.tune_report import TuneReport
 from tests.unit.lab.evaluation.eval_runs import Page
 from tests.unit.lab.evaluation.fake_server import served
 
@@ -209,7 +209,7 @@ def test_tasks_are_tuned_on_too(tmp_path, capsys):
     ],
 )
 def test_unusable_arguments_are_refused_before_a_server_starts(tmp_path, capsys, monkeypatch, options, reason):
-    monkeypatch.setattr(server.sys, "executable", "/bin/false")
+    monkeypatch.setattr(server_process.sys, "executable", "/bin/false")
     assert main(["tune", "some/model", *options, "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("starling tune: error: ") and reason in error

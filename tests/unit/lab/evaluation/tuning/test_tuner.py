@@ -6,13 +6,13 @@ import asyncio
 
 import pytest
 
-from starling.lab.evaluation.client import Client, ServerError
+from starling.lab.evaluation.completions_client import Client, ServerError
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.runner import Memory
 from starling.lab.evaluation.tuning.candidates import chosen_candidates, default_candidates
 from starling.lab.evaluation.tuning.halving import halves
 from starling.lab.evaluation.tuning.measures import MEASURES
-from starling.lab.evaluation.tuning.report import candidate_results
+from starling.lab.evaluation.tuning.tune_report import candidate_results
 from starling.lab.evaluation.tuning.tuner import Tuner, find_engine
 from tests.unit.lab.evaluation.fake_server import served
 

@@ -19,7 +19,7 @@ from vllm.utils.mistral import is_mistral_tokenizer
 from starling.engine_ext.front.requests import KNOWN_SEGMENTS
 from starling.scheduler.star.facts import KnownSegments
 from starling.v1 import inference_pb2 as pb
-from starling.vllm_compat.server import default_chat_template_kwargs
+from starling.vllm_compat.server_socket import default_chat_template_kwargs
 
 GenerateRequest = pb.GenerateStreamRequest | pb.GenerateRequest
 PromptRequest = GenerateRequest | pb.TokenizeRequest

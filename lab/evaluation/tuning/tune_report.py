@@ -16,8 +16,14 @@ from starling.lab.evaluation.plans import parse_plan
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.report import fill_page, html_table, percent, points
 from starling.lab.evaluation.statistics import Interval
-from starling.lab.evaluation.tuning.bounds import CONFIDENCE, LOSSLESS_DRAWS, lower_bound, prompts_needed, upper_bound
 from starling.lab.evaluation.tuning.candidates import served_options
+from starling.lab.evaluation.tuning.loss_bounds import (
+    CONFIDENCE,
+    LOSSLESS_DRAWS,
+    lower_bound,
+    prompts_needed,
+    upper_bound,
+)
 from starling.lab.evaluation.tuning.measures import MEASURES, Measure, MeasureName
 from starling.lab.evaluation.tuning.tuner import Trial, Tuning
 

@@ -15,8 +15,8 @@ from dataclasses import asdict
 from typing import Any
 
 from starling.engine_ext.front.call import this_call
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.progress import Progress
-from starling.engine_ext.front.state import front_state
 
 HEADER = b"x-starling-progress"
 PATHS = ("/v1/completions", "/v1/chat/completions")

@@ -1,7 +1,7 @@
 """ASGI middleware: `POST /starling/cached` and the path of a request says what the server has cached of its prompt.
 
 A router sends the body of a request to several servers, and then the request itself to the one that has the most. The
-request goes its usual way, with all checks and bounds, until it would run: see engine_ext/front/cached_tokens.py.
+request goes its usual way, with all checks and bounds, until it would run: see engine_ext/front/look_up.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from starling.engine_ext.front.call import this_call
-from starling.engine_ext.front.clients import path_of
+from starling.engine_ext.front.client_keys import path_of
 
 CACHED_PATH = "/starling/cached"
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")

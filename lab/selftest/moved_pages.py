@@ -1,4 +1,4 @@
-"""KV pages that move between two processes: `python -m starling.lab.selftest.pages SOURCE READER` prints what was read.
+"""KV pages that move between processes. `python -m starling.lab.selftest.moved_pages SOURCE READER` says what is read.
 
 SOURCE and READER are torch's devices: "cuda:0", "cpu". The pages are scattered, so that each page of each layer is a
 read of its own. The last line of standard output has ``RESULT`` and then JSON.

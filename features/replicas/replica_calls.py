@@ -13,7 +13,7 @@ from starling.features.replicas.replica_state import replica_state
 from starling.features.replicas.weights import KNOWN, changed_by, note_changes, worker_digest
 from starling.scheduler.star.plan import plan_from_wire
 from starling.scheduler.star.request_metadata import metadata_of
-from starling.vllm_compat.engine_core import add_core_utility, on_worker_call
+from starling.vllm_compat.core_process import add_core_utility, on_worker_call
 from starling.vllm_compat.scheduler_view import SchedulerView
 
 REPLICA_STATE = "starling_replica_state"

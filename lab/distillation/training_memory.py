@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from starling.lab.distillation.options import DistilOptions
+from starling.lab.distillation.distil_options import DistilOptions
 
 GIB = 2**30
 QUESTION_TOKENS = 64

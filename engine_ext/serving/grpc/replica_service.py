@@ -19,12 +19,12 @@ from vllm.exceptions import QueueOverflowError, VLLMValidationError
 from vllm.logger import init_logger
 
 from starling.engine_ext.front.engine_replica import HEALTH_CHECK_SECONDS, EngineReplica, SplitPrompt
-from starling.engine_ext.front.metrics import front_metrics
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.peers import Identity, hold_seconds
 from starling.engine_ext.front.replica import HeldPart, PartAborted
 from starling.engine_ext.front.replica_rpc import ReplicaUnavailable
 from starling.engine_ext.front.requests import RequestPlanner
-from starling.engine_ext.front.state import front_state
+from starling.engine_ext.front.star_metrics import front_metrics
 from starling.engine_ext.serving.grpc.arrivals import arriving
 from starling.engine_ext.serving.grpc.messages import abort
 from starling.features.adapter.front import Adapter
@@ -32,7 +32,7 @@ from starling.scheduler.star.documents import lay_out
 from starling.scheduler.star.plan import StarPlan
 from starling.v1 import replica_pb2 as pb
 from starling.v1 import replica_pb2_grpc
-from starling.vllm_compat.admission import Admission, admit, withdraw
+from starling.vllm_compat.admission_limits import Admission, admit, withdraw
 
 logger = init_logger("vllm.starling")
 

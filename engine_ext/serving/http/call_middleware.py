@@ -11,10 +11,10 @@ from typing import Any
 
 from starling.engine_ext.front.bounds import HEAD
 from starling.engine_ext.front.call import Call, current_call
-from starling.engine_ext.front.clients import authorization_of, bearer_key
+from starling.engine_ext.front.client_keys import authorization_of, bearer_key
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.loop_watch import watch_loop
-from starling.engine_ext.front.state import front_state
-from starling.vllm_compat.server import bound_request_heads
+from starling.vllm_compat.server_socket import bound_request_heads
 
 
 class NoteClient:

@@ -11,8 +11,8 @@ from vllm.outputs import RequestOutput
 
 from starling.config.entry import config_of
 from starling.engine_ext.front.call import Call, this_call
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.requests import decision_of
-from starling.engine_ext.front.state import front_state
 from starling.engine_ext.front.whole_request import empty_output
 from starling.features.adapter.lora import adapter_fields
 from starling.features.asked import has_library

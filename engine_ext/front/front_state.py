@@ -19,13 +19,13 @@ from starling.engine_ext.front.progress import ProgressPoller
 from starling.engine_ext.front.replica_rpc import ReplicaRPC, retrieve_error
 from starling.engine_ext.front.requests import RequestPlanner
 from starling.engine_ext.front.split_requests import SplitRequests
-from starling.features.replicas.core_rpc import FORGET_SERVERS
+from starling.features.replicas.replica_calls import FORGET_SERVERS
 from starling.vllm_compat.front import around_shutdown, refuse_admission
 
 logger = init_logger("vllm.starling")
 
 LOOKUPS = 4
-"""Prompts that are looked up at once (cached_tokens.py): each takes milliseconds of an engine's process."""
+"""Prompts that are looked up at once (look_up.py): each takes milliseconds of an engine's process."""
 
 
 class FrontState:

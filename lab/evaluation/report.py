@@ -139,6 +139,14 @@ COLUMNS = (
 )
 LEFT_COLUMNS = ("task", "depth", "plan", "sizes", "result")
 DEPTH_COLUMNS = ("depth", "length", "plan", "prompts", "dense", "score", "difference [95 %]")
+ABOUT_RESULTS = (
+    'Each prompt was answered with dense attention and with each plan by the same server. "Sizes" are those of the '
+    "plan in tokens, as the server reported them: B of a star block, A of the anchor, O of the overlap, and a range "
+    "where prompts had different ones. A score is RULER's, from 0 to 100 %. Differences are in points, with 95 % "
+    'bootstrap intervals over prompts. "Attention work" counts the query-key pairs of the prefill, as a share of '
+    "dense's. An interval covers the chance in drawing these prompts, and nothing else: other tasks and texts can "
+    "differ."
+)
 LOGPROB_COLUMNS = ("log-probability [95 %]", "top-1", "KL")
 
 
@@ -226,35 +234,49 @@ def html_report(report: Report, figure: bytes | None) -> str:
         if report.depths
         else ""
     )
-    return fill_page(
-        "report.html",
-        model=escape(str(report.server["model"])),
-        created=escape(report.created),
-        summary="\n".join(f"<p>{escape(text)}</p>" for text in summary(report.cells)),
-        table=html_table(*table_rows(report.cells)),
-        figure=image,
-        depths=depths,
-        examples="\n".join(map(html_example, report.different)) or "<p>No answer differs from dense's.</p>",
-        command=escape(report.command),
-        setup=escape(report.model_dump_json(indent=2, include={"setup", "server"})),
+    examples = "\n".join(map(html_example, report.different)) or "<p>No answer differs from dense's.</p>"
+    return html_page(
+        report,
+        f"Star Attention on {report.server['model']}",
+        summary(report.cells),
+        f"<p>{ABOUT_RESULTS}</p><h2>Results</h2>{html_table(*table_rows(report.cells))}{image}{depths}"
+        f"<h2>Answers that lose the most</h2>{examples}",
+        "starling eval",
+        {"setup", "server"},
     )
 
 
-def fill_page(template: str, **parts: str) -> str:
-    """A page from one of the templates beside this module.
+def html_page(report: Any, title: str, sentences: Sequence[str], results: str, made_by: str, setup: set[str]) -> str:
+    """A page of results: without scripts and links.
 
     Args:
-        parts: HTML for its placeholders.
+        report: what was found, with ``command`` and ``created``.
+        sentences: the results in a few sentences.
+        results: HTML.
+        made_by: the command.
+        setup: the fields of the report that say what was measured.
     """
     folder = files(__package__)
-    style = folder.joinpath("report.css").read_text(encoding="utf-8")
-    return Template(folder.joinpath(template).read_text(encoding="utf-8")).substitute(parts, style=style)
+    return Template(folder.joinpath("report.html").read_text(encoding="utf-8")).substitute(
+        title=escape(title),
+        style=folder.joinpath("report.css").read_text(encoding="utf-8"),
+        summary="\n".join(f"<p>{escape(text)}</p>" for text in sentences),
+        results=results,
+        command=escape(report.command),
+        made_by=escape(made_by),
+        created=escape(report.created),
+        setup=escape(report.model_dump_json(indent=2, include=setup)),
+    )
 
 
 def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of texts."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows)
+    kinds = [' class="left"' if name in LEFT_COLUMNS else "" for name in columns]
+
+    def cells(tag: str, row: Sequence[str]) -> str:
+        return "".join(f"<{tag}{kind}>{escape(text)}</{tag}>" for text, kind in zip(row, kinds, strict=True))
+
+    head, body = cells("th", columns), "\n".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
 
 

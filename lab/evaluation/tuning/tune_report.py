@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from starling.lab.evaluation.plans import parse_plan
 from starling.lab.evaluation.prompts import Prompt
-from starling.lab.evaluation.report import fill_page, html_table, percent, points
+from starling.lab.evaluation.report import html_page, html_table, percent, points
 from starling.lab.evaluation.statistics import Interval
 from starling.lab.evaluation.tuning.candidates import served_options
 from starling.lab.evaluation.tuning.loss_bounds import (
@@ -29,6 +29,13 @@ from starling.lab.evaluation.tuning.tuner import Trial, Tuning
 
 VERSION = 1
 COLUMNS = ("plan", "attention work", "prompts", "loss [95 %]", "result")
+ABOUT_LOSSES = (
+    "A loss is dense minus the plan, in points: 100 points are {meaning}. The limits in brackets are one-sided: each "
+    "holds with 95 % for itself. They cover the chance in drawing these prompts, and nothing else: other texts can "
+    'lose more. "Attention work" counts the query-key pairs of the prefill, as a share of dense\'s. Candidates are '
+    "compared on one half of the prompts. The last row has the other half, by which no plan was chosen: only its "
+    "limits hold with 95 %."
+)
 
 
 class Loss(Interval):
@@ -334,14 +341,12 @@ def html_report(report: TuneReport, served: Sequence[str]) -> str:
             f"<pre>{escape(how_to_serve(report, served))}</pre><p>The same for <code>--additional-config</code> of "
             f"<code>vllm serve</code>:</p><pre>{escape(config)}</pre>"
         )
-    return fill_page(
-        "tune.html",
-        model=escape(str(report.server["model"])),
-        created=escape(report.created),
-        meaning=escape(MEASURES[report.measure].meaning),
-        summary="\n".join(f"<p>{escape(text)}</p>" for text in summary(report)),
-        serve=serve,
-        table=html_table(COLUMNS, table_rows(report)),
-        command=escape(report.command),
-        setup=escape(report.model_dump_json(indent=2, include={"options", "server", "page_size", "prompts"})),
+    about = ABOUT_LOSSES.format(meaning=MEASURES[report.measure].meaning)
+    return html_page(
+        report,
+        f"A star plan for {report.server['model']}",
+        summary(report),
+        f"{serve}<h2>Candidates</h2>{html_table(COLUMNS, table_rows(report))}<p>{escape(about)}</p>",
+        "starling tune",
+        {"options", "server", "page_size", "prompts"},
     )

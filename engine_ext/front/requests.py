@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -82,9 +83,11 @@ class RequestPlanner(PromptPlanner):
         call = current_call.get()
         check_prompt_logprobs(len(token_ids), params)
         if PLANNED not in engine_input:
+            began = time.time_ns()
             decision = self.plan(extra_args, prompt_facts(engine_input, reason, has_lora))
             shown = self.describe(decision)
-            engine_input = {**engine_input, PLANNED: replace(decision, shown=shown)}
+            decision = replace(decision, shown=shown, planning=(began, time.time_ns()))
+            engine_input = {**engine_input, PLANNED: decision}
             if call is not None and self.config is not None:
                 call.add_plan(shown)
         if call is not None and request_id is not None:

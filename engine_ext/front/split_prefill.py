@@ -34,6 +34,7 @@ from starling.engine_ext.front.replica import HeldPart, Home, PartAborted, Repli
 from starling.engine_ext.front.replica_rpc import ReplicaUnavailable, WeightsChanged
 from starling.engine_ext.front.requests import decision_of
 from starling.engine_ext.front.star_metrics import front_metrics
+from starling.engine_ext.front.tracing import part_span
 from starling.engine_ext.front.whole_request import Task, empty_output, with_task
 from starling.features.replicas.page_transfer import layout_mismatch
 from starling.scheduler.star.assignment import Assignment, ReplicaState, assign_blocks
@@ -374,8 +375,12 @@ class SplitPrefill:
 
     async def _prefill_part(self, assignment: Assignment) -> HeldPart | PartAborted | None:
         """Prefill one part. On engines of one server all parts end with an abort, so it is returned, not raised."""
+        replica, blocks = self.replicas[assignment.replica], assignment.stop - assignment.first
         try:
-            return await self.replicas[assignment.replica].prefill(assignment.first, assignment.stop)
+            with part_span(self.keywords, replica=replica.label, star_blocks=blocks) as attributes:
+                held = await replica.prefill(assignment.first, assignment.stop)
+                attributes["pages"] = len(held.source.page_ids) if held else 0
+                return held
         except PartAborted as aborted:
             if len(self.homes) < len(self.replicas):  # other servers do not know of the abort
                 raise

@@ -59,9 +59,9 @@ MIDDLEWARE = (  # the last one is the outermost
     f"{HTTP}.api_docs.DescribeApi",
     f"{HTTP}.body.BoundBody",
     f"{HTTP}.plan_header.PlanHeader",
-    f"{HTTP}.progress.HttpProgress",
-    f"{HTTP}.cached_tokens.AnswerCachedTokens",
-    f"{HTTP}.client.NoteClient",
+    f"{HTTP}.progress_events.HttpProgress",
+    f"{HTTP}.look_up_endpoint.AnswerCachedTokens",
+    f"{HTTP}.call_middleware.NoteClient",
     f"{HTTP}.api_key.RequireKey",
 )
 PAGE_MIDDLEWARE = f"{HTTP}.live_page.LivePage"

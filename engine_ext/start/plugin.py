@@ -93,8 +93,9 @@ def _hook_into_front() -> None:
     from starling.engine_ext.front.front_state import abort_split, state_of
     from starling.engine_ext.front.look_up import look_up, prepare_look_up
     from starling.engine_ext.front.misplaced import explained
-    from starling.engine_ext.front.requests import begin_beam_search, check_openai_request, check_unknown, shown_plan
+    from starling.engine_ext.front.requests import begin_beam_search, check_openai_request, check_unknown, decision_of
     from starling.engine_ext.front.split_prefill import generate_split
+    from starling.engine_ext.front.tracing import HEADERS, PromptSpan, traces
 
     def with_salt(input_processor: Any, prompt: Any) -> Any:
         return state_of(input_processor).planner.with_salt(prompt)
@@ -105,10 +106,17 @@ def _hook_into_front() -> None:
         call = current_call.get()
         if call is not None and call.only_looks_up:
             return look_up(engine, prompt, request[0], request[-1], call)
-        generated = generate_split(engine, generate, prompt, params, *request)
+        decision, (request_id, keywords) = decision_of(prompt), request
+        planning, shown = (None, None) if decision is None else (decision.planning, decision.shown)
+        span = None
+        if traces(engine):
+            span = PromptSpan(keywords.get(HEADERS), planning)
+            keywords = keywords | {HEADERS: span.headers}
+        generated = generate_split(engine, generate, prompt, params, request_id, keywords)
         error = constraint_error(params)
         generated = generated if error is None else with_reason(generated, error)
-        return with_sources(generated, shown_plan(prompt)) if sees_cached() else without_cached(generated)
+        generated = with_sources(generated, shown) if sees_cached() else without_cached(generated)
+        return generated if span is None else span.around(generated, shown or {})
 
     def openai_request(http_request: Any) -> None:
         if generates(http_request):

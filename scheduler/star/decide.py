@@ -47,6 +47,7 @@ class Decision:
         token_ids: these tokens; None where the prompt has images or embeddings.
         given_by: option -> "request", "server" or "default": who gave it.
         shown: the plan as a response shows it, to which its front adds where documents came from; None: not made.
+        planning: when deciding began and ended, in nanoseconds since 1970; None: not noted.
     """
 
     plan: StarPlan | None
@@ -55,6 +56,7 @@ class Decision:
     token_ids: list[int] | None = None
     given_by: Mapping[str, str] = field(default_factory=dict)
     shown: dict[str, Any] | None = field(default=None, compare=False)
+    planning: tuple[int, int] | None = field(default=None, compare=False)
 
 
 def decide(defaults: StarOptions, request: StarOptions | None, prompt: PromptFacts, engine: EngineFacts) -> Decision:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -23,6 +23,7 @@ from starling.engine_ext.front.bounds import check_request
 from starling.engine_ext.front.call import note_star
 from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.requests import shown_plan
+from starling.engine_ext.front.tracing import HEADERS, headers_of_call
 from starling.engine_ext.serving.errors import DuplicateRequestError, root_cause
 from starling.engine_ext.serving.grpc.admin import star_message
 from starling.engine_ext.serving.grpc.arrivals import ClientOf
@@ -148,7 +149,8 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         Args:
             on_prepared: called once the prompt is tokenised.
         """
-        call = Call(prompt_field(request), on_prepared)
+        metadata = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
+        call = Call(prompt_field(request), on_prepared, trace_headers=headers_of_call(self.engine, metadata))
         try:
             check_request(request, self.limit.tokens)
             with self._unique_id(request.request_id) as request_id:
@@ -171,7 +173,8 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         call.error_field = constraint_path(request.sampling) or call.error_field
         usages = [pb.Usage() for _ in range(params.n)]
         usages[0].prompt_tokens = plan["prompt_tokens"]
-        outputs = self.engine.generate(engine_input, params, request_id, priority=request.priority, lora_request=lora)
+        keywords = {"priority": request.priority, "lora_request": lora, HEADERS: call.trace_headers}
+        outputs = self.engine.generate(engine_input, params, request_id, **keywords)
         async with aclosing(outputs):
             async for result in outputs:
                 if result.prompt_logprobs and not call.sent_prompt_logprobs:
@@ -276,11 +279,13 @@ class Call:
         error_field: the request's field for errors that name none.
         on_prepared: to call once the prompt is tokenised.
         sent_prompt_logprobs: whether the prompt's log probabilities have been sent.
+        trace_headers: by which the request's span has the client's as its parent; None: it has none.
     """
 
     error_field: str
     on_prepared: Callable[[], None]
     sent_prompt_logprobs: bool = False
+    trace_headers: Mapping[str, str] | None = None
 
 
 def lora_adapter(engine: Any, request: GenerateRequest) -> Any:

@@ -258,7 +258,7 @@ def test_the_live_page_is_a_middleware_where_it_is_on(monkeypatch):
     for _ in range(2):
         prepare_server(args)
     assert args.middleware == [*MIDDLEWARE, PAGE_MIDDLEWARE, OUTERMOST]
-    assert inspect.isclass(resolve_obj_by_qualname(PAGE_MIDDLEWARE))
+    assert all(inspect.isclass(resolve_obj_by_qualname(name)) for name in (*MIDDLEWARE, PAGE_MIDDLEWARE, OUTERMOST))
     assert args.disable_access_log_for_endpoints == "/health,/starling/live.json"
 
 

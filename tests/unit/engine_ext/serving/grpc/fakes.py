@@ -124,7 +124,7 @@ class FakeEngine:
         self.rendered.append((conversations, chat_params, tok_params))
         return conversations, [{"type": "token", "prompt_token_ids": [1] * PROMPT_TOKENS}]
 
-    async def generate(self, prompt, params, request_id, priority, lora_request):
+    async def generate(self, prompt, params, request_id, priority, lora_request, trace_headers=None):
         self.calls.append(SimpleNamespace(prompt=prompt, params=params, priority=priority, lora=lora_request))
         try:
             for step in self.script:

@@ -47,7 +47,7 @@ class Engine(FakeEngine):
             {"type": "token", "prompt_token_ids": [1] * number_of(each), **(prompt_extras or {})} for each in prompts
         ]
 
-    async def generate(self, prompt, params, request_id, priority, lora_request):
+    async def generate(self, prompt, params, request_id, priority, lora_request, trace_headers=None):
         call = current_call.get()
         if call is not None and call.only_looks_up:
             self.looked_up.append(len(prompt["prompt_token_ids"]))

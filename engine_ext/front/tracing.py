@@ -1,0 +1,113 @@
+"""Spans of prompts, on servers that trace requests (vLLM's --otlp-traces-endpoint).
+
+A request has the span "starling", from its arrival at the engine to its end, which says how its prompt was prefilled.
+Its parent is the client's, if the client has sent one (`traceparent`), and vLLM's own span "llm_request" is its child.
+So are "starling plan", the time in which the plan was decided, and "starling part", one for each replica's part of a
+prompt that is split.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from typing import Any
+
+from vllm import tracing
+
+HEADERS = "trace_headers"
+"""vLLM's keyword of AsyncLLM.generate for the headers by which a span has its parent."""
+
+
+def traces(engine: Any) -> bool:
+    """Whether an engine's server traces requests."""
+    endpoint = engine.vllm_config.observability_config.otlp_traces_endpoint
+    return endpoint is not None and tracing.is_tracing_available()
+
+
+def headers_of_call(engine: Any, metadata: Mapping[str, Any]) -> Mapping[str, str] | None:
+    """The trace headers in a gRPC call's metadata, as vLLM takes those of HTTP; None: there are none, or no traces."""
+    if not tracing.contains_trace_headers(metadata):
+        return None
+    if not traces(engine):
+        tracing.log_tracing_disabled_warning()
+        return None
+    return tracing.extract_trace_headers(metadata)
+
+
+class PromptSpan:
+    """The span of a request, which begins now.
+
+    Args:
+        headers: of its parent; None: it has none.
+        planning: when its plan was decided, as ``Decision`` has it; None: its front did not plan it.
+    """
+
+    def __init__(self, headers: Mapping[str, str] | None, planning: tuple[int, int] | None) -> None:
+        from opentelemetry import trace
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        parent = tracing.extract_trace_context(headers)
+        began = None if planning is None else planning[0]
+        self.span = trace.get_tracer("starling").start_span("starling", context=parent, start_time=began)
+        self.headers: dict[str, str] = {}
+        TraceContextTextMapPropagator().inject(self.headers, trace.set_span_in_context(self.span))
+        if planning is not None:
+            context = tracing.extract_trace_context(self.headers)
+            tracing.instrument_manual("starling plan", planning[0], planning[1], context=context)
+
+    async def around(self, outputs: AsyncGenerator[Any, None], plan: Mapping[str, Any]) -> AsyncGenerator[Any, None]:
+        """The engine's outputs; the span ends with them.
+
+        Args:
+            plan: as a response shows it, to which its front may still add.
+        """
+        has_output = False
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    if not has_output:
+                        self.span.add_event("first token")
+                    has_output = True
+                    yield output
+        except Exception as error:
+            self.span.record_exception(error)
+            raise
+        finally:
+            self.span.set_attributes(attributes_of(plan))
+            self.span.end()
+
+
+def attributes_of(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan, as a response shows it, as attributes of a span: of documents, their number and tokens by source."""
+    found = {f"starling.{name}": value for name, value in plan.items() if isinstance(value, (str, bool, int, float))}
+    sources = plan.get("document_sources") or ()
+    if sources:
+        found["starling.num_documents"] = len(sources)
+    for source in sources:
+        for name, tokens in source.items():
+            key = f"starling.document_tokens.{name}"
+            found[key] = found.get(key, 0) + tokens
+    return found
+
+
+@contextmanager
+def part_span(keywords: Mapping[str, Any], **attributes: Any) -> Iterator[dict[str, Any]]:
+    """A span of a replica's part of a prompt, if the prompt has one.
+
+    Args:
+        keywords: of AsyncLLM.generate.
+        attributes: of the span, without "starling."; more of them may be put into the dict.
+    """
+    headers, began = keywords.get(HEADERS), time.time_ns()
+    try:
+        yield attributes
+    finally:
+        if headers is not None and tracing.is_tracing_available():
+            tracing.instrument_manual(
+                "starling part",
+                began,
+                time.time_ns(),
+                attributes={f"starling.{name}": value for name, value in attributes.items()},
+                context=tracing.extract_trace_context(headers),
+            )

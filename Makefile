@@ -16,7 +16,7 @@ LLAMA_ENV := build/llama/venv/.stamp
 BROWSER_ENV := build/browser/.stamp
 BENCH = PYTHONPATH=$(CURDIR)/$(dir $(BENCH_ENV)):$$PYTHONPATH $(BIN)/python -m benchmarks.run $(if $(NOTE),--note '$(NOTE)')
 STAR_TINY := tests/parity/test_star_tiny.py::test_
-NEXT_TESTS := tests/e2e/test_plain_vllm.py tests/e2e/test_serving.py tests/e2e/test_shards.py \
+NEXT_TESTS := tests/e2e/test_plain_vllm.py tests/e2e/test_serving.py tests/e2e/test_shards.py tests/e2e/test_traces.py \
 	$(STAR_TINY)prompt_logprobs_are_those_of_the_mask $(STAR_TINY)a_request_preempted_in_its_prefill_gives_the_same \
 	'tests/parity/test_speculation.py::test_generated_tokens_are_those_of_the_mask[eagle-v1]' \
 	tests/parity/test_adapter.py tests/kernels \

@@ -20,7 +20,7 @@ from tests.e2e.wait import wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("forked")]
 
-DOCUMENTS = {"star": "on", "star_segments": [40, 200, 360], "star_query_tokens": 20}
+DOCUMENTS = {"star": "on", "star_replicas": 1, "star_segments": [40, 200, 360], "star_query_tokens": 20}
 SPLIT = {"star": "on", "star_block_size": 256, "star_query_tokens": 40, "star_replicas": 2}
 
 
@@ -103,7 +103,7 @@ def test_documents_are_a_span_under_the_clients_and_over_vllms(traced, front):
         with post(server, prompt, DOCUMENTS, headers={"traceparent": header}) as response:
             assert parse_completion(response)[2]["documents"] is True
     else:
-        star = {"query_tokens": 20, "segment_offsets": DOCUMENTS["star_segments"]}
+        star = {"query_tokens": 20, "replicas": 1, "segment_offsets": DOCUMENTS["star_segments"]}
         over_grpc(server, prompt, star, [("traceparent", header)])
     found = spans_of(collector, trace, "starling", "starling plan", "llm_request")
     (span,), (planned,), (request,) = found["starling"], found["starling plan"], found["llm_request"]
@@ -114,7 +114,7 @@ def test_documents_are_a_span_under_the_clients_and_over_vllms(traced, front):
     assert first.name == "first token" and planned.end_time_unix_nano <= first.time_unix_nano <= span.end_time_unix_nano
     said = attributes(span)
     assert said["starling.attention"] == "star" and said["starling.documents"] is True
-    assert said["starling.num_documents"] == 2 and said["starling.document_tokens.computed"] == 320
+    assert said["starling.num_documents"] == 3 and said["starling.document_tokens.computed"] == 340
     assert said["starling.prompt_tokens"] == 400 and said["starling.keys_attended"] < said["starling.dense_keys"]
 
 

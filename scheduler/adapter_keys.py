@@ -65,5 +65,5 @@ _adapters = AdapterKeys()
 
 
 def adapter_keys(request: Any, start: int, end: int) -> tuple[tuple[str, str], ...]:
-    """As AdapterKeys.keys, of this process."""
+    """The keys of a request's page for its adapter, which has the same in all of its pages."""
     return _adapters.keys(request, start, end)

@@ -55,7 +55,12 @@ class CorePart:
         return None
 
     def kept_boundary(self, request: Any, num_tokens: int, found: int) -> int:
-        """As SchedulerHooks.kept_boundary."""
+        """Where, besides at its end, the state or window of a prompt stays in the prefix cache: a page border.
+
+        Args:
+            num_tokens: those found in the prefix cache.
+            found: what the parts before say, and at first where another prompt has turned out to differ, or 0.
+        """
         return found
 
     def bound(self, request: Any, start: int, num_tokens: int) -> int:

@@ -121,7 +121,7 @@ def put(out: torch.Tensor, added: torch.Tensor, slots: torch.Tensor, add_inputs:
     """Add to rows, or replace those that have an adapter.
 
     Args:
-        slots: (n, 1) as of MaskedLoRA._rows.
+        slots: (n, 1) the slot of each row; -1: none.
     """
     out.add_(added) if add_inputs else out.copy_(torch.where(slots >= 0, added, out))
 

@@ -139,7 +139,7 @@ class ShiftState(nn.Module, AttentionLayerBase):
     def forward(
         self, key: torch.Tensor, value: torch.Tensor, key_weights: torch.Tensor, value_weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shifted K and V; shapes as in ``shift.shift``.
+        """Shifted K and V, (T, KV heads * head size), of raw ones; the weights are (KV heads, 2), [previous, current].
 
         The outputs are made here and not by the op, like those of vLLM's attention ops. So they belong to the piece
         of the graph before the op, and the piece after it, a CUDA graph, reads them at the addresses of its capture.

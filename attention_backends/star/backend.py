@@ -284,7 +284,7 @@ def register_star_backends(gpu_attention: str | None = None, by_parts: bool = Fa
 
     Args:
         gpu_attention: the setting whose backend of Starling's is one of them.
-        by_parts: as of ``make_star_backend``.
+        by_parts: whether layers on a GPU attend by what a step has for documents or dense heads.
     """
     kind = BY_PARTS if by_parts else ""
     for name in WRAPPED:

@@ -49,7 +49,7 @@ class DocumentStep(StepPart):
         Args:
             batch: the metadata of the batch's rows, with pages of ``page_size`` tokens.
             table: the keys of all rows, in a step of decodes that may replay a CUDA graph.
-            tile_queries: as of ``make_range_attention``.
+            tile_queries: tokens of a tile of the kernel for rows of many tokens.
 
         Returns:
             Whether these keys are all that layers read, so that nobody reads metadata of virtual rows.

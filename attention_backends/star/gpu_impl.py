@@ -106,7 +106,7 @@ def make_gpu_impl(base: type[AttentionImpl], backend: str) -> type[AttentionImpl
         def attend_turned(
             self, query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor, turned: RangeAttention
         ) -> None:
-            """Write the attention of rows over blocks with positions of their own; arguments as of ``forward``."""
+            """Write the attention over blocks with positions of their own to ``output`` (tokens, heads, head size)."""
             assert self.rotation is not None
             caches = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
             options = {"scale": self.scale, "softcap": self.logits_soft_cap or 0.0}

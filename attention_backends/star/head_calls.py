@@ -58,8 +58,8 @@ class HeadBuilders:
 
     def __init__(self, backend: str, base: Any, builder: Any) -> None:
         self.backend, self.base = backend, base
-        self.of_rows = [builder]
-        self.of_heads: dict[tuple[int, int], Any] = {}
+        self.by_rows = [builder]
+        self.by_heads: dict[tuple[int, int], Any] = {}
 
     def build(self, place: int, num_kv_heads: int, rows: CommonAttentionMetadata) -> Any:
         """The backend's metadata for calls on so many KV heads.
@@ -68,12 +68,12 @@ class HeadBuilders:
             place: of these rows among those of the step; 0: the builder for all heads builds for the same rows.
             rows: the step's tokens in rows.
         """
-        while place >= len(self.of_rows):
-            self.of_rows.append(builder_of_other_rows(self.backend, self.of_rows[0]))
+        while place >= len(self.by_rows):
+            self.by_rows.append(builder_of_other_rows(self.backend, self.by_rows[0]))
         key = place, num_kv_heads
-        if key not in self.of_heads:
-            self.of_heads[key] = builder_of_heads(self.backend, self.of_rows[place], num_kv_heads)
-        return self.base.build(self.of_heads[key], 0, rows)
+        if key not in self.by_heads:
+            self.by_heads[key] = builder_of_heads(self.backend, self.by_rows[place], num_kv_heads)
+        return self.base.build(self.by_heads[key], 0, rows)
 
 
 def attend_by_heads(

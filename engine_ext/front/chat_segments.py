@@ -93,7 +93,7 @@ async def message_segments(
     from the one before it, such as the second of two results of tools, is in the segment of that one.
 
     Args:
-        params: as in ``add_segments``.
+        params: vLLM's ChatParams of the chat.
         engine_input: of the chat, with the prompt's text and the characters of its tokens.
     """
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from starling.engine_ext.front.replica import Home, Replica
+from starling.engine_ext.front.replica import OwnReplica, Replica
 from starling.engine_ext.front.replica_rpc import ReplicaPaused, ReplicaUnavailable
 from starling.vllm_compat.front import engine_request_ids, request_state
 
@@ -25,16 +25,16 @@ RENEW_SECONDS = 5.0
 """How often the front asks whether the pages that a request is about to fetch are still held."""
 
 
-async def until_fetched(engine: Any, request_id: str, reader: Home, lenders: Sequence[Replica]) -> None:
+async def until_fetched(engine: Any, request_id: str, reader: OwnReplica, holders: Sequence[Replica]) -> None:
     """Wait until every choice of a request has its first token, or fetches nothing more.
 
-    If a lender loses its pages, the rest is not fetched. Until then the time in which the fetch may begin is extended:
+    If a holder loses its pages, the rest is not fetched. Until then the time in which the fetch may begin is extended:
     the request may wait for its turn. But other servers' memory does not wait until a paused engine is resumed, or one
     that hangs is back.
 
     Args:
         reader: the replica that runs the request.
-        lenders: the replicas whose pages it fetches.
+        holders: the replicas whose pages it fetches.
     """
     loop = asyncio.get_running_loop()
     renewed = loop.time()
@@ -42,12 +42,12 @@ async def until_fetched(engine: Any, request_id: str, reader: Home, lenders: Seq
     while prefilling:
         await asyncio.sleep(CHECK_SECONDS)
         names = engine_request_ids(engine, request_id)
-        if any(lender.has_lost_pages for lender in lenders):
+        if any(holder.has_lost_pages for holder in holders):
             await reader.cancel_fetch(names)
         elif names and loop.time() - renewed >= RENEW_SECONDS:
             renewed = loop.time()
             try:
-                deadline = await renew_all(lenders)
+                deadline = await renew_all(holders)
                 if math.isfinite(deadline):
                     await reader.extend_fetch(names, deadline)
             except ReplicaPaused as error:
@@ -63,13 +63,13 @@ async def until_fetched(engine: Any, request_id: str, reader: Home, lenders: Seq
         prefilling = not states or any(state is None or state.is_prefilling for state in states)
 
 
-async def renew_all(lenders: Sequence[Replica]) -> float:
+async def renew_all(holders: Sequence[Replica]) -> float:
     """Until when a fetch from all of these replicas may begin (features/replicas/clock.py).
 
     Raises:
         ReplicaUnavailable: the pages of one of them may be gone.
     """
-    answers = await asyncio.gather(*(lender.renew() for lender in lenders), return_exceptions=True)
+    answers = await asyncio.gather(*(holder.renew() for holder in holders), return_exceptions=True)
     for answer in answers:
         if isinstance(answer, BaseException):
             raise answer

@@ -122,7 +122,7 @@ async def while_answering(checks: Iterable[Any], work: Awaitable[Any], under_way
 
 
 class EngineReplica:
-    """As Replica and Home (engine_ext/front/replica.py).
+    """An engine of this server as a Replica and a OwnReplica (replica.py).
 
     Args:
         rank: of the engine.
@@ -146,7 +146,7 @@ class EngineReplica:
         self._names: list[str] = []  # under which the engine holds pages, or will once a part is complete
 
     @property
-    def home(self) -> EngineReplica:
+    def as_own(self) -> EngineReplica:
         return self
 
     @property
@@ -158,7 +158,7 @@ class EngineReplica:
         return await self.rpc.call(self.engine, self.rank, name, *args)
 
     async def check(self) -> None:
-        """As Home.check."""
+        """Find out whether the engine goes on with its work (raises ReplicaUnavailable, ReplicaPaused)."""
         if await self._call(IS_PAUSED) and self.fails_if_paused:
             raise ReplicaPaused("the engine is paused")
 
@@ -181,7 +181,14 @@ class EngineReplica:
         return state
 
     async def prefill(self, first_block: int, stop_block: int) -> HeldPart | None:
-        """As Replica.prefill; the anchor is computed first, unless it is cached."""
+        """Prefill star blocks and hold their pages; None where they have no whole page.
+
+        The anchor is computed first, unless it is cached.
+
+        Raises:
+            ReplicaUnavailable: the engine does not answer.
+            PartAborted: a client has aborted the part.
+        """
         plan = self.prompt.plan
         start, stop = self.prompt.part(first_block, stop_block)
         if stop <= start:
@@ -247,7 +254,10 @@ class EngineReplica:
         await self._release_names([], patient=False)
 
     async def release(self) -> None:
-        """As Replica.release; the memory stays reserved until the replica has answered, or the engine is dead."""
+        """Let the engine free what it holds for the prompt, and end the reservation there; raises nothing.
+
+        The memory stays reserved until the engine has answered, or is dead.
+        """
         names, self._names = self._names, []
         if names:
             await self._release_names(names, patient=True)

@@ -86,7 +86,7 @@ class LLM(vllm.LLM):
         star: Star | None = None,
         **options: Any,
     ) -> list[Output]:
-        """As vLLM's chat; ``star`` as in ``generate``."""
+        """As vLLM's chat; ``star`` has the options of these chats, in place of the engine's (raises OptionError)."""
         params = self._with_star(sampling_params, star)
         return cast("list[Output]", super().chat(messages, params, *arguments, **options))
 

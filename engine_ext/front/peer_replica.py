@@ -53,7 +53,7 @@ class PeerLost(ReplicaUnavailable):
 
 
 class PeerReplica:
-    """As Replica (engine_ext/front/replica.py): one call to a peer, for one prompt.
+    """A peer as a Replica (replica.py): one call to it, for one prompt.
 
     Args:
         peer: the other server.
@@ -62,7 +62,7 @@ class PeerReplica:
     """
 
     label = "peers"
-    home = None
+    as_own = None
 
     def __init__(self, peer: Peer, prompt: SplitPrompt, timeout: float) -> None:
         self.peer, self.prompt, self.timeout = peer, prompt, timeout
@@ -79,7 +79,7 @@ class PeerReplica:
         return self.lost is not None
 
     async def state(self) -> dict[str, Any]:
-        """As Replica.state, without what concerns the memory of the replica."""
+        """What the peer has cached of the prompt, and how busy it is (raises ReplicaUnavailable)."""
         try:
             message = self.prompt.message
         except ValueError as error:  # this server's engine says so too, in terms of the request
@@ -119,7 +119,10 @@ class PeerReplica:
         return source.addresses[0]["name"] == self.identity.name and len(source.addresses) == ranks
 
     async def renew(self) -> float:
-        """As Replica.renew. Time counts from before the question: this process may stand still at any moment."""
+        """Let the peer hold the pages on; returns until when a fetch of them may begin (raises ReplicaUnavailable).
+
+        Time counts from before the question: this process may stand still at any moment.
+        """
         if self.lost is not None:
             raise self.lost
         asked = clock.now()

@@ -33,14 +33,14 @@ class Replica(Protocol):
 
     Attributes:
         label: its name in metrics; all other servers have one.
-        home: the replica itself, if it can run the whole request; None: it can prefill a part only.
+        as_own: the replica itself, if it can run the whole request; None: it can prefill a part only.
         has_lost_pages: whether the pages that it holds, or will hold, may be gone.
     """
 
     label: str
 
     @property
-    def home(self) -> Home | None: ...
+    def as_own(self) -> OwnReplica | None: ...
 
     @property
     def has_lost_pages(self) -> bool: ...
@@ -76,7 +76,7 @@ class Replica(Protocol):
         """
 
 
-class Home(Replica, Protocol):
+class OwnReplica(Replica, Protocol):
     """A replica of this server: it can run the whole request, and this server reserves its memory.
 
     Attributes:

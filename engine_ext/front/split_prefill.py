@@ -30,7 +30,7 @@ from starling.engine_ext.front.end_of_reads import renew_all, until_ended, until
 from starling.engine_ext.front.engine_replica import EngineReplica, SplitPrompt, while_answering
 from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.peer_replica import PeerReplica
-from starling.engine_ext.front.replica import HeldPart, Home, PartAborted, Replica
+from starling.engine_ext.front.replica import HeldPart, OwnReplica, PartAborted, Replica
 from starling.engine_ext.front.replica_rpc import ReplicaUnavailable, WeightsChanged
 from starling.engine_ext.front.requests import decision_of
 from starling.engine_ext.front.star_metrics import front_metrics
@@ -133,9 +133,9 @@ class SplitPrefill:
         padded = pad(self.plan, planned.token_ids)
         shared = SplitPrompt(request_id, padded, self.plan, self.page_size, prompt, keywords)
         self.replicas = replicas_for(engine, shared, self.under_way)
-        self.homes = {number: home for number, each in self.replicas.items() if (home := each.home) is not None}
-        self.lenders: list[Replica] = []  # whose pages the request reads
-        self.reader: Home | None = None  # the replica whose request may read pages of others now
+        self.own_replicas = {number: own for number, each in self.replicas.items() if (own := each.as_own) is not None}
+        self.holders: list[Replica] = []  # whose pages the request reads
+        self.reader: OwnReplica | None = None  # the replica whose request may read pages of others now
         self.has_output = False
         self._releasing: asyncio.Task | None = None
 
@@ -169,7 +169,7 @@ class SplitPrefill:
                 yield empty_output(self.request_id, self.token_ids, params.n)
                 return
             rank, task = prepared
-            self.reader = None if task is None else self.homes[rank]
+            self.reader = None if task is None else self.own_replicas[rank]
             if task is None:  # nothing reads the parts, and another request may wait for their pages
                 self.release()
             elif isinstance(task, RemoteShards):
@@ -202,12 +202,12 @@ class SplitPrefill:
         states = await self._replica_states()
         ranks = list(states)
         anchor_work = self.plan.anchor_size / self.plan.block_size
-        at_home = [index for index, rank in enumerate(ranks) if rank in self.homes]
-        own = at_home[0] if len(at_home) < len(ranks) else None  # the range of the whole request's replica
+        own_places = [index for index, rank in enumerate(ranks) if rank in self.own_replicas]
+        own = own_places[0] if len(own_places) < len(ranks) else None  # the range of the whole request's replica
         by_index = assign_blocks(work(self.plan), anchor_work, list(states.values()), self.plan.replicas, own)
         assignments = [replace(assignment, replica=ranks[assignment.replica]) for assignment in by_index]
         first = assignments[0].replica
-        self.lenders = [self.replicas[each.replica] for each in assignments[1:]]
+        self.holders = [self.replicas[each.replica] for each in assignments[1:]]
         for number in self.replicas.keys() - {each.replica for each in assignments}:
             self._start(self.replicas[number].release())
         if len(assignments) == 1:
@@ -222,8 +222,8 @@ class SplitPrefill:
         except ReplicaUnavailable as error:
             if self.plan.shards:  # one replica may not have the memory
                 raise
-            homes = [ranks[index] for index in at_home]
-            rank = next((rank for rank in homes if not self.homes[rank].has_failed), homes[0])
+            own_ranks = [ranks[index] for index in own_places]
+            rank = next((rank for rank in own_ranks if not self.own_replicas[rank].has_failed), own_ranks[0])
             logger.error("%s: %s; replica %d computes the whole prompt", self.request_id, error, rank)
             return rank, None
         task = await self._task(parts)
@@ -239,9 +239,9 @@ class SplitPrefill:
         async def reserve() -> None:
             reservation = await self.state.reservations.reserve(wanted, self.capacity)
             for rank in wanted:
-                self.homes[rank].reservation = reservation
+                self.own_replicas[rank].reservation = reservation
 
-        await while_answering([self.homes[rank].check for rank in wanted], reserve(), self.under_way)
+        await while_answering([self.own_replicas[rank].check for rank in wanted], reserve(), self.under_way)
 
     def _start(self, work: Any) -> asyncio.Task:
         """Begin a task that the request's end cancels, and waits for."""
@@ -298,7 +298,7 @@ class SplitPrefill:
         """What the whole request does with the pages of the finished parts."""
         if not self.plan.shards:
             try:
-                deadline = await renew_all(self.lenders)
+                deadline = await renew_all(self.holders)
             except ReplicaUnavailable:
                 return None
             sources = tuple(part.source for part in parts[1:] if part)
@@ -317,7 +317,7 @@ class SplitPrefill:
             ReplicaUnavailable: none answers.
             ValueError: the pages of two of them have different layouts.
         """
-        if len(self.homes) < len(self.replicas):
+        if len(self.own_replicas) < len(self.replicas):
             await self._check_weights()
         calls = (replica.state() for replica in self.replicas.values())
         answers = dict(zip(self.replicas, await asyncio.gather(*calls, return_exceptions=True), strict=True))
@@ -325,7 +325,7 @@ class SplitPrefill:
             if isinstance(answer, BaseException) and not isinstance(answer, ReplicaUnavailable):
                 raise answer
         states = {rank: answer for rank, answer in answers.items() if not isinstance(answer, BaseException)}
-        if not states.keys() & self.homes.keys():
+        if not states.keys() & self.own_replicas.keys():
             raise next(answer for answer in answers.values() if isinstance(answer, BaseException))
         layouts = {rank: state["layout"] for rank, state in states.items() if "layout" in state}
         first = next(iter(layouts))
@@ -347,9 +347,9 @@ class SplitPrefill:
     async def _check_weights(self) -> None:
         """Use no peers if this server's weights may have changed since it has found them."""
         try:
-            await asyncio.gather(*(home.check_weights() for home in self.homes.values()))
+            await asyncio.gather(*(own.check_weights() for own in self.own_replicas.values()))
         except WeightsChanged:
-            self.replicas = dict(self.homes)
+            self.replicas = dict(self.own_replicas)
         except ReplicaUnavailable:  # it is asked for its state too
             pass
 
@@ -382,14 +382,14 @@ class SplitPrefill:
                 attributes["pages"] = len(held.source.page_ids) if held else 0
                 return held
         except PartAborted as aborted:
-            if len(self.homes) < len(self.replicas):  # other servers do not know of the abort
+            if len(self.own_replicas) < len(self.replicas):  # other servers do not know of the abort
                 raise
             return aborted
 
     async def _release_when_fetched(self) -> None:
         """Release the parts' pages once every choice has its first token; a replica may have lost them before."""
         assert self.reader is not None
-        await until_fetched(self.engine, self.request_id, self.reader, self.lenders)
+        await until_fetched(self.engine, self.request_id, self.reader, self.holders)
         self.reader = None
         self.release()
 

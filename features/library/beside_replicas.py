@@ -48,12 +48,12 @@ class LibraryAndReplicasConnector(MultiConnector):
             connector.set_xfer_handshake_metadata_pp_aware(own)
 
     def make_page_loads(self, view: SchedulerView, group: CacheGroup) -> PageLoads:
-        """As LibraryConnector's."""
+        """Load single pages from now on, for a scheduler that reuses blocks."""
         assert isinstance(self.library, LibraryConnector)
         return self.library.make_page_loads(view, group)
 
     def close_files(self, reason: str) -> None:
-        """As LibraryConnector's."""
+        """Use no files any more, since what they hold may be wrong from now on."""
         assert isinstance(self.library, LibraryConnector)
         self.library.close_files(reason)
 

@@ -21,7 +21,9 @@ class DepthCell(BaseModel):
         depth: one of THIRDS; 0 % is the beginning of the text.
         length: tokens.
         prompts: how many.
-        dense_score, score, difference, logprob_difference: as in ``statistics.Cell``.
+        dense_score, score: the means, 0 to 1.
+        difference: of the plan's score to dense's, with its interval.
+        logprob_difference: the same of the answer's log-probability, in nats; None: not measured.
     """
 
     model_config = ConfigDict(frozen=True)

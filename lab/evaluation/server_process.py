@@ -44,7 +44,8 @@ def served(model: str, options: Sequence[str], log: Path) -> Iterator[str]:
                 f"{option} is refused: it is chosen here for the server of MODEL. Allowed: --base-url, with a server"
             )
     port = free_port()
-    command = [sys.executable, "-m", "starling.engine_ext.serving.cli.tied", str(os.getpid()), "serve", model, *options]
+    program = "starling.engine_ext.serving.cli.ended_with_parent"
+    command = [sys.executable, "-m", program, str(os.getpid()), "serve", model, *options]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:

@@ -55,8 +55,8 @@ def measure_accuracy(model: str, length: int, prompts: int, folder: Path, serve_
     prompt_format = format_of(model)
     if prompt_format is None:
         return Skip(NO_TOKENIZER)
-    tied = [sys.executable, "-m", "starling.engine_ext.serving.cli.tied", str(os.getpid())]
-    command = [*tied, "eval", model, *serve_options]
+    program = [sys.executable, "-m", "starling.engine_ext.serving.cli.ended_with_parent", str(os.getpid())]
+    command = [*program, "eval", model, *serve_options]
     command += ["--tasks", TASKS, "--lengths", str(length), "--prompts-per-cell", str(prompts), "--plan", PLAN]
     command += ["--prompt-format", prompt_format, "--concurrency", "4", "--out", str(folder)]
     environment = {name: value for name, value in os.environ.items() if name not in COUNTERS}

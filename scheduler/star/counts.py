@@ -92,7 +92,7 @@ def model_keys(plan: StarPlan | None, num_prompt_tokens: int, model: Any) -> dic
     """The counts of attended keys of a model that counts them itself; None: the plan's own hold.
 
     Args:
-        model: as in ``describe``.
+        model: the text model's configuration. Where it has ``prompt_keys``, that counts the attended keys.
     """
     count_keys = getattr(model, "prompt_keys", None)
     return count_keys(plan, num_prompt_tokens) if count_keys else None

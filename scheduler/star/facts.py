@@ -83,7 +83,7 @@ class EngineFacts:
         num_pages: KV pages of a replica; 0: not known.
         divides_kv: whether prompts may be longer than the memory of one replica.
         token_of: returns the token that a text is; None: it is none, or several.
-        quality_sizes: as of ``StarlingConfig``.
+        quality_sizes: word of ``star_quality`` -> the number of star blocks, 1: dense; None: those of the study.
         changes: what features change in a plan, in their order (features/front_part.py).
     """
 

@@ -64,7 +64,7 @@ def find_block_size(
     """B of a prompt; of documents, which no one block size fits, the longest that one may be: no share of a prompt.
 
     Args:
-        quality_sizes: as of ``EngineFacts``.
+        quality_sizes: word of ``star_quality`` -> the number of star blocks, 1: dense; None: those of the study.
     """
     share = num_blocks(options) or measured_number(options, quality_sizes)
     if share is not None and not documents:

@@ -87,7 +87,7 @@ def error_status(error: Exception, code: StatusCode, otherwise: str) -> status_p
     when to try again.
 
     Args:
-        otherwise: as in ``field_path``.
+        otherwise: the field for errors that name no known parameter: the prompt, mostly.
     """
     # VLLMValidationError adds its parameter to str(); the BadRequest names the field already.
     # Since vLLM 0.33 an EngineDeadError has a text for clients beside the one for logs.
@@ -108,7 +108,10 @@ def error_status(error: Exception, code: StatusCode, otherwise: str) -> status_p
 
 
 async def abort(context: Any, error: Exception, otherwise: str) -> NoReturn:
-    """End a call with the status of an exception; ``otherwise`` is as in ``field_path``.
+    """End a call with the status of an exception.
+
+    Args:
+        otherwise: the request's field for errors that name no known parameter: the prompt, mostly.
 
     Raises:
         Exception: gRPC's own, which ends the call's coroutine.

@@ -200,7 +200,8 @@ async def render_texts(renderer: Any, texts: Sequence[str], extras: dict[str, An
     """The engine's input of texts that are tokenised one by one, with where each starts as its KnownSegments.
 
     Args:
-        extras, limit: as in ``render``.
+        extras: more keys of the engine's input.
+        limit: the longest prompt.
 
     Raises:
         VLLMValidationError, ValueError: as ``render`` raises them; or a text has no tokens.

@@ -147,7 +147,7 @@ def with_words(report: TuneReport, words: Mapping[str, Word], entry: Mapping[str
     """The report with the words, and with a server's options that give them in place of the plan's size.
 
     Args:
-        entry: as of ``make_chosen``.
+        entry: what Starling's entry in ``additional_config`` has beside the plan.
     """
     report = report.model_copy(update={"words": dict(words)})
     if report.chosen is None:
@@ -210,7 +210,7 @@ def document_advice(report: TuneReport, served: Sequence[str]) -> list[str]:
     """What documents would find of the prompts' texts, in lines; none where that is little.
 
     Args:
-        served: as of ``advice``.
+        served: the model, and further options of the server.
     """
     repeated, tokens = report.prompts["repeated_tokens"], report.prompts["tokens"]
     if repeated < LEAST_REPEATED * tokens:

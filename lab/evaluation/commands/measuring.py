@@ -261,7 +261,7 @@ async def open_session(
     """Connect to the server, open the folder, and make the prompts.
 
     Args:
-        star_plans: as of ``checked_facts``.
+        star_plans: names of the plans that need Starling.
         num_logprobs: tokens of the answer that are sent behind a prompt.
 
     Raises:

@@ -52,10 +52,10 @@ from starling.lab.evaluation.tuning.tune_report import (
 from starling.lab.evaluation.tuning.tuner import Trial, Tuner, Tuning, find_engine
 
 Measure = Callable[[argparse.Namespace, TuneOptions, Sequence[str], Console], Awaitable[int]]
-"""What is done with the options, as of ``measure``."""
+"""What a command does with its options, the target of its requests and a console; returns the exit code."""
 
 MakeCandidates = Callable[[Sequence[str], Sequence[Prompt], int, int], list[Candidate]]
-"""As of ``chosen_candidates``."""
+"""Names of plans, prompts, tokens of a page, KV heads with scores -> the candidates."""
 
 NOT_FOUND = 3
 CHOSEN_HERE = {
@@ -155,11 +155,11 @@ class Found:
     """What was found on the prompts of one session.
 
     Attributes:
-        described: as of ``Session``.
+        described: when and on which server it was measured, and the command that repeats it.
         model: its name.
         page_size: tokens.
         halves: the prompts that were searched, and those held out.
-        num_equal: as of ``Session``.
+        num_equal: prompts that were equal to others, and left out.
         earlier: plans under which held-out prompts had been measured in this folder before.
         tunings: for each budget.
     """

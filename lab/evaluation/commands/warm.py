@@ -228,7 +228,7 @@ async def prompts_for(client: Client, head: Message | None, form: str | None) ->
     """The prompts of a server.
 
     Args:
-        form: as of ``Prompts``; None: the server's.
+        form: CHAT, TEXTS, or the text of the token that starts each document; None: the server's.
 
     Raises:
         ServerError: Starling is not activated, the server has no library, or does not say what it has cached.

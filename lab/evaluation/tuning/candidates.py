@@ -127,7 +127,7 @@ def default_candidates(
 
     Args:
         query_tokens: Q of all candidates; None: the default.
-        kv_heads: as of ``make_candidate``.
+        kv_heads: of the server's model, where it has their scores; else 0.
 
     Raises:
         ValueError: the prompts are too short for any.

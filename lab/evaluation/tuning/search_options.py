@@ -89,7 +89,7 @@ class TuneOptions(PromptOptions):
         )
 
     def command(self, target: Sequence[str]) -> str:
-        """As of ``PromptOptions``, with a default number of tokens too."""
+        """The words of the command line that repeat the search, with the number of tokens that it took by default."""
         if self.num_logprobs == self.logprobs or not self.num_logprobs:
             return super().command(target)
         return self.model_copy(update={"logprobs": self.num_logprobs}).command(target)

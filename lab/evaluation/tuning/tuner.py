@@ -56,7 +56,10 @@ class Tuner:
     """Measures losses on one server.
 
     Args:
-        num_logprobs, concurrency, store, on_answer: as of ``runner.evaluate``.
+        num_logprobs: tokens of an answer at which the distributions are compared; 0: none.
+        concurrency: prompts at the same time.
+        store: has the answers of an earlier run, and gets each new one.
+        on_answer: called after each new answer.
     """
 
     def __init__(

@@ -79,7 +79,10 @@ def test_an_output_for_which_the_constraint_leaves_no_token(generate_for_client,
             closed.append(request_id)
 
     async def scenario():
-        outputs = generate_for_client(None, generate, "prompt", SamplingParams(**fields), "id", {})
+        untraced = SimpleNamespace(observability_config=SimpleNamespace(otlp_traces_endpoint=None))
+        outputs = generate_for_client(
+            SimpleNamespace(vllm_config=untraced), generate, "prompt", SamplingParams(**fields), "id", {}
+        )
         return [one.outputs[0].finish_reason async for one in outputs]
 
     if refused:

@@ -58,7 +58,7 @@ def test_the_child_is_stopped_when_the_block_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(server_process, "wait_until_ready", wait)
     with server_process.served("some/model", ["--dtype", "float32"], log) as url:
         pid, *command = log.read_text().split()
-    assert command[:3] == ["-m", "starling.engine_ext.serving.cli.tied", str(os.getpid())]
+    assert command[:3] == ["-m", "starling.engine_ext.serving.cli.ended_with_parent", str(os.getpid())]
     assert command[3:7] == ["serve", "some/model", "--dtype", "float32"]
     assert command[7:] == ["--host", "127.0.0.1", "--port", url.rpartition(":")[2]]
     with pytest.raises(ProcessLookupError):

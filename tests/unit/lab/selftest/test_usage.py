@@ -12,7 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
 
-from starling.engine_ext.serving.cli import tied
+from starling.engine_ext.serving.cli import ended_with_parent
 from starling.lab.evaluation.commands.eval import make_parser
 from starling.lab.evaluation.tasks import TASKS
 from starling.lab.selftest import accuracy, model, speed, suite, usage
@@ -122,7 +122,7 @@ def test_accuracy_is_what_starling_eval_says_and_its_options_are_those_of_starli
     assert "dense 80.0, star 70.0 of 100, 95 % of the cost in [-10.0, 30.0]; 10 prompts" in result.detail
     assert "vt 80 to 70; 40 % of dense's attention work" in result.detail
     _, _, module, _, name, *arguments = called[0]
-    assert (module, name) == (tied.__name__, "eval")
+    assert (module, name) == (ended_with_parent.__name__, "eval")
     options, others = make_parser().parse_known_args(arguments)
     assert (options.serve, options.lengths, options.plans) == ("a model", ("7168",), [accuracy.PLAN])
     assert set(options.tasks) <= set(TASKS) and options.out == tmp_path

@@ -1,4 +1,4 @@
-"""`python -m starling.engine_ext.serving.cli.tied PID ...` is `starling ...`, ended when its parent, PID, is gone.
+"""`python -m starling.engine_ext.serving.cli.ended_with_parent PID ...` is `starling ...`, which ends when PID is gone.
 
 For a server that a measurement starts: a measurement that is killed can't stop its server itself.
 """

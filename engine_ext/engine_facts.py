@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from starling.features import parts_of
+from starling.features import make_parts
 from starling.features.front_part import FrontPart
 from starling.scheduler.star.facts import EngineFacts
 from starling.vllm_compat.config import page_size_before_start
@@ -17,11 +17,6 @@ def star_page_size(vllm_config: Any) -> int:
     return own or page_size_before_start(vllm_config)
 
 
-def front_parts(vllm_config: Any) -> list[FrontPart]:
-    """What features have in a front of an engine (raises OptionError: an option of the server can't be used)."""
-    return [part for make in parts_of("front") if (part := make(vllm_config)) is not None]
-
-
 def engine_facts(vllm_config: Any, page_size: int | None, parts: Sequence[FrontPart] | None = None) -> EngineFacts:
     """What is known of an engine, as far as its configuration and the reports of engine cores that have started say.
 
@@ -29,7 +24,7 @@ def engine_facts(vllm_config: Any, page_size: int | None, parts: Sequence[FrontP
         page_size: tokens of a KV page of the full-attention layers.
         parts: of a front of the engine, where it has them already.
     """
-    parts = front_parts(vllm_config) if parts is None else parts
+    parts = make_parts("front", vllm_config) if parts is None else parts
     facts = {name: fact for part in parts for name, fact in part.facts().items()}
     return EngineFacts(
         page_size,

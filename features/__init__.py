@@ -36,3 +36,15 @@ def parts_of(process: str) -> tuple[Any, ...]:
     """
     names = (f"{__name__}.{feature}.{process}" for feature in FEATURES)
     return tuple(part for name in names if find_spec(name) is not None for part in import_module(name).PARTS)
+
+
+def make_parts(process: str, vllm_config: Any) -> list[Any]:
+    """The parts of all features in a front or in a worker, without those that have nothing to do there.
+
+    Args:
+        process: "front" or "worker".
+
+    Raises:
+        OptionError: an option of the server can't be used.
+    """
+    return [part for make in parts_of(process) if (part := make(vllm_config)) is not None]

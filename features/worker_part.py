@@ -24,10 +24,10 @@ class WorkerPart:
     model runner.
 
     Attributes:
-        makes_calls: whether layers on a GPU are made to attend by what the part has of a step.
+        attends_by_parts: whether layers on a GPU are made to attend by what the part has of a step.
     """
 
-    makes_calls = False
+    attends_by_parts = False
 
     @classmethod
     def make(cls, vllm_config: Any) -> Self | None:

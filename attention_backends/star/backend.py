@@ -159,7 +159,7 @@ class StarBuilder:
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
         """What the base backend supports, within ``graph_support``."""
         support = super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
-        turns = cls.by_parts and any(map(turns_queries_in, layers_of(vllm_config).values()))
+        turns = cls.by_parts and any(map(turns_queries, layers_of(vllm_config).values()))
         return min(support, graph_support(turns), key=lambda level: level.value)
 
     def build(
@@ -190,7 +190,7 @@ class StarBuilder:
         """As the base backend's. A full graph of an engine for documents reads the table that ``build`` fills."""
         metadata = super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
         layers = layers_of(self.vllm_config) if self.takes_star and self.by_parts else {}
-        turning = [layers[name] for name in self.layer_names if name in layers and turns_queries_in(layers[name])]
+        turning = [layers[name] for name in self.layer_names if name in layers and turns_queries(layers[name])]
         if turning and common_attn_metadata.max_query_len == 1:
             if self.graph_ranges is None:
                 self.graph_ranges = GraphRanges(self.max_requests, common_attn_metadata.seq_lens.device)
@@ -215,11 +215,6 @@ def layers_of(vllm_config: Any) -> dict[str, Any]:
     """The engine's attention layers, by name, among others."""
     layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
     return layers
-
-
-def turns_queries_in(layer: Any) -> bool:
-    """Whether full CUDA graphs of a layer have Starling's kernels."""
-    return turns_queries(getattr(layer, "impl", None))
 
 
 def _make_builder(backend: type[AttentionBackend], by_parts: bool) -> Any:

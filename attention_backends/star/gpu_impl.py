@@ -28,8 +28,9 @@ def attends_by_parts(impl: Any) -> bool:
     return getattr(impl, "attends_by_parts", False)
 
 
-def turns_queries(impl: Any) -> bool:
-    """Whether full CUDA graphs of an implementation have Starling's kernels: it has its layer's rotary embedding."""
+def turns_queries(layer: Any) -> bool:
+    """Whether full CUDA graphs of a layer have Starling's kernels: its implementation has the rotary embedding."""
+    impl: Any = getattr(layer, "impl", None)
     return attends_by_parts(impl) and impl.rotation is not None
 
 

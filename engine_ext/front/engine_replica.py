@@ -122,7 +122,7 @@ async def while_answering(checks: Iterable[Any], work: Awaitable[Any], under_way
 
 
 class EngineReplica:
-    """An engine of this server as a Replica and a OwnReplica (replica.py).
+    """An engine of this server as an OwnReplica (replica.py).
 
     Args:
         rank: of the engine.

@@ -13,10 +13,11 @@ from vllm.logger import init_logger
 from starling.config.entry import ENTRY, StarlingConfig, config_of
 from starling.config.parsing import OptionError
 from starling.config.star import FIELD_OF, StarOptions, is_star_key, parse_options
-from starling.engine_ext.engine_facts import engine_facts, front_parts
+from starling.engine_ext.engine_facts import engine_facts
 from starling.engine_ext.front.bounds import shortened
 from starling.engine_ext.front.misplaced import nearly, refuse_among_options
 from starling.engine_ext.front.star_metrics import front_metrics
+from starling.features import make_parts
 from starling.scheduler.part import HasParts
 from starling.scheduler.star.counts import describe, model_keys
 from starling.scheduler.star.decide import Decision, decide, refuse_above_one_replica
@@ -93,7 +94,7 @@ class PromptPlanner(HasParts):
         self.vllm_config = vllm_config
         self.tokenizer = tokenizer
         self.num_peers: Callable[[], int] | None = None  # how many servers there are now to split prompts with
-        self.parts = [] if self.config is None else front_parts(vllm_config)
+        self.parts = [] if self.config is None else make_parts("front", vllm_config)
         facts = EngineFacts(None, (HOW_TO_ACTIVATE,))
         if self.config is not None:
             facts = engine_facts(vllm_config, None, self.parts)

@@ -50,11 +50,10 @@ class PromptSpan:
         parent = tracing.extract_trace_context(headers)
         began = None if planning is None else planning[0]
         self.span = trace.get_tracer("starling").start_span("starling", context=parent, start_time=began)
-        self.headers: dict[str, str] = {}
-        TraceContextTextMapPropagator().inject(self.headers, trace.set_span_in_context(self.span))
+        context, self.headers = trace.set_span_in_context(self.span), dict[str, str]()
+        TraceContextTextMapPropagator().inject(self.headers, context)
         if planning is not None:
-            context = tracing.extract_trace_context(self.headers)
-            tracing.instrument_manual("starling plan", planning[0], planning[1], context=context)
+            tracing.instrument_manual("starling plan", *planning, context=context)
 
     async def around(self, outputs: AsyncGenerator[Any, None], plan: Mapping[str, Any]) -> AsyncGenerator[Any, None]:
         """The engine's outputs; the span ends with them.
@@ -80,7 +79,7 @@ class PromptSpan:
 
 def attributes_of(plan: Mapping[str, Any]) -> dict[str, Any]:
     """A plan, as a response shows it, as attributes of a span: of documents, their number and tokens by source."""
-    found = {f"starling.{name}": value for name, value in plan.items() if isinstance(value, (str, bool, int, float))}
+    found = {f"starling.{name}": value for name, value in plan.items() if isinstance(value, (str, int, float))}
     sources = plan.get("document_sources") or ()
     if sources:
         found["starling.num_documents"] = len(sources)

@@ -27,7 +27,7 @@ def register_backends(vllm_config: Any, refusals: list[str], parts: Sequence[Wor
     if own:
         register_paged_backend(own)
     if is_cpu or not refusals:
-        register_star_backends(own, any(part.makes_calls for part in parts))
+        register_star_backends(own, any(part.attends_by_parts for part in parts))
     if is_cpu and vllm_config.lora_config is not None:
         from starling.vllm_compat.cpu_lora import use_masked_lora
 

@@ -16,7 +16,7 @@ from starling.attention_backends.star.step import StarStep, open_step
 from starling.config.entry import config_of
 from starling.engine_ext.front.star_metrics import worker_metrics
 from starling.engine_ext.worker.backends import register_backends, unsplit_layers
-from starling.features import parts_of
+from starling.features import make_parts
 from starling.features.replicas.worker import ReplicaCalls
 from starling.features.report_fields import STAR
 from starling.features.star.rules import star_refusals
@@ -97,7 +97,7 @@ class StarWorker(HasParts, ReplicaCalls):
         self.star_refusals = star_refusals(vllm_config)
         self.star_problem: str | None = None
         self.is_warming_up = False
-        self.parts = [part for make in parts_of("worker") if (part := make(vllm_config)) is not None]
+        self.parts = make_parts("worker", vllm_config)
         register_backends(vllm_config, self.star_refusals, self.parts)
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         self.star_requests = StarRequests()

@@ -29,8 +29,8 @@ class DenseHeads(WorkerPart):
         ranks: layer name -> (KV heads,) the places of this rank's heads in the order of the scores.
     """
 
-    def __init__(self, on_cpu: bool, makes_calls: bool) -> None:
-        self.on_cpu, self.makes_calls = on_cpu, makes_calls
+    def __init__(self, on_cpu: bool, attends_by_parts: bool) -> None:
+        self.on_cpu, self.attends_by_parts = on_cpu, attends_by_parts
         self.problem: str | None = None
         self.scores: HeadScores | None = None
         self.ranks: dict[str, np.ndarray] = {}
@@ -46,7 +46,7 @@ class DenseHeads(WorkerPart):
             return
         model = worker.model_runner.get_model()
         self.ranks, self.problem = ranks_of_layers(self.scores, model, layers.full, layers.others)
-        if self.problem is None and (self.on_cpu or self.makes_calls):
+        if self.problem is None and (self.on_cpu or self.attends_by_parts):
             blocks = attention_blocks(model)
             reasons = ((name, unsupported_reason(blocks[name].attention)) for name in self.ranks)
             self.problem = next((f"layer {name}: {reason}" for name, reason in reasons if reason), None)

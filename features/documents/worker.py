@@ -35,7 +35,7 @@ class Documents(WorkerPart):
 
     def __init__(self, on_cpu: bool, is_made_for_documents: bool) -> None:
         self.on_cpu, self.is_made_for_documents = on_cpu, is_made_for_documents
-        self.makes_calls = is_made_for_documents and not on_cpu
+        self.attends_by_parts = is_made_for_documents and not on_cpu
         self.problem: str | None = None
         self.rotations: dict[str, Rotation] | None = None
 

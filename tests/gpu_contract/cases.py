@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from starling.attention_backends.kernels.reference import masked_attention
 from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.star.reference import head_masks, star_mask
-from starling.attention_backends.star.rows import split_rows
+from starling.attention_backends.star.rows import VirtualRows, split_rows
 from starling.scheduler.star.plan import DenseHeads, StarPlan
 
 HEAD_SIZE = 32
@@ -315,8 +315,13 @@ def cases(
     )
 
 
+def rows_of(case: Case) -> VirtualRows | None:
+    """The virtual rows of a case; None: it has no star rows."""
+    plans, ends = [request.plan for request in case.requests], [request.end for request in case.requests]
+    return split_rows(plans, case.query_lens, ends, case.kernel_page)
+
+
 def gathers_pages(case: Case) -> bool:
     """Whether a virtual row of the case has other pages than the first ones of its request."""
-    plans, ends = [request.plan for request in case.requests], [request.end for request in case.requests]
-    rows = split_rows(plans, case.query_lens, ends, case.kernel_page)
+    rows = rows_of(case)
     return rows is not None and len(rows.gathered) > 0

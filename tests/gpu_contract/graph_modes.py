@@ -28,7 +28,7 @@ from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher  # noqa: E402
 from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
 
 from starling.engine_ext.worker.backends import register_backends  # noqa: E402
-from starling.features import parts_of  # noqa: E402
+from starling.features import make_parts  # noqa: E402
 from starling.features.documents.worker import Documents  # noqa: E402
 from starling.features.star.rules import star_refusals  # noqa: E402
 from starling.lab.doctor.attention_report import cuda_graphs  # noqa: E402
@@ -95,7 +95,7 @@ def graphs_of(model: str, runner: str, options: dict[str, Any], graphs: dict[str
     except ValueError as error:
         return {"refused": str(error)}
     doctor = cuda_graphs(config)["mode"]
-    parts = [part for make in parts_of("worker") if (part := make(config)) is not None]
+    parts = make_parts("worker", config)
     register_backends(config, star_refusals(config), parts)
     backend = AttentionBackendEnum.TRITON_ATTN.get_class()
     if any(isinstance(part, Documents) and part.is_made_for_documents for part in parts):  # as once a model is loaded

@@ -28,9 +28,8 @@ from vllm.platforms.interface import DeviceCapability  # noqa: E402
 from starling.attention_backends.kernels import devices  # noqa: E402
 from starling.attention_backends.star import range_attention  # noqa: E402
 from starling.attention_backends.star.document_step import DocumentStep  # noqa: E402
-from starling.attention_backends.star.rows import split_rows  # noqa: E402
 from tests.gpu_contract import kernels  # noqa: E402
-from tests.gpu_contract.cases import PAGES, cases, expected, gathers_pages, numbers  # noqa: E402
+from tests.gpu_contract.cases import PAGES, cases, expected, gathers_pages, numbers, rows_of  # noqa: E402
 from tests.gpu_contract.engine import run_case  # noqa: E402
 from tests.gpu_contract.ranges import attend_in_ranges  # noqa: E402
 from tests.kernels.determinism import OnlyDeterministic  # noqa: E402
@@ -76,12 +75,6 @@ class Tally:
             assert difference <= BOUND * max(1.0, want.abs().max().item()), f"the worst difference is {difference:.1e}"
             self.worst = max(self.worst, difference / max(1.0, want.abs().max().item()))
         self.counts.update({"cases": 1} | facts_of(case, rows))
-
-
-def rows_of(case: Any) -> Any:
-    """The virtual rows of a case; None: it has no star rows."""
-    plans, ends = [one.plan for one in case.requests], [one.end for one in case.requests]
-    return split_rows(plans, case.query_lens, ends, case.kernel_page)
 
 
 def facts_of(case: Any, rows: Any) -> dict[str, bool]:

@@ -345,31 +345,63 @@ async def abort_in_engine_cores(engine: Any, engine_request_ids: list[str]) -> N
     await engine.engine_core.abort_requests_async(engine_request_ids)
 
 
-@touches("vllm.v1.engine.async_llm.AsyncLLM.shutdown")
+@touches(
+    "vllm.v1.engine.async_llm.AsyncLLM.{engine_core, output_handler, shutdown}",
+    "vllm.v1.engine.core_client.BackgroundResources.engine_manager",
+    "vllm.v1.engine.core_client.MPClient.resources",
+    "vllm.v1.engine.utils.CoreEngineProcManager.shutdown",
+    "vllm.utils.async_utils.cancel_task_threadsafe",
+)
 def around_shutdown(
-    engine: Any, before: Callable[[float | None], None], after: Callable[[], None] = lambda: None
+    engine: Any, before: Callable[[float | None], None], after: Callable[[], None] | None = None
 ) -> None:
-    """Call ``before(timeout)`` before an AsyncLLM shuts down, and ``after()`` once it has.
+    """Call ``before(timeout)`` before an AsyncLLM shuts down, and ``after()`` once its processes have ended.
 
     On a signal vLLM's serve_http stops the engine before the server; it does so in a thread. The engine has what
     ``before`` leaves of its timeout, and ENGINE_SECONDS at least: with a timeout of 0, vLLM kills its processes in the
-    moment in which it tells them to abort their requests. Goes when serve_http takes hooks, and leaves that time.
+    moment in which it tells them to abort their requests.
+
+    ``after`` is called before vLLM closes the engine's sockets. Whoever still reads from them would get an
+    EngineDeadError, and log it with its stack: so nobody reads any more then. Goes when serve_http takes hooks, and
+    leaves that time.
 
     Args:
         before: called with the seconds in which the engine shuts down; None: vLLM's default.
     """
+    from vllm.utils.async_utils import cancel_task_threadsafe  # an engine may end when nothing can be imported any more
+
     shut_down = engine.shutdown
 
     def shutdown(timeout: float | None = None) -> None:
         began = time.monotonic()
         before(timeout)
         left = None if timeout is None else max(ENGINE_SECONDS, timeout - (time.monotonic() - began))
-        try:
-            shut_down(timeout=left)
-        finally:
-            after()
+        if after is not None:
+            _call_after_processes(engine, cancel_task_threadsafe, after)
+        shut_down(timeout=left)
 
     engine.shutdown = shutdown
+
+
+def _call_after_processes(engine: Any, stop_reading: Callable[[Any], None], after: Callable[[], None]) -> None:
+    """Stop reading the outputs of ``engine``, and call ``after()``, once its processes, or its client, have ended.
+
+    Args:
+        stop_reading: called with the task that reads them.
+    """
+    client = engine.engine_core
+    owner = client.resources.engine_manager or client  # one of several API servers has no processes of its own
+    stop = owner.shutdown
+
+    def stop_and_tell(*args: Any, **kwargs: Any) -> None:
+        try:
+            stop(*args, **kwargs)
+        finally:
+            owner.shutdown = stop
+            stop_reading(engine.output_handler)
+            after()
+
+    owner.shutdown = stop_and_tell
 
 
 @touches("vllm.v1.engine.output_processor.OutputProcessor.external_req_ids")

@@ -25,6 +25,7 @@ from vllm.exceptions import RetryableRequestError, VLLMValidationError
 from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason, output_processor
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
@@ -389,22 +390,49 @@ def test_new_requests_are_refused_after_a_drain():
             engine.check_admission(**arguments)
 
 
-def test_callbacks_run_around_the_end_of_the_engine_and_take_of_its_time(monkeypatch):
+@pytest.mark.parametrize("has_processes", [True, False])
+def test_callbacks_run_around_the_end_of_the_engine_and_take_of_its_time(monkeypatch, has_processes):
     events, now = [], [100.0]
-    engine = SimpleNamespace(shutdown=lambda timeout: events.append(timeout))
-    assert list(inspect.signature(AsyncLLM.shutdown).parameters) == ["self", "timeout"]
+
+    class Resources:
+        """Those of vLLM's client, closed when it is called."""
+
+        engine_manager = (
+            SimpleNamespace(shutdown=lambda timeout: events.append(("processes", timeout))) if has_processes else None
+        )
+
+        def __call__(self):
+            events.append("sockets")
+
+    def engine():
+        client = object.__new__(AsyncMPClient)
+        client.resources, client._finalizer = Resources(), SimpleNamespace(detach=lambda: True)
+        engine = object.__new__(AsyncLLM)
+        engine.renderer, engine.engine_core = None, client
+        engine.output_handler = SimpleNamespace(
+            done=lambda: False, get_loop=lambda: loop, cancel=lambda: events.append("cancelled")
+        )
+        return engine
+
+    loop = SimpleNamespace(is_closed=lambda: False, call_soon_threadsafe=lambda call, *args: call(*args))
     monkeypatch.setattr(front.time, "monotonic", lambda: now[0])
+    monkeypatch.delattr(AsyncLLM, "__del__")  # it shuts the engine down once more
 
     def before(timeout):
         events.append(("before", timeout))
         now[0] += 2
 
-    front.around_shutdown(engine, before, lambda: events.append("after"))
-    engine.shutdown(timeout=30)
-    engine.shutdown(timeout=0)
-    engine.shutdown()
-    least = front.ENGINE_SECONDS
-    assert events == [("before", 30), 28, "after", ("before", 0), least, "after", ("before", None), None, "after"]
+    for timeout, left in ((30, 28), (0, front.ENGINE_SECONDS), (None, None)):
+        stopped = engine()
+        front.around_shutdown(stopped, before, lambda: events.append("after"))
+        stopped.shutdown(timeout=timeout)
+        if has_processes:
+            ended = [("processes", left), "cancelled", "after", "sockets"]
+        else:
+            ended = ["sockets", "cancelled", "after"]
+        # At last vLLM cancels what read the outputs once more.
+        assert events == [("before", timeout), *ended, "cancelled"]
+        events.clear()
 
 
 def test_each_output_of_a_request_has_its_plan_and_where_its_documents_came_from(monkeypatch):

@@ -1,1 +1,1 @@
-"""What Starling does in the front's process, for OpenAI and gRPC alike: split prefill, KV reservations, progress."""
+"""What Starling does in the front's process, for OpenAI and gRPC alike: plans, progress, the live view."""

@@ -21,8 +21,8 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.progress import ADDED, furthest
-from starling.engine_ext.front.replica_rpc import retrieve_error
 from starling.features.live.core import LISTED, shortened
+from starling.features.replicas.split.replica_rpc import retrieve_error
 from starling.scheduler.core_rpc import LIVE_REQUESTS
 from starling.vllm_compat.front import call_engine_core, num_engine_cores, request_state
 
@@ -161,7 +161,7 @@ class LiveView:
         known = {row["id"] for row in wholes}
         # A part may still be listed by one replica when another one lists the whole prompt already.
         rows = wholes + [merged(of_one) for name, of_one in parts.items() if name not in known]
-        split = {shortened(name) for name in front_state(self.engine).split_requests}
+        split = {shortened(name) for name in front_state(self.engine).waiting()}
         rows.sort(key=lambda row: (row["status"] != "running", row["arrived"]))
         unknown = split - known - parts.keys()
         self._keep_numbers_of_parts(rows, unknown)

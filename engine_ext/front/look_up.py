@@ -12,11 +12,11 @@ from vllm.outputs import RequestOutput
 from starling.config.entry import config_of
 from starling.engine_ext.front.call import Call, this_call
 from starling.engine_ext.front.front_state import front_state
-from starling.engine_ext.front.requests import decision_of
-from starling.engine_ext.front.whole_request import empty_output
 from starling.features.adapter.lora import adapter_fields
 from starling.features.asked import has_library
+from starling.features.front_part import empty_output
 from starling.scheduler.core_rpc import CACHED_TOKENS
+from starling.scheduler.star.decide import decision_of
 from starling.scheduler.star.request_metadata import RequestMetadata
 from starling.vllm_compat.front import call_engine_core, num_engine_cores
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -20,7 +20,7 @@ from starling.engine_ext.front.star_metrics import front_metrics
 from starling.features import make_parts
 from starling.scheduler.part import HasParts
 from starling.scheduler.star.counts import describe, model_keys
-from starling.scheduler.star.decide import Decision, decide, refuse_above_one_replica
+from starling.scheduler.star.decide import Decision, decide
 from starling.scheduler.star.documents import NOT_ONE_TOKEN, refuse_many_offsets
 from starling.scheduler.star.facts import EngineFacts, PromptFacts
 from starling.scheduler.star.rules import SEGMENTS
@@ -93,7 +93,6 @@ class PromptPlanner(HasParts):
         self.config = config_of(vllm_config)
         self.vllm_config = vllm_config
         self.tokenizer = tokenizer
-        self.num_peers: Callable[[], int] | None = None  # how many servers there are now to split prompts with
         self.parts = [] if self.config is None else make_parts("front", vllm_config)
         facts = EngineFacts(None, (HOW_TO_ACTIVATE,))
         if self.config is not None:
@@ -104,10 +103,8 @@ class PromptPlanner(HasParts):
     @property
     def engine(self) -> EngineFacts:
         """What is known of the engine now."""
-        replicas = self.facts.replicas
-        if self.num_peers is not None:
-            replicas = replace(replicas, present=1 + self.num_peers())
-        return replace(self.facts, page_size=self.page_size, num_pages=self.num_pages, replicas=replicas)
+        now = {name: fact for part in self.parts for name, fact in part.facts_now().items()}
+        return replace(self.facts, page_size=self.page_size, num_pages=self.num_pages, **now)
 
     @property
     def model(self) -> Any:
@@ -150,14 +147,6 @@ class PromptPlanner(HasParts):
             raise rejection(error) from None
         logger.debug("a prompt of %d tokens: %s", prompt.num_tokens, decision.plan or decision.why)
         return decision
-
-    def check_memory_of_one(self, decision: Decision) -> None:
-        """Refuse a prompt that one replica can not hold, although its plan divides it (raises VLLMValidationError)."""
-        plan = decision.plan
-        try:
-            refuse_above_one_replica(decision.num_tokens if plan is None else plan.num_prompt_tokens, self.engine)
-        except OptionError as error:
-            raise rejection(error) from None
 
     def describe(self, decision: Decision) -> dict[str, Any]:
         """The decision as a response shows it to the client."""

@@ -8,7 +8,7 @@ its steps. One that does not answer is not asked again until it has, and the oth
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Container
+from collections.abc import AsyncGenerator, Callable, Container
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -98,11 +98,11 @@ class ProgressPoller:
     """Asks one engine for the progress of all watched requests; idle without watchers.
 
     Args:
-        split_requests: ids of requests whose prompts are split over replicas now, which the engine may not know.
+        waiting: returns the ids of requests that features run, and which the engine may not know.
     """
 
-    def __init__(self, split_requests: Container[str]) -> None:
-        self.split_requests = split_requests
+    def __init__(self, waiting: Callable[[], Container[str]]) -> None:
+        self.waiting = waiting
         self.watches: set[Watch] = set()
         self.states: dict[int, dict[str, dict[str, int]]] = {}  # the last answer of each replica
         self.task: asyncio.Task | None = None
@@ -184,7 +184,7 @@ class ProgressPoller:
     def _look_up(self, engine: Any, watch: Watch) -> None:
         """Read in the front whether the request has arrived, has its first token, or is gone."""
         names = engine_request_ids(engine, watch.request_id)
-        if not names and watch.request_id in self.split_requests:
+        if not names and watch.request_id in self.waiting():
             return
         if not names:
             if watch.engine_ids or asyncio.get_running_loop().time() > watch.arrives_by:

@@ -20,7 +20,7 @@ from starling.engine_ext.front.misplaced import refuse_at_top_level
 from starling.engine_ext.front.planning import PromptPlanner, rejection
 from starling.engine_ext.front.star_metrics import front_metrics
 from starling.scheduler.star.counts import describe
-from starling.scheduler.star.decide import Decision
+from starling.scheduler.star.decide import PLANNED, decision_of
 from starling.scheduler.star.facts import PromptFacts
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import KEY, NO_METADATA, RequestMetadata
@@ -29,16 +29,8 @@ from starling.vllm_compat.front import IS_BEAM
 SESSION = "the prompt of a streaming-input session comes in pieces, so there is no whole prompt to plan"
 BEAM = "beam search makes a new prompt of each beam and token, whose star blocks would be computed again and again"
 
-PLANNED = "starling_planned"
-"""The key of an engine input that holds its Decision."""
-
 KNOWN_SEGMENTS = "starling_segments"
 """The key of an engine input that holds its KnownSegments, where its front knows them."""
-
-
-def decision_of(engine_input: Any) -> Decision | None:
-    """The decision that a front has made of an engine input; None: it has made none."""
-    return engine_input.get(PLANNED) if isinstance(engine_input, Mapping) else None
 
 
 def shown_plan(engine_input: Any) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 
 from prometheus_client import Counter, Gauge
 
@@ -18,35 +17,12 @@ class FrontMetrics:
         for attention in ("dense", "star"):
             self.requests.labels(attention)
         self.rejections = Counter("starling:plan_rejections", "Requests whose star options were refused.", ["option"])
-        self.split_blocks = Counter(
-            "starling:split_blocks", "Star blocks of prompts that were split over several replicas.", ["replica"]
-        )
-        self.split_seconds = Counter(
-            "starling:split_seconds", "Seconds from the start of such prompts until all of their parts were prefilled."
-        )
-        self.shard_requests = Counter(
-            "starling:shard_requests", "Requests whose KV stayed on the replicas that computed it."
-        )
-        self.usable_peers = Gauge(
-            "starling:usable_peers", "Other servers that prompts are split with now.", multiprocess_mode="livemax"
-        )
-        self.peers_left_out = Counter(
-            "starling:peers_left_out", "Times that a peer was left out for a while, because a call to it had failed."
-        )
-        self.peer_parts = Counter("starling:peer_parts", "Parts of other servers' prompts that were prefilled here.")
-
         self.loop_stalls = Counter(
             "starling:event_loop_stalls", "Times that an API server's event loop stood still for over 0.2 s."
         )
         self.longest_loop_stall = Gauge(
             "starling:event_loop_longest_stall_seconds", "The longest of these times.", multiprocess_mode="max"
         )
-
-    def count_split(self, blocks_of: Mapping[str, int], seconds: float) -> None:
-        """Count one split prompt; ``blocks_of`` maps each replica to its number of star blocks."""
-        for replica, blocks in blocks_of.items():
-            self.split_blocks.labels(replica).inc(blocks)
-        self.split_seconds.inc(seconds)
 
 
 class WorkerMetrics:

@@ -2,21 +2,16 @@
 
 A request has the span "starling", from its arrival at the engine to its end, which says how its prompt was prefilled.
 Its parent is the client's, if the client has sent one (`traceparent`), and vLLM's own span "llm_request" is its child.
-So are "starling plan", the time in which the plan was decided, and "starling part", one for each replica's part of a
-prompt that is split.
+So is "starling plan", the time in which the plan was decided. Features have spans of their own there.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Any
 
 from vllm import tracing
-
-HEADERS = "trace_headers"
-"""vLLM's keyword of AsyncLLM.generate for the headers by which a span has its parent."""
 
 
 def traces(engine: Any) -> bool:
@@ -88,25 +83,3 @@ def attributes_of(plan: Mapping[str, Any]) -> dict[str, Any]:
             key = f"starling.document_tokens.{name}"
             found[key] = found.get(key, 0) + tokens
     return found
-
-
-@contextmanager
-def part_span(keywords: Mapping[str, Any], **attributes: Any) -> Iterator[dict[str, Any]]:
-    """A span of a replica's part of a prompt, if the prompt has one.
-
-    Args:
-        keywords: of AsyncLLM.generate.
-        attributes: of the span, without "starling."; more of them may be put into the dict.
-    """
-    headers, began = keywords.get(HEADERS), time.time_ns()
-    try:
-        yield attributes
-    finally:
-        if headers is not None and tracing.is_tracing_available():
-            tracing.instrument_manual(
-                "starling part",
-                began,
-                time.time_ns(),
-                attributes={f"starling.{name}": value for name, value in attributes.items()},
-                context=tracing.extract_trace_context(headers),
-            )

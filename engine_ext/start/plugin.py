@@ -90,12 +90,13 @@ def _hook_into_front() -> None:
     from starling.engine_ext.front.call import current_call, sees_cached, with_sources, without_cached
     from starling.engine_ext.front.chat_segments import add_segments, generates, note_chat_options, wants_segments
     from starling.engine_ext.front.constraints import constraint_error, with_reason
-    from starling.engine_ext.front.front_state import abort_split, state_of
+    from starling.engine_ext.front.front_state import front_state, state_of
     from starling.engine_ext.front.look_up import look_up, prepare_look_up
     from starling.engine_ext.front.misplaced import explained
-    from starling.engine_ext.front.requests import begin_beam_search, check_openai_request, check_unknown, decision_of
-    from starling.engine_ext.front.split_prefill import generate_split
-    from starling.engine_ext.front.tracing import HEADERS, PromptSpan, traces
+    from starling.engine_ext.front.requests import begin_beam_search, check_openai_request, check_unknown
+    from starling.engine_ext.front.tracing import PromptSpan, traces
+    from starling.features.front_part import TRACE_HEADERS, FrontRequest
+    from starling.scheduler.star.decide import decision_of
 
     def with_salt(input_processor: Any, prompt: Any) -> Any:
         return state_of(input_processor).planner.with_salt(prompt)
@@ -110,9 +111,11 @@ def _hook_into_front() -> None:
         planning, shown = (None, None) if decision is None else (decision.planning, decision.shown)
         span = None
         if traces(engine):
-            span = PromptSpan(keywords.get(HEADERS), planning)
-            keywords = keywords | {HEADERS: span.headers}
-        generated = generate_split(engine, generate, prompt, params, request_id, keywords)
+            span = PromptSpan(keywords.get(TRACE_HEADERS), planning)
+            keywords = keywords | {TRACE_HEADERS: span.headers}
+        state = front_state(engine)
+        lora = state.planner.lora_of(None if decision is None else decision.plan, keywords.get("lora_request"))
+        generated = state.outputs(FrontRequest(engine, generate, prompt, params, request_id, keywords, decision, lora))
         error = constraint_error(params)
         generated = generated if error is None else with_reason(generated, error)
         generated = with_sources(generated, shown) if sees_cached() else without_cached(generated)
@@ -129,7 +132,7 @@ def _hook_into_front() -> None:
 
     on_generate(prepare, generate_for_client)
     on_encode(with_salt)
-    on_abort(abort_split)
+    on_abort(lambda engine, request_ids: front_state(engine).abort(request_ids))
     on_openai_request(openai_request, check_unknown)
     on_beam_search(begin_beam_search)
     on_error_text(explained, shortened)

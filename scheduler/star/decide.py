@@ -34,6 +34,9 @@ DEFAULT_QUERY_TOKENS = 512
 DEFAULT_DENSE_HEADS = 0.1
 ONLY_WITH_STAR = "with star=on or star=auto"
 
+PLANNED = "starling_planned"
+"""The key of an engine input that holds its Decision."""
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -57,6 +60,11 @@ class Decision:
     given_by: Mapping[str, str] = field(default_factory=dict)
     shown: dict[str, Any] | None = field(default=None, compare=False)
     planning: tuple[int, int] | None = field(default=None, compare=False)
+
+
+def decision_of(engine_input: Any) -> Decision | None:
+    """The decision that a front has made of an engine input; None: it has made none."""
+    return engine_input.get(PLANNED) if isinstance(engine_input, Mapping) else None
 
 
 def decide(defaults: StarOptions, request: StarOptions | None, prompt: PromptFacts, engine: EngineFacts) -> Decision:

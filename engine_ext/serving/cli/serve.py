@@ -27,8 +27,7 @@ from starling.config.replicas import KEY_ENV, join_address
 from starling.engine_ext.environment import ADMIN_KEY_ENV
 from starling.engine_ext.front.bounds import MAX_CHOICES, MAX_CHOICES_ENV
 from starling.engine_ext.front.client_keys import api_keys
-from starling.engine_ext.front.front_state import front_state
-from starling.engine_ext.front.peers import PeerDirectory, own_identity
+from starling.engine_ext.front.front_state import front_state, split_state
 from starling.engine_ext.front.planning import PromptPlanner
 from starling.engine_ext.serving.cli.cores import CORES_ENV, bound_cores, core_binding, free_cores, physical_cores
 from starling.engine_ext.serving.cli.cpu_memory import memory_share
@@ -40,6 +39,7 @@ from starling.engine_ext.serving.grpc.prompt_inputs import chat_params
 from starling.engine_ext.serving.grpc.replica_service import ReplicaServicer
 from starling.engine_ext.serving.grpc.server import GRACE_SECONDS, Front
 from starling.engine_ext.serving.http.keepalive import KEEP_ALIVE_ENV, KEEP_ALIVE_SECONDS, end_lost_connections
+from starling.features.replicas.split.peers import PeerDirectory, own_identity
 from starling.vllm_compat.config import is_of_configuration, plain_message
 from starling.vllm_compat.front import around_shutdown
 from starling.vllm_compat.server_socket import on_server_socket, set_up_environment, validate_serve_args
@@ -161,7 +161,7 @@ async def serve_both(args: Namespace, grpc_port: int | None, admin: AdminOptions
             logger.info("Starling: %s", addresses(listen_address, grpc_address, args))
             grace = max(GRACE_SECONDS, args.shutdown_timeout)
             if front is not None:
-                front_state(engine).let_split_requests_end(engine)  # after the front has stopped: health says so first
+                split_state(engine).let_split_requests_end(engine)  # after the front has stopped: health says so first
                 stop_before_engine(engine, front)
             try:
                 http_shutdown = await build_and_serve(engine, listen_address, sock, args)
@@ -233,14 +233,14 @@ async def start_front(engine: Any, args: Namespace, port: int, admin: AdminOptio
     options = (config_of(engine.vllm_config) or StarlingConfig()).replicas
     replica, key = None, os.environ.get(KEY_ENV) or None
     if options.peers:
-        replica = ReplicaServicer(engine, await own_identity(engine, front_state(engine).replica_rpc))
+        replica = ReplicaServicer(engine, await own_identity(engine, split_state(engine).rpc))
     front = Front(engine, api_keys(args), chat_params(args), admin, show_cached, replica, key)
     address = join_address(host, await front.start(join_address(host, port), credentials))
     if replica is not None:
         assert key is not None
         front.peers = PeerDirectory(options, replica.identity, key, peer_credentials(args))
         await front.peers.start()
-        front_state(engine).set_peers(front.peers)
+        split_state(engine).set_peers(front.peers)
     return front, address
 
 

@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 
 from starling.config.star import StarOptions
 from starling.engine_ext.front.client_keys import digest, has_valid_key
-from starling.engine_ext.front.front_state import front_state
+from starling.engine_ext.front.front_state import front_state, split_state
 from starling.engine_ext.serving.errors import DrainingError
 from starling.engine_ext.serving.grpc.arrivals import ArrivalInterceptor
 from starling.engine_ext.serving.grpc.auth import (
@@ -178,13 +178,13 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
 
     async def _look_up_backends(self) -> None:
         """Ask the replicas, which have the same ones: one that answers is enough."""
-        of_engines = await front_state(self.engine).replica_rpc.ask_all(self.engine, ANSWER_SECONDS, ATTENTION_BACKENDS)
+        of_engines = await split_state(self.engine).rpc.ask_all(self.engine, ANSWER_SECONDS, ATTENTION_BACKENDS)
         if of_engines:
             self.backends = sorted({name for names in of_engines.values() for name in names})
 
     @answering
     async def GetCacheState(self, request: pb.GetCacheStateRequest) -> pb.GetCacheStateResponse:
-        rpc = front_state(self.engine).replica_rpc
+        rpc = split_state(self.engine).rpc
         engines = await rpc.ask_all(self.engine, ANSWER_SECONDS, CACHE_STATE, request.per_request)
         for engine in engines.values():
             for held in engine.get("requests", ()):
@@ -209,17 +209,17 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             reason = "request_ids needs at least one id, and no id may be empty"
             raise VLLMValidationError(reason, parameter="request_ids")
         response = pb.AbortResponse()
-        state = front_state(self.engine)
+        state, split = front_state(self.engine), split_state(self.engine)
         for request_id in dict.fromkeys(request_ids):
             of_fronts, of_engine = unfinished_ids(self.engine)
             # The engine does not know a split prompt that waits for memory, or whose parts have just ended.
-            known = dict.fromkeys([*of_fronts, *state.split_requests])
+            known = dict.fromkeys([*of_fronts, *state.waiting()])
             front_ids, engine_ids = matching_request_ids(request_id, known, of_engine)
             if front_ids:
                 await self.engine.abort(front_ids)
             elif engine_ids:
                 for part in filter(None, (request_state(self.engine, name) for name in engine_ids)):
-                    state.leases.abort(part.external_req_id)
+                    split.leases.abort(part.external_req_id)
                 await self.engine.abort(engine_ids, internal=True)
             (response.found if front_ids or engine_ids else response.unknown).append(request_id)
         logger.info("admin: aborted %d of %d requests", len(response.found), len(request_ids))

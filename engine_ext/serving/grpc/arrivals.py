@@ -18,11 +18,11 @@ import grpc
 from google.protobuf.message import DecodeError
 from vllm.exceptions import VLLMValidationError
 
-from starling.engine_ext.front.replica_rpc import retrieve_error
 from starling.engine_ext.serving.errors import SlowMessageError
 from starling.engine_ext.serving.grpc.auth import HEALTH_PREFIX, METHOD_HANDLERS, Continuation, host_of
 from starling.engine_ext.serving.grpc.messages import abort
 from starling.engine_ext.serving.grpc.wire import check_num_fields, method_of
+from starling.features.replicas.split.replica_rpc import retrieve_error
 
 AT_ONCE, OF_CLIENT, SECONDS = 32, 16, 60.0
 HEALTH_AT_ONCE, HEALTH_OF_HOST, HEALTH_SECONDS = 64, 8, 10.0  # of health calls that run: they need no key

@@ -23,7 +23,7 @@ from starling.engine_ext.front.bounds import check_request
 from starling.engine_ext.front.call import note_star
 from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.requests import shown_plan
-from starling.engine_ext.front.tracing import HEADERS, headers_of_call
+from starling.engine_ext.front.tracing import headers_of_call
 from starling.engine_ext.serving.errors import DuplicateRequestError, root_cause
 from starling.engine_ext.serving.grpc.admin import star_message
 from starling.engine_ext.serving.grpc.arrivals import ClientOf
@@ -37,6 +37,7 @@ from starling.engine_ext.serving.grpc.tokenizing import Tokenizing
 from starling.engine_ext.serving.grpc.upload import Upload, as_upload_event, upload_quota
 from starling.engine_ext.serving.grpc.warming import Warming
 from starling.features.asked import has_library
+from starling.features.front_part import TRACE_HEADERS
 from starling.reply import Reply
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
@@ -173,7 +174,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         call.error_field = constraint_path(request.sampling) or call.error_field
         usages = [pb.Usage() for _ in range(params.n)]
         usages[0].prompt_tokens = plan["prompt_tokens"]
-        keywords = {"priority": request.priority, "lora_request": lora, HEADERS: call.trace_headers}
+        keywords = {"priority": request.priority, "lora_request": lora, TRACE_HEADERS: call.trace_headers}
         outputs = self.engine.generate(engine_input, params, request_id, **keywords)
         async with aclosing(outputs):
             async for result in outputs:

@@ -18,16 +18,16 @@ import msgspec
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
 from vllm.logger import init_logger
 
-from starling.engine_ext.front.engine_replica import HEALTH_CHECK_SECONDS, EngineReplica, SplitPrompt
-from starling.engine_ext.front.front_state import front_state
-from starling.engine_ext.front.peers import Identity, hold_seconds
-from starling.engine_ext.front.replica import HeldPart, PartAborted
-from starling.engine_ext.front.replica_rpc import ReplicaUnavailable
+from starling.engine_ext.front.front_state import front_state, split_state
 from starling.engine_ext.front.requests import RequestPlanner
-from starling.engine_ext.front.star_metrics import front_metrics
 from starling.engine_ext.serving.grpc.arrivals import arriving
 from starling.engine_ext.serving.grpc.messages import abort
 from starling.features.adapter.front import Adapter
+from starling.features.replicas.split.engine_replica import HEALTH_CHECK_SECONDS, EngineReplica, SplitPrompt
+from starling.features.replicas.split.peers import Identity, hold_seconds
+from starling.features.replicas.split.replica import HeldPart, PartAborted
+from starling.features.replicas.split.replica_rpc import ReplicaUnavailable
+from starling.features.replicas.split.split_metrics import split_metrics
 from starling.scheduler.star.documents import lay_out
 from starling.scheduler.star.plan import StarPlan
 from starling.v1 import replica_pb2 as pb
@@ -53,7 +53,7 @@ class ReplicaServicer(replica_pb2_grpc.ReplicaServiceServicer):
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
         properties = dict(self.identity.properties)
-        if (changed_by := front_state(self.engine).weights_changed_by) is not None:
+        if (changed_by := split_state(self.engine).weights_changed_by) is not None:
             properties["weights"] = f"changed by {changed_by}"
         return pb.DescribeResponse(name=self.identity.name, properties=properties)
 
@@ -93,9 +93,8 @@ def split_prompt(message: pb.Prompt, planner: RequestPlanner) -> SplitPrompt:
         reason = f"a peer sent a prompt with the adapter {message.adapter}, which is not this server's"
         raise VLLMValidationError(reason, parameter="prompt")
     inputs = {"cache_salt": message.cache_salt} if message.HasField("cache_salt") else {}
-    return SplitPrompt(
-        message.request_id, list(message.token_ids), plan, page_size, inputs, {"priority": message.priority}
-    )
+    keywords, lora = {"priority": message.priority}, planner.lora_of(plan, None)
+    return SplitPrompt(message.request_id, list(message.token_ids), plan, page_size, inputs, keywords, lora)
 
 
 def is_valid(plan: StarPlan, page_size: int) -> bool:
@@ -118,9 +117,9 @@ class Lease:
     """One call of a peer: its prompt, and the pages that are held for it."""
 
     def __init__(self, engine: Any, prompt: SplitPrompt) -> None:
-        self.engine, self.prompt, self.front = engine, prompt, front_state(engine)
+        self.engine, self.prompt, self.front = engine, prompt, split_state(engine)
         self.under_way: set[asyncio.Future] = set()
-        self.replica = EngineReplica(engine, 0, prompt, self.under_way, fails_if_paused=True)
+        self.replica = EngineReplica(self.front, engine, 0, prompt, self.under_way, fails_if_paused=True)
         self.admission: Admission | None = None
         self.prefilling: asyncio.Task | None = None
         self.request_id, self.is_aborted = prompt.request_id, False
@@ -172,7 +171,7 @@ class Lease:
                 await self.replica.check_weights()  # those that the part was computed with
                 self.is_held = True
                 await context.write(response)
-                front_metrics().peer_parts.inc()
+                split_metrics().peer_parts.inc()
             while not is_end(message := await closing):
                 if message.WhichOneof("step") == "renew" and self.is_held:
                     await context.write(pb.PrefillPartResponse(renewed=pb.Renewed()))
@@ -212,7 +211,7 @@ class Lease:
             if not self.prefilling.cancelled():
                 self.prefilling.exception()  # the caller got it, unless it has left
         if broken and self.is_held:
-            seconds = hold_seconds(self.front.replica_rpc.timeout)
+            seconds = hold_seconds(self.front.rpc.timeout)
             name = self.prompt.request_id
             logger.warning("%s: the peer that has this prompt is lost: its pages stay held for %g s", name, seconds)
             await until_noticed(seconds)

@@ -12,8 +12,7 @@ from vllm.logger import init_logger
 from vllm.renderers import ChatParams
 
 from starling.config.replicas import join_address
-from starling.engine_ext.front.front_state import front_state
-from starling.engine_ext.front.peers import PeerDirectory
+from starling.engine_ext.front.front_state import split_state
 from starling.engine_ext.serving.grpc import admin as admin_service
 from starling.engine_ext.serving.grpc.addresses import NO_ADMIN, AdminOptions
 from starling.engine_ext.serving.grpc.admin import AdminInterceptor, AdminServicer, start_admin_server
@@ -22,6 +21,7 @@ from starling.engine_ext.serving.grpc.auth import AuthInterceptor, NoteClient, a
 from starling.engine_ext.serving.grpc.inference import SERVICE, Inference
 from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES, server_options
 from starling.engine_ext.serving.grpc.replica_service import ReplicaServicer
+from starling.features.replicas.split.peers import PeerDirectory
 from starling.v1 import admin_pb2_grpc, inference_pb2_grpc, replica_pb2_grpc
 
 logger = init_logger("vllm.starling")
@@ -129,7 +129,7 @@ class Front:
         while not self.engine.errored:
             await asyncio.sleep(HEALTH_CHECK_SECONDS)
             if self.peers is not None and (gone := self.peers.take_gone()):
-                front_state(self.engine).forget_servers(self.engine, gone)
+                split_state(self.engine).forget_servers(self.engine, gone)
         logger.error("gRPC: the engine has died; every call gets UNAVAILABLE")
         await self.health.enter_graceful_shutdown()
 

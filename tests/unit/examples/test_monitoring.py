@@ -10,6 +10,7 @@ from vllm.v1.metrics import loggers
 
 import starling.engine_ext.front.star_metrics
 import starling.features.library.library_metrics
+import starling.features.replicas.split.split_metrics
 import starling.features.replicas.transfer_metrics
 import starling.scheduler.core_metrics
 from starling.vllm_compat.metrics import DIRECTORY_ENV
@@ -60,6 +61,7 @@ def exported(tmp_path_factory):
         modules = (
             starling.engine_ext.front.star_metrics,
             starling.features.library.library_metrics,
+            starling.features.replicas.split.split_metrics,
             starling.features.replicas.transfer_metrics,
             starling.scheduler.core_metrics,
         )
@@ -72,6 +74,7 @@ def exported(tmp_path_factory):
             starling.engine_ext.front.star_metrics.FrontMetrics,
             starling.engine_ext.front.star_metrics.WorkerMetrics,
             starling.features.library.library_metrics.LibraryMetrics,
+            starling.features.replicas.split.split_metrics.SplitMetrics,
             starling.features.replicas.transfer_metrics.ReplicaMetrics,
             starling.scheduler.core_metrics.CacheMetrics,
             starling.scheduler.core_metrics.SchedulerMetrics,

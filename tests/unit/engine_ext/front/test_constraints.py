@@ -14,6 +14,7 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from starling.engine_ext.front.constraints import NO_GRAMMAR, NO_TOKEN, TRANSFER_KEYS
 from starling.engine_ext.start import plugin
+from tests.unit.engine_ext.configs import fake_config
 from tests.unit.engine_ext.front.test_requests import ON, planner
 from tests.unit.engine_ext.serving.grpc.fakes import output, result
 
@@ -39,6 +40,16 @@ def test_other_transfer_parameters_are_vllms(value):
     params = SamplingParams(extra_args={"kv_transfer_params": value})
     planner(ON).prepare({"type": "token", "prompt_token_ids": [1, 2]}, params, "id")
     assert params.extra_args == {"kv_transfer_params": value}
+
+
+class Engine:
+    """As far as a front looks at an AsyncLLM, and at its input processor, for which Starling is not activated."""
+
+    def __init__(self) -> None:
+        self.vllm_config = fake_config()
+        self.vllm_config.additional_config = {}
+        self.vllm_config.observability_config = SimpleNamespace(otlp_traces_endpoint=None)
+        self.input_processor = self
 
 
 @pytest.fixture
@@ -79,10 +90,7 @@ def test_an_output_for_which_the_constraint_leaves_no_token(generate_for_client,
             closed.append(request_id)
 
     async def scenario():
-        untraced = SimpleNamespace(observability_config=SimpleNamespace(otlp_traces_endpoint=None))
-        outputs = generate_for_client(
-            SimpleNamespace(vllm_config=untraced), generate, "prompt", SamplingParams(**fields), "id", {}
-        )
+        outputs = generate_for_client(Engine(), generate, "prompt", SamplingParams(**fields), "id", {})
         return [one.outputs[0].finish_reason async for one in outputs]
 
     if refused:

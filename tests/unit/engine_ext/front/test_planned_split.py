@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from vllm.sampling_params import SamplingParams
 
-from starling.engine_ext.front.requests import PLANNED
-from starling.engine_ext.front.split_prefill import planned_split
-from starling.scheduler.star.decide import Decision
+from starling.features.front_part import FrontRequest
+from starling.features.replicas.split.split_prefill import is_split
+from starling.scheduler.star.decide import PLANNED, Decision, decision_of
 from starling.scheduler.star.plan import StarPlan
 from tests.unit.engine_ext.front.simulation import (
     TOKENS,
@@ -21,8 +21,12 @@ PLAN = StarPlan(64, 64, 0, 500, 520, 2)
 PROMPT = {"type": "token", "prompt_token_ids": TOKENS, PLANNED: Decision(PLAN, None, 520, TOKENS)}
 
 
+def splits(prompt, params, keywords):
+    return is_split(FrontRequest(None, None, prompt, params, "a", keywords, decision_of(prompt)))
+
+
 def test_a_plan_for_several_replicas_is_split():
-    assert planned_split(PROMPT, SamplingParams(), {}) is PROMPT[PLANNED]
+    assert splits(PROMPT, SamplingParams(), {})
 
 
 @pytest.mark.parametrize(
@@ -51,4 +55,4 @@ def test_a_plan_for_several_replicas_is_split():
     ],
 )
 def test_all_other_requests_are_vllms(prompt, params, keywords):
-    assert planned_split(prompt, params, keywords) is None
+    assert not splits(prompt, params, keywords)

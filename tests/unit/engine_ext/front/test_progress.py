@@ -73,7 +73,7 @@ def test_updates_come_until_the_prompt_is_done():
     async def scenario():
         engine = FakeEngine()
         engine.add("a")
-        assert await read(ProgressPoller(()), engine, "a") == [(40, 2), (80, 4), (100, 4)]
+        assert await read(ProgressPoller(tuple), engine, "a") == [(40, 2), (80, 4), (100, 4)]
         assert len(engine.calls) == 3
 
     run(scenario)
@@ -81,7 +81,7 @@ def test_updates_come_until_the_prompt_is_done():
 
 def test_one_call_serves_all_watchers():
     async def scenario():
-        engine, poller = FakeEngine(), ProgressPoller(())
+        engine, poller = FakeEngine(), ProgressPoller(tuple)
         for name in ("a", "b", "c"):
             engine.add(name)
         updates = await asyncio.gather(*(read(poller, engine, name) for name in ("a", "b", "c", "a")))
@@ -96,7 +96,7 @@ def test_a_replica_that_hangs_holds_up_no_other_ones_progress_and_is_asked_once(
         engine = FakeEngine()
         engine.add("a")
         engine.other_answers.clear()
-        assert await read(ProgressPoller(()), engine, "a") == [(40, 2), (80, 4), (100, 4)]
+        assert await read(ProgressPoller(tuple), engine, "a") == [(40, 2), (80, 4), (100, 4)]
         assert now() <= 5 * INTERVAL + 0.01, "one poll waits for the replica, for an interval"
         assert engine.num_calls_of_other == 1
 
@@ -107,7 +107,7 @@ def test_only_changes_are_reported():
     async def scenario():
         engine = FakeEngine(chunk=0)
         engine.add("a")
-        reader = asyncio.create_task(read(ProgressPoller(()), engine, "a"))
+        reader = asyncio.create_task(read(ProgressPoller(tuple), engine, "a"))
         await asyncio.sleep(5.5 * INTERVAL)
         assert len(engine.calls) == 5
         engine.chunk = 100
@@ -118,7 +118,7 @@ def test_only_changes_are_reported():
 
 def test_nothing_is_polled_where_nobody_watches_or_nothing_runs():
     async def scenario():
-        engine, poller = FakeEngine(chunk=1), ProgressPoller(())
+        engine, poller = FakeEngine(chunk=1), ProgressPoller(tuple)
         engine.add("a")
         async with aclosing(poller.watch(engine, "a", INTERVAL)) as updates:
             assert (await anext(updates)).computed == 1
@@ -143,7 +143,7 @@ def test_a_watch_ends(end, updates):
     """The first token comes between two polls; the request is aborted; the engine dies."""
 
     async def scenario():
-        engine, poller = FakeEngine(chunk=1), ProgressPoller(())
+        engine, poller = FakeEngine(chunk=1), ProgressPoller(tuple)
         engine.add("a")
         found = []
         async for progress in poller.watch(engine, "a", INTERVAL):
@@ -161,7 +161,7 @@ def test_a_watch_ends(end, updates):
 def test_a_request_that_never_arrives():
     async def scenario():
         engine = FakeEngine()
-        assert await read(ProgressPoller(()), engine, "a") == []
+        assert await read(ProgressPoller(tuple), engine, "a") == []
         assert ARRIVAL_SECONDS < now() < ARRIVAL_SECONDS + 2 * INTERVAL
         assert engine.calls == []
 
@@ -173,7 +173,7 @@ def test_the_choice_with_the_most_computed_tokens_counts():
         engine = FakeEngine()
         engine.add("a", choices=2)
         engine.computed["1_a"] = 50
-        assert await read(ProgressPoller(()), engine, "a") == [(90, 4), (100, 4)]
+        assert await read(ProgressPoller(tuple), engine, "a") == [(90, 4), (100, 4)]
 
     run(scenario)
 
@@ -189,7 +189,7 @@ def test_parts_of_a_prompt_count_together_until_the_whole_request_runs():
 
 def test_between_its_parts_and_the_whole_request_a_split_prompt_is_still_watched():
     async def scenario():
-        engine, poller = FakeEngine(), ProgressPoller({"a"})
+        engine, poller = FakeEngine(), ProgressPoller(lambda: {"a"})
         engine.add("a")
         found = []
         async for progress in poller.watch(engine, "a", INTERVAL):
@@ -210,7 +210,7 @@ def test_progress_does_not_go_back_when_a_prompt_is_preempted():
         engine = FakeEngine()
         engine.add("a")
         found = []
-        async for progress in ProgressPoller(()).watch(engine, "a", INTERVAL):
+        async for progress in ProgressPoller(tuple).watch(engine, "a", INTERVAL):
             found.append(progress.computed)
             if len(found) == 2:
                 engine.computed["0_a"] = 0

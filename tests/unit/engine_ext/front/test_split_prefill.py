@@ -15,10 +15,10 @@ import pytest
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
-from starling.engine_ext.front import end_of_reads, engine_replica
 from starling.engine_ext.front.front_state import front_state
-from starling.engine_ext.front.star_metrics import front_metrics
 from starling.features.replicas.replica_calls import REPLICA_STATE
+from starling.features.replicas.split import end_of_reads, engine_replica
+from starling.features.replicas.split.split_metrics import split_metrics
 from starling.scheduler.star.client_tokens import pad
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import metadata_of
@@ -42,7 +42,7 @@ WHOLE = (480, 522)
 
 def test_each_replica_computes_its_part_and_the_first_one_runs_the_request(simulate):
     async def scenario(server):
-        before = [front_metrics().split_blocks.labels(str(rank))._value.get() for rank in range(3)]
+        before = [split_metrics().split_blocks.labels(str(rank))._value.get() for rank in range(3)]
         outputs = await server.generate(TOKENS, STAR, priority=7, cache_salt="salt", extra_args={"theirs": 1})
         assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
         # 5 blocks, then the whole request | the anchor, then 3 blocks to the last whole page
@@ -54,7 +54,7 @@ def test_each_replica_computes_its_part_and_the_first_one_runs_the_request(simul
         metadata = metadata_of(whole)
         assert metadata.plan == StarPlan(64, 64, 0, 500, 520, 2)
         assert [source.start for source in metadata.fetch.sources] == [320]
-        after = [front_metrics().split_blocks.labels(str(rank))._value.get() for rank in range(3)]
+        after = [split_metrics().split_blocks.labels(str(rank))._value.get() for rank in range(3)]
         assert [b - a for a, b in zip(before, after, strict=True)] == [5, 3, 0]
 
     simulate(scenario)

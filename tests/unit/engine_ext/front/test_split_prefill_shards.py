@@ -6,11 +6,11 @@ import asyncio
 
 import pytest
 
-from starling.engine_ext.front.front_state import front_state
-from starling.engine_ext.front.replica_rpc import ReplicaTimeout
-from starling.engine_ext.front.split_prefill import ShardLost
-from starling.engine_ext.front.star_metrics import front_metrics
+from starling.engine_ext.front.front_state import split_state
 from starling.features.replicas.replica_calls import OPEN_SHARD, RELEASE
+from starling.features.replicas.split.replica_rpc import ReplicaTimeout
+from starling.features.replicas.split.split_metrics import split_metrics
+from starling.features.replicas.split.split_prefill import ShardLost
 from starling.scheduler.star.request_metadata import metadata_of
 from tests.unit.engine_ext.front.simulation import SHARDS, TOKENS, both_parts_run, whole_requests
 from tests.unit.engine_ext.front.virtual_time import now, until
@@ -19,12 +19,12 @@ from tests.unit.scheduler.simulation import random_ids
 
 def test_shards_are_held_to_the_end_and_released_after_the_request_has_left(simulate):
     async def scenario(server):
-        before = front_metrics().shard_requests._value.get()
+        before = split_metrics().shard_requests._value.get()
         async for _ in server.stream(TOKENS, SHARDS, max_tokens=30):
             assert [len(replica.held) for replica in server.replicas] == [1, 1, 0]
             assert [len(replica.opened) for replica in server.replicas] == [0, 1, 0]
         assert server.work() == [[(0, 320), (480, 549)], [(0, 64), (320, 480)], []]
-        assert front_metrics().shard_requests._value.get() == before + 1
+        assert split_metrics().shard_requests._value.get() == before + 1
         (whole,) = whole_requests(server)
         metadata = metadata_of(whole)
         (shard,) = metadata.remote.shards
@@ -103,14 +103,14 @@ def test_a_replica_that_owes_an_answer_is_still_called_to_release(simulate):
     """The client does not wait for it, and other prompts do not reserve its pages until it has timed out again."""
 
     async def scenario(server):
-        state = front_state(server.engine)
+        state = split_state(server.engine)
         hanging = server.replicas[1]
         ended = None
         async for output in server.stream(TOKENS, SHARDS):
             if output.finished:
                 hanging.running.clear()
                 with pytest.raises(ReplicaTimeout):
-                    await state.replica_rpc.call(server.engine, 1, RELEASE, [])
+                    await state.rpc.call(server.engine, 1, RELEASE, [])
                 ended = now()
         assert now() - ended < 3
         assert len(hanging.held) == 1
@@ -124,12 +124,12 @@ def test_memory_of_a_replica_that_hangs_stays_reserved_until_it_has_answered(sim
     """However long that takes; what the other replicas have released can be reserved at once."""
 
     async def scenario(server):
-        state = front_state(server.engine)
+        state = split_state(server.engine)
         hanging = server.replicas[1]
         async for output in server.stream(TOKENS, SHARDS):
             if output.finished:
                 hanging.running.clear()
-        await asyncio.sleep(10 * state.replica_rpc.timeout)
+        await asyncio.sleep(10 * state.rpc.timeout)
         assert len(hanging.held) == 1
         assert (+state.reservations.reserved).keys() == {1}
         hanging.running.set()
@@ -147,7 +147,7 @@ def test_a_prompt_that_waits_for_the_memory_of_a_replica_that_hangs_ends_with_an
         first = asyncio.create_task(server.generate(random_ids(1, 520), SHARDS, "first", max_tokens=30))
         await until(lambda: server.calls(OPEN_SHARD))
         second = asyncio.create_task(server.generate(random_ids(2, 520), SHARDS, "second"))
-        await until(front_state(server.engine).reservations.turn.locked)
+        await until(split_state(server.engine).reservations.turn.locked)
         hanging.running.clear()
         third = asyncio.create_task(server.generate(random_ids(3, 520), SHARDS, "third"))
         results = await asyncio.gather(first, second, third, return_exceptions=True)

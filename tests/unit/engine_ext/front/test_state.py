@@ -7,7 +7,7 @@ import weakref
 from types import SimpleNamespace
 
 from starling.config.replicas import ReplicaOptions
-from starling.engine_ext.front.front_state import FrontState, front_state, state_of
+from starling.engine_ext.front.front_state import FrontState, front_state, split_state, state_of
 from tests.unit.engine_ext.configs import fake_config
 
 
@@ -32,15 +32,14 @@ def test_each_engine_has_one_state_which_ends_with_it():
 
 
 def test_the_timeout_is_that_of_the_replicas_section():
-    assert state_of(Processor({"replicas": {"timeout": 5}})).replica_rpc.timeout == 5
-    for starling in ({}, None):
-        assert state_of(Processor(starling)).replica_rpc.timeout == ReplicaOptions().timeout
+    for starling, timeout in (({"replicas": {"timeout": 5}}, 5), ({}, ReplicaOptions().timeout)):
+        assert split_state(SimpleNamespace(input_processor=Processor(starling))).rpc.timeout == timeout
 
 
 def test_the_poller_knows_the_prompts_that_are_split_now():
-    state = state_of(Processor({}))
-    state.split_requests.add(SimpleNamespace(request_id="a"))
-    assert "a" in state.poller.split_requests
+    engine = SimpleNamespace(input_processor=Processor({}))
+    split_state(engine).split_requests.add(SimpleNamespace(request_id="a"))
+    assert front_state(engine).poller.waiting() == {"a"}
 
 
 class Models:

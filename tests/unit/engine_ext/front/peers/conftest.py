@@ -12,12 +12,12 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from starling.engine_ext.front import end_of_reads, engine_replica, peer_replica, peers
-from starling.engine_ext.front.front_state import front_state
-from starling.engine_ext.front.peers import own_identity
+from starling.engine_ext.front.front_state import split_state
 from starling.engine_ext.serving.grpc import replica_service
 from starling.engine_ext.serving.grpc.replica_service import ReplicaServicer
 from starling.engine_ext.serving.grpc.server import Front
+from starling.features.replicas.split import end_of_reads, engine_replica, peer_replica, peers
+from starling.features.replicas.split.peers import own_identity
 from tests.unit.engine_ext.front.peers.pods import KEY, TIMEOUT, Pod, until
 from tests.unit.engine_ext.front.simulation import Cluster, serving
 
@@ -51,7 +51,7 @@ def run_pods(config):
             async with contextlib.AsyncExitStack() as stack:
                 for _ in range(number):
                     server = await stack.enter_async_context(serving(config, cluster=cluster))
-                    identity = await own_identity(server.engine, front_state(server.engine).replica_rpc)
+                    identity = await own_identity(server.engine, split_state(server.engine).rpc)
                     front = Front(
                         server.engine, ["api key"], replica=ReplicaServicer(server.engine, identity), replica_key=KEY
                     )

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable
 
 from starling.config.replicas import ReplicaOptions
-from starling.engine_ext.front.front_state import front_state
-from starling.engine_ext.front.peer_replica import PeerReplica
-from starling.engine_ext.front.peers import PeerDirectory, own_identity
+from starling.engine_ext.front.front_state import split_state
 from starling.engine_ext.serving.grpc.server import Front
+from starling.features.replicas.split.peer_replica import PeerReplica
+from starling.features.replicas.split.peers import PeerDirectory, own_identity
 from starling.scheduler.star.request_metadata import KEY as METADATA
 from tests.unit.engine_ext.front.simulation import STAR, Server
 
@@ -24,7 +24,7 @@ class Pod:
 
     def __init__(self, server: Server, front: Front, address: str) -> None:
         self.server, self.front, self.address = server, front, address
-        self.state = front_state(server.engine)
+        self.state = split_state(server.engine)
 
     @property
     def replica(self):
@@ -33,7 +33,7 @@ class Pod:
     async def find(self, entries: str, key: str = KEY, credentials=None) -> PeerDirectory:
         """Look for peers once, and use them."""
         options = ReplicaOptions(peers=entries, timeout=TIMEOUT)
-        found = PeerDirectory(options, await own_identity(self.server.engine, self.state.replica_rpc), key, credentials)
+        found = PeerDirectory(options, await own_identity(self.server.engine, self.state.rpc), key, credentials)
         await found.refresh()
         self.state.set_peers(found)
         return found

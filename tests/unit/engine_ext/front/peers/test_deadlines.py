@@ -6,12 +6,12 @@ import asyncio
 
 import pytest
 
-from starling.engine_ext.front import peers
-from starling.engine_ext.front.engine_replica import EngineReplica
-from starling.engine_ext.front.peer_replica import PeerLost, PeerReplica
 from starling.engine_ext.serving.grpc import replica_service
 from starling.features.replicas import clock
 from starling.features.replicas.replica_calls import CANCEL_FETCH, EXTEND_FETCH
+from starling.features.replicas.split import peers
+from starling.features.replicas.split.engine_replica import EngineReplica
+from starling.features.replicas.split.peer_replica import PeerLost, PeerReplica
 from starling.scheduler.star.request_metadata import metadata_of
 from tests.unit.engine_ext.front.peers.pods import AUTO, TIMEOUT, session_of, stop_before_the_whole_request, until
 from tests.unit.engine_ext.front.simulation import TOKENS, whole_requests
@@ -138,10 +138,10 @@ def test_a_peer_does_not_hold_pages_for_an_engine_that_hangs(run_pods, monkeypat
             a.replica.running.clear()
         await until(lambda: not a.replica.running.is_set())
         assert b.replica.held
-        a.state.replica_rpc.timeout = 0.2
+        a.state.rpc.timeout = 0.2
         await until(lambda: not b.replica.held or len(renewals) > 30)
         assert not b.replica.held and not running.done()
-        a.state.replica_rpc.timeout = TIMEOUT
+        a.state.rpc.timeout = TIMEOUT
         a.replica.running.set()
         outputs = await running
         assert outputs[-1].outputs[0].token_ids == [7, 7, 7]

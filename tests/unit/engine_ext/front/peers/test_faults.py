@@ -11,12 +11,12 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import RequestStatus
 
-from starling.engine_ext.front import peer_replica, peers
-from starling.engine_ext.front.engine_replica import SplitPrompt
-from starling.engine_ext.front.peers import Identity
-from starling.engine_ext.front.replica_rpc import ReplicaTimeout
 from starling.engine_ext.serving.grpc import replica_service
 from starling.features.replicas.replica_calls import CANCEL_FETCH, RELEASE
+from starling.features.replicas.split import peer_replica, peers
+from starling.features.replicas.split.engine_replica import SplitPrompt
+from starling.features.replicas.split.peers import Identity
+from starling.features.replicas.split.replica_rpc import ReplicaTimeout
 from starling.scheduler.star.plan import StarPlan
 from starling.v1 import replica_pb2 as pb
 from tests.unit.engine_ext.front.peers.pods import (
@@ -52,11 +52,11 @@ def test_a_peer_whose_engine_hangs_leaves_the_prompt_to_this_server(run_pods):
     async def scenario(a, b):
         running = asyncio.create_task(a.server.generate(random_ids(3, 2000), AUTO))
         await until(lambda: b.replica.work)
-        b.state.replica_rpc.timeout = 0.2
+        b.state.rpc.timeout = 0.2
         b.replica.running.clear()
         outputs = await running
         assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
-        b.state.replica_rpc.timeout = TIMEOUT
+        b.state.rpc.timeout = TIMEOUT
         b.replica.running.set()
 
     run_pods(scenario)
@@ -175,7 +175,7 @@ def test_a_call_that_ends_without_a_release_counts_as_broken(run_pods, monkeypat
         call = await held_for(a, PROMPT)
         await call.done_writing()
         await until(lambda: b.state.releases)
-        await b.state.replica_rpc.call(b.server.engine, 0, RELEASE, [])
+        await b.state.rpc.call(b.server.engine, 0, RELEASE, [])
         assert b.replica.held
         noticed.set()
         assert await call.read() is grpc.aio.EOF
@@ -192,7 +192,7 @@ def test_a_message_that_is_no_release_releases_nothing(run_pods):
         await call.write(pb.PrefillPartRequest())
         for _ in range(3):
             await a.state.peers.usable[0].describe()
-            await b.state.replica_rpc.call(b.server.engine, 0, RELEASE, [])
+            await b.state.rpc.call(b.server.engine, 0, RELEASE, [])
         assert b.replica.held
         await call.write(pb.PrefillPartRequest(release=pb.Release()))
         assert await call.read() is grpc.aio.EOF
@@ -211,13 +211,13 @@ def test_an_engine_that_hangs_while_a_peer_is_lost_fetches_nothing_when_it_is_ba
         await until(lambda: a.replica.fetched)
         session = session_of(a)
         a.replica.running.clear()
-        a.state.replica_rpc.timeout = 0.2
+        a.state.rpc.timeout = 0.2
         with pytest.raises(ReplicaTimeout):  # from now on it counts as unresponsive
-            await a.state.replica_rpc.call(a.server.engine, 0, RELEASE, [])
+            await a.state.rpc.call(a.server.engine, 0, RELEASE, [])
         await b.front.server.stop(None)
         await until(lambda: session.has_lost_pages)
         await until(lambda: a.server.calls(CANCEL_FETCH))
-        a.state.replica_rpc.timeout = TIMEOUT
+        a.state.rpc.timeout = TIMEOUT
         a.replica.running.set()
         outputs = await running
         assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
@@ -230,11 +230,11 @@ def test_a_prompt_waits_for_this_servers_engine_which_hangs_while_parts_run(run_
     async def scenario(a, b):
         running = asyncio.create_task(a.server.generate(random_ids(3, 1000), AUTO))
         await until(lambda: a.replica.work and b.replica.work)
-        a.state.replica_rpc.timeout = 0.2
+        a.state.rpc.timeout = 0.2
         a.replica.running.clear()
-        await until(lambda: a.state.replica_rpc.is_unresponsive(0))
+        await until(lambda: a.state.rpc.is_unresponsive(0))
         await until(lambda: not b.replica.scheduler.requests)
-        a.state.replica_rpc.timeout = TIMEOUT
+        a.state.rpc.timeout = TIMEOUT
         a.replica.running.set()
         outputs = await running
         assert outputs[-1].outputs[0].token_ids == [7, 7, 7]

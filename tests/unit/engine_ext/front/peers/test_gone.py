@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from starling.engine_ext.front import peers
-from starling.engine_ext.front.peers import Identity
 from starling.features.replicas.replica_calls import FORGET_SERVERS
+from starling.features.replicas.split import peers
+from starling.features.replicas.split.peers import Identity
 from tests.unit.engine_ext.front.peers.pods import Pod, until
 
 

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import grpc
 import pytest
 
-from starling.engine_ext.front import peers
-from starling.engine_ext.front.peers import Identity, own_identity
 from starling.engine_ext.serving.grpc.auth import peer_credentials, server_credentials
 from starling.engine_ext.serving.grpc.replica_service import ReplicaServicer
 from starling.engine_ext.serving.grpc.server import Front
+from starling.features.replicas.split import peers
+from starling.features.replicas.split.peers import Identity, own_identity
 from tests.unit.engine_ext.front.peers.pods import AUTO, KEY
 from tests.unit.engine_ext.front.simulation import TOKENS
 
@@ -31,10 +31,10 @@ def test_a_server_is_not_its_own_peer_and_counts_once(run_pods):
 
 def test_only_servers_with_the_same_model_weights_and_versions_are_used(run_pods):
     async def scenario(a, b):
-        own = await own_identity(a.server.engine, a.state.replica_rpc)
+        own = await own_identity(a.server.engine, a.state.rpc)
         assert set(own.properties) >= {"starling", "vllm", "model", "weights", "dtype", "timeout"}
         b.replica.weights = "others"
-        theirs = await own_identity(b.server.engine, b.state.replica_rpc)
+        theirs = await own_identity(b.server.engine, b.state.rpc)
         assert "weights" in own.mismatch(theirs)
         service = ReplicaServicer(b.server.engine, theirs)
         front = Front(b.server.engine, [], replica=service, replica_key=KEY)
@@ -54,7 +54,7 @@ def test_servers_with_other_adapters_are_not_used(run_pods, monkeypatch):
         for digest in (None, "one", "two"):
             adapter = None if digest is None else SimpleNamespace(digest=digest)
             monkeypatch.setattr(peers, "adapter_of", lambda config, adapter=adapter: adapter)
-            found.append(await own_identity(a.server.engine, a.state.replica_rpc))
+            found.append(await own_identity(a.server.engine, a.state.rpc))
         without, one, two = found
         assert without.mismatch(one) == "adapter None here, 'one' there"
         assert one.mismatch(two) == "adapter 'one' here, 'two' there"
@@ -86,7 +86,7 @@ def test_the_certificate_of_a_peer_has_to_be_for_the_name_by_which_it_is_found(r
     args.enable_ssl_refresh = False
 
     async def scenario(a, b):
-        identity = await own_identity(b.server.engine, b.state.replica_rpc)
+        identity = await own_identity(b.server.engine, b.state.rpc)
         front = Front(b.server.engine, [], replica=ReplicaServicer(b.server.engine, identity), replica_key=KEY)
         port = await front.start("127.0.0.1:0", server_credentials(args))
         found = await a.find(f"{name}:{port}", credentials=peer_credentials(args))
@@ -156,7 +156,7 @@ def test_servers_of_a_longrope_model_need_the_same_longest_prompt(run_pods, monk
     """vLLM chooses a LongRoPE model's factors by the longest prompt that the server takes."""
 
     async def scenario(a, b):
-        rpc, model = a.state.replica_rpc, a.server.engine.vllm_config.model_config
+        rpc, model = a.state.rpc, a.server.engine.vllm_config.model_config
         assert "max_model_len" not in (await own_identity(a.server.engine, rpc)).properties
         long = model.hf_text_config.to_dict() | {"rope_scaling": {"rope_type": "longrope"}}
         monkeypatch.setattr(model, "hf_text_config", SimpleNamespace(to_dict=lambda: long))

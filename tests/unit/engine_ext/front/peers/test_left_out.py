@@ -9,9 +9,9 @@ import pytest
 from vllm.exceptions import QueueOverflowError
 from vllm.v1.core.sched.interface import PauseState
 
-from starling.engine_ext.front import peers
-from starling.engine_ext.front.engine_replica import EngineReplica
-from starling.engine_ext.front.star_metrics import front_metrics
+from starling.features.replicas.split import peers
+from starling.features.replicas.split.engine_replica import EngineReplica
+from starling.features.replicas.split.split_metrics import split_metrics
 from tests.unit.engine_ext.front.peers.pods import AUTO, until
 from tests.unit.engine_ext.front.simulation import TOKENS
 from tests.unit.scheduler.simulation import random_ids
@@ -101,8 +101,8 @@ def test_a_server_says_that_it_leaves_a_paused_peer_out(run_pods, caplog, moment
     """In the log with the reason, once for all prompts that the peer has lost, and in its metrics at once."""
 
     async def scenario(a, b):
-        before = front_metrics().peers_left_out._value.get()
-        front_metrics().usable_peers.set(1)
+        before = split_metrics().peers_left_out._value.get()
+        split_metrics().usable_peers.set(1)
         prompts = [random_ids(number, 1000) for number in range(2)]
         if moment == "before the prompt":
             b.replica.scheduler.set_pause_state(PauseState.PAUSED_ALL)
@@ -115,8 +115,8 @@ def test_a_server_says_that_it_leaves_a_paused_peer_out(run_pods, caplog, moment
         said = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
         assert len(said) == 1
         assert said[0].startswith(f"peer {b.address} is left out for 30 s") and "paused" in said[0]
-        assert front_metrics().peers_left_out._value.get() == before + 1
-        assert front_metrics().usable_peers._value.get() == 0
+        assert split_metrics().peers_left_out._value.get() == before + 1
+        assert split_metrics().usable_peers._value.get() == 0
         b.replica.scheduler.set_pause_state(PauseState.UNPAUSED)
 
     run_pods(scenario)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from starling.engine_ext.front import peers
 from starling.engine_ext.serving.grpc.server import Front
+from starling.features.replicas.split import peers
 from starling.v1 import replica_pb2 as pb
 from tests.unit.engine_ext.front.simulation import PAGE_SIZE, TOKENS
 

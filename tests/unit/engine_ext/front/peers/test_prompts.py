@@ -12,8 +12,9 @@ from argparse import Namespace
 import pytest
 from vllm.exceptions import VLLMValidationError
 
-from starling.engine_ext.front import engine_replica
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.serving.grpc.admin import AdminServicer
+from starling.features.replicas.split import engine_replica
 from starling.scheduler.star.facts import PromptFacts
 from starling.scheduler.star.request_metadata import metadata_of
 from starling.v1 import admin_pb2
@@ -64,7 +65,7 @@ def test_what_a_peer_has_cached_is_not_computed_again(run_pods):
 
 def test_the_plan_names_the_servers_there_are_now(run_pods):
     async def scenario(a, b):
-        planner = a.state.planner
+        planner = front_state(a.server.engine).planner
         assert planner.plan(AUTO, PromptFacts(900, random_ids(0, 900))).plan.replicas == 2
         a.state.peers.by_address[b.address].problem = "gone"
         assert planner.plan(AUTO, PromptFacts(900, random_ids(0, 900))).plan.replicas == 1

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from starling.engine_ext.front.star_metrics import front_metrics
+from starling.features.replicas.split.split_metrics import split_metrics
 from tests.unit.engine_ext.front.peers.pods import AUTO, Pod, stop_before_the_whole_request, until
 from tests.unit.engine_ext.front.simulation import TOKENS
 from tests.unit.scheduler.simulation import random_ids
@@ -47,7 +47,7 @@ def test_a_server_whose_weights_were_changed_splits_no_prompt(run_pods):
         assert b.server.work() == [[]]
         assert a.state.peers.usable == []
         await a.state.peers.refresh()
-        assert front_metrics().usable_peers._value.get() == 0
+        assert split_metrics().usable_peers._value.get() == 0
 
     run_pods(scenario)
 

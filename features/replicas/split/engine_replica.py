@@ -15,16 +15,6 @@ import msgspec
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
-from starling.engine_ext.front.front_state import front_state
-from starling.engine_ext.front.kv_reservations import Reservation
-from starling.engine_ext.front.replica import HeldPart, PartAborted
-from starling.engine_ext.front.replica_rpc import (
-    ReplicaPaused,
-    ReplicaTimeout,
-    ReplicaUnavailable,
-    WeightsChanged,
-)
-from starling.engine_ext.front.requests import PLANNED
 from starling.features.adapter.lora import adapter_fields
 from starling.features.replicas.replica_calls import (
     CANCEL_FETCH,
@@ -35,7 +25,17 @@ from starling.features.replicas.replica_calls import (
     REPLICA_STATE,
     WEIGHTS_CHANGED_BY,
 )
+from starling.features.replicas.split.kv_reservations import Reservation
+from starling.features.replicas.split.replica import HeldPart, PartAborted
+from starling.features.replicas.split.replica_rpc import (
+    ReplicaPaused,
+    ReplicaTimeout,
+    ReplicaUnavailable,
+    WeightsChanged,
+)
+from starling.features.replicas.split.split_state import SplitState
 from starling.scheduler.star.client_tokens import block_range
+from starling.scheduler.star.decide import PLANNED
 from starling.scheduler.star.plan import StarPlan, plan_to_wire
 from starling.scheduler.star.request_metadata import KEY, PageSource, PromptPart, RequestMetadata
 from starling.v1 import replica_pb2 as pb
@@ -58,6 +58,7 @@ class SplitPrompt:
         page_size: tokens of a KV page.
         inputs: further entries of the engine input, such as ``cache_salt``.
         keywords: of AsyncLLM.generate, such as ``priority``.
+        lora: the LoRA adapter (vLLM's LoRARequest) that it runs with; None: none.
     """
 
     request_id: str
@@ -66,6 +67,7 @@ class SplitPrompt:
     page_size: int
     inputs: Mapping[str, Any] = field(default_factory=dict)
     keywords: Mapping[str, Any] = field(default_factory=dict)
+    lora: Any = None
 
     @cached_property
     def encoded_ids(self) -> msgspec.Raw:
@@ -125,6 +127,8 @@ class EngineReplica:
     """An engine of this server as an OwnReplica (replica.py).
 
     Args:
+        state: what the front keeps of the replicas.
+        engine: the AsyncLLM.
         rank: of the engine.
         prompt: the prompt, a part of which it may prefill.
         under_way: has the parts that run, each of which ends with its task.
@@ -135,12 +139,18 @@ class EngineReplica:
     has_lost_pages = False
 
     def __init__(
-        self, engine: Any, rank: int, prompt: SplitPrompt, under_way: set[asyncio.Future], fails_if_paused: bool
+        self,
+        state: SplitState,
+        engine: Any,
+        rank: int,
+        prompt: SplitPrompt,
+        under_way: set[asyncio.Future],
+        fails_if_paused: bool,
     ) -> None:
-        self.engine, self.rank, self.prompt, self.under_way = engine, rank, prompt, under_way
+        self.front, self.engine, self.rank, self.prompt, self.under_way = state, engine, rank, prompt, under_way
         self.fails_if_paused = fails_if_paused
         self.label = str(rank)
-        self.rpc = front_state(engine).replica_rpc
+        self.rpc = state.rpc
         self.reservation: Reservation | None = None
         self.has_anchor = False
         self._names: list[str] = []  # under which the engine holds pages, or will once a part is complete
@@ -169,13 +179,13 @@ class EngineReplica:
             WeightsChanged: they may not be.
             ReplicaUnavailable: the replica does not answer.
         """
-        front_state(self.engine).note_weights(await self._call(WEIGHTS_CHANGED_BY))
-        if (changed_by := front_state(self.engine).weights_changed_by) is not None:
+        self.front.note_weights(await self._call(WEIGHTS_CHANGED_BY))
+        if (changed_by := self.front.weights_changed_by) is not None:
             raise WeightsChanged(f"the engine's weights may have changed since its start, by {changed_by}")
 
     async def state(self) -> dict[str, Any]:
         plan, salt = plan_to_wire(self.prompt.plan), self.prompt.inputs.get("cache_salt")
-        adapter = adapter_fields(self._lora())
+        adapter = adapter_fields(self.prompt.lora)
         state: dict[str, Any] = await self._call(REPLICA_STATE, self.prompt.encoded_ids, plan, salt, adapter)
         self.has_anchor = state["has_anchor"]
         return state
@@ -224,19 +234,15 @@ class EngineReplica:
             params,
             supported_tasks=await self.engine.get_supported_tasks(),
             data_parallel_rank=self.rank,
-            lora_request=self._lora(),
+            lora_request=self.prompt.lora,
             **keywords,
         )
-        running = run_internal_request(self.engine, request, front_state(self.engine).internal_ids)
+        running = run_internal_request(self.engine, request, self.front.internal_ids)
         output = await while_answering([self.check], running, self.under_way)
         held = output.kv_transfer_params
         if held is None:
             raise PartAborted
         return HeldPart(held["name"], PageSource(**held["source"]))
-
-    def _lora(self) -> Any:
-        """The LoRA adapter (vLLM's LoRARequest) of the prompt and of its anchor, whose request has no plan; or None."""
-        return front_state(self.engine).planner.lora_of(self.prompt.plan, self.prompt.keywords.get("lora_request"))
 
     async def renew(self) -> float:
         return math.inf  # the pages are held until this front releases them

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from starling.engine_ext.front.kv_reservations import Reservation
+from starling.features.replicas.split.kv_reservations import Reservation
 from starling.scheduler.star.request_metadata import PageSource
 
 

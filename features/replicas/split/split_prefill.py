@@ -19,30 +19,28 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
-from starling.engine_ext.front.end_of_reads import renew_all, until_ended, until_fetched
-from starling.engine_ext.front.engine_replica import EngineReplica, SplitPrompt, while_answering
-from starling.engine_ext.front.front_state import front_state
-from starling.engine_ext.front.peer_replica import PeerReplica
-from starling.engine_ext.front.replica import HeldPart, OwnReplica, PartAborted, Replica
-from starling.engine_ext.front.replica_rpc import ReplicaUnavailable, WeightsChanged
-from starling.engine_ext.front.requests import decision_of
-from starling.engine_ext.front.star_metrics import front_metrics
-from starling.engine_ext.front.tracing import part_span
-from starling.engine_ext.front.whole_request import Task, empty_output, with_task
+from starling.features.front_part import FrontRequest, empty_output
 from starling.features.replicas.page_transfer import layout_mismatch
+from starling.features.replicas.split.end_of_reads import renew_all, until_ended, until_fetched
+from starling.features.replicas.split.engine_replica import EngineReplica, SplitPrompt, while_answering
+from starling.features.replicas.split.part_span import part_span
+from starling.features.replicas.split.peer_replica import PeerReplica
+from starling.features.replicas.split.replica import HeldPart, OwnReplica, PartAborted, Replica
+from starling.features.replicas.split.replica_rpc import ReplicaUnavailable, WeightsChanged
+from starling.features.replicas.split.split_metrics import split_metrics
+from starling.features.replicas.split.split_state import SplitState
 from starling.scheduler.star.assignment import Assignment, ReplicaState, assign_blocks
 from starling.scheduler.star.client_tokens import pad, work
-from starling.scheduler.star.decide import Decision
 from starling.scheduler.star.kv_demand import KVDemand
 from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import LOST, PageFetch, RemoteShards, Shard
+from starling.scheduler.star.request_metadata import KEY, LOST, PageFetch, RemoteShards, RequestMetadata, Shard
 from starling.vllm_compat.admission_limits import Admission, RequestWithdrawn, admit, admitted_outputs, withdraw
 from starling.vllm_compat.front import abort_in_engine_cores, engine_request_ids, num_engine_cores
 
@@ -51,56 +49,34 @@ logger = init_logger("vllm.starling")
 RELEASE_SECONDS = 2.0
 """How long a request's end waits for its pages to be released."""
 
-Generate = Callable[..., AsyncGenerator[Any, None]]
+Task = PageFetch | RemoteShards
+"""What the whole request does with the pages of other replicas."""
 
 
-def generate_split(
-    engine: Any, generate: Generate, prompt: Any, params: Any, request_id: str, keywords: dict[str, Any]
-) -> AsyncGenerator[Any, None]:
-    """The outputs of a request: vLLM's own generator, unless its prompt is split over several replicas."""
-    planned = planned_split(prompt, params, keywords)
-    if planned is None:
-        return on_one_replica(engine, generate, prompt, params, request_id, keywords)
-    if keywords.get("lora_request") is not None and front_state(engine).peers is not None:  # with adapters of their own
-        return generate(prompt, params, request_id, **keywords)
-    return SplitPrefill(engine, prompt, request_id, keywords, planned).outputs(generate, params)
-
-
-def on_one_replica(
-    engine: Any, generate: Generate, prompt: Any, params: Any, request_id: str, keywords: dict[str, Any]
-) -> AsyncGenerator[Any, None]:
-    """The outputs of a request that is not split.
-
-    Raises:
-        VLLMValidationError: its plan has the KV on several replicas, and one has no room for it. vLLM would never
-            schedule the prompt, nor those behind it.
-    """
-    planned = decision_of(prompt)
-    if planned is not None and planned.plan is not None and planned.plan.shards:
-        front_state(engine).planner.check_memory_of_one(planned)
-    return generate(prompt, params, request_id, **keywords)
-
-
-def planned_split(prompt: Any, params: Any, keywords: Mapping[str, Any]) -> Decision | None:
-    """The plan of a request whose prompt is split over several replicas; None: vLLM chooses one replica for it."""
+def is_split(request: FrontRequest) -> bool:
+    """Whether a request's prompt is split over several replicas. If not, vLLM chooses one replica for it."""
+    prompt, params = request.prompt, request.params
     if not isinstance(prompt, Mapping) or prompt.get("type") != "token" or not isinstance(params, SamplingParams):
-        return None
-    if keywords.get("data_parallel_rank") is not None or params.skip_reading_prefix_cache:
-        return None  # vLLM sets the latter for prompt_logprobs: one engine has to compute the whole prompt
-    planned = decision_of(prompt)
-    return planned if planned is not None and planned.plan is not None and planned.plan.replicas > 1 else None
+        return False
+    if request.keywords.get("data_parallel_rank") is not None or params.skip_reading_prefix_cache:
+        return False  # vLLM sets the latter for prompt_logprobs: one engine has to compute the whole prompt
+    decision = request.decision
+    return decision is not None and decision.plan is not None and decision.plan.replicas > 1
 
 
-def replicas_for(engine: Any, prompt: SplitPrompt, under_way: set[asyncio.Future]) -> dict[int, Replica]:
+def replicas_for(
+    state: SplitState, engine: Any, prompt: SplitPrompt, under_way: set[asyncio.Future]
+) -> dict[int, Replica]:
     """By number: this server's engines, whose numbers are their ranks, and then the peers that can be used.
 
     Args:
         under_way: has the parts that run on engines of this server, each of which ends with its task.
     """
-    state = front_state(engine)
     usable = state.peers.usable if state.peers is not None else []
-    engines = [EngineReplica(engine, rank, prompt, under_way, bool(usable)) for rank in range(num_engine_cores(engine))]
-    peers = [PeerReplica(peer, prompt, state.replica_rpc.timeout) for peer in usable]
+    engines = [
+        EngineReplica(state, engine, rank, prompt, under_way, bool(usable)) for rank in range(num_engine_cores(engine))
+    ]
+    peers = [PeerReplica(peer, prompt, state.rpc.timeout) for peer in usable]
     return dict(enumerate([*engines, *peers]))
 
 
@@ -109,21 +85,22 @@ class ShardLost(RuntimeError):
 
 
 class SplitPrefill:
-    """One request whose prompt is split over the replicas."""
+    """One request whose prompt is split over the replicas.
 
-    def __init__(
-        self, engine: Any, prompt: Mapping[str, Any], request_id: str, keywords: dict[str, Any], planned: Decision
-    ) -> None:
+    Args:
+        state: what the front keeps of the replicas.
+        page_size: tokens of a KV page.
+    """
+
+    def __init__(self, state: SplitState, request: FrontRequest, page_size: int) -> None:
+        planned = request.decision
+        assert planned is not None
         assert planned.plan is not None
         assert planned.token_ids is not None
-        self.engine = engine
-        self.state = front_state(engine)
-        self.prompt = prompt
+        self.state, self.request, self.page_size = state, request, page_size
+        self.engine, self.request_id = request.engine, request.request_id
         self.token_ids: Sequence[int] = planned.token_ids
-        self.request_id = request_id
-        self.keywords = keywords
         self.plan: StarPlan = planned.plan
-        self.page_size: int = self.state.planner.page_size or 1
         self.capacity: dict[int, int] = {}  # replica -> pages of its memory, where this server reserves it
         self.admission: Admission  # made before the request can be aborted
         self.aborted = asyncio.Event()
@@ -131,8 +108,10 @@ class SplitPrefill:
         self.tasks: list[asyncio.Task] = []  # the request's end cancels them
         self.under_way: set[asyncio.Future] = set()  # parts and the reservation, which end with their tasks
         padded = pad(self.plan, planned.token_ids)
-        shared = SplitPrompt(request_id, padded, self.plan, self.page_size, prompt, keywords)
-        self.replicas = replicas_for(engine, shared, self.under_way)
+        shared = SplitPrompt(
+            self.request_id, padded, self.plan, page_size, request.prompt, request.keywords, request.lora
+        )
+        self.replicas = replicas_for(state, self.engine, shared, self.under_way)
         self.own_replicas = {number: own for number, each in self.replicas.items() if (own := each.as_own) is not None}
         self.holders: list[Replica] = []  # whose pages the request reads
         self.reader: OwnReplica | None = None  # the replica whose request may read pages of others now
@@ -145,7 +124,7 @@ class SplitPrefill:
         self.aborted_ids += engine_request_ids(self.engine, self.request_id)
         withdraw(self.engine, self.admission)
 
-    async def outputs(self, generate: Generate, params: SamplingParams) -> AsyncGenerator[Any, None]:
+    async def outputs(self) -> AsyncGenerator[Any, None]:
         """Prefill the parts, then yield what the whole request yields on the replica of the first part.
 
         Raises:
@@ -153,6 +132,7 @@ class SplitPrefill:
             ReplicaUnavailable: no replica answers, or, with shards, one with a part does not.
             ShardLost: a replica that holds a part of the KV was lost.
         """
+        params = self.request.params
         self.admission = admission = admit(self.engine, self.request_id, params.n, len(self.token_ids))
         self.state.split_requests.add(self)
         self.state.let_split_requests_end(self.engine)
@@ -173,12 +153,12 @@ class SplitPrefill:
             if task is None:  # nothing reads the parts, and another request may wait for their pages
                 self.release()
             elif isinstance(task, RemoteShards):
-                front_metrics().shard_requests.inc()
+                split_metrics().shard_requests.inc()
                 self._start(self._release_when_ended())
             else:
                 self._start(self._release_when_fetched())
-            keywords = self.keywords | {"data_parallel_rank": rank}
-            whole = generate(self.prompt, with_task(params, task), self.request_id, **keywords)
+            keywords = {**self.request.keywords, "data_parallel_rank": rank}
+            whole = replace(self.request, params=with_task(params, task), keywords=keywords).outputs()
             async with contextlib.aclosing(admitted_outputs(whole, admission)) as outputs:
                 async for output in outputs:
                     lost = (output.kv_transfer_params or {}).get(LOST)
@@ -230,7 +210,7 @@ class SplitPrefill:
         blocks: Counter[str] = Counter()  # by the replica's name in metrics
         for each in assignments:
             blocks[self.replicas[each.replica].label] += each.stop - each.first
-        front_metrics().count_split(blocks, time.monotonic() - started)
+        split_metrics().count_split(blocks, time.monotonic() - started)
         return first, task
 
     async def _reserve(self, wanted: Mapping[int, int]) -> None:
@@ -377,7 +357,7 @@ class SplitPrefill:
         """Prefill one part. On engines of one server all parts end with an abort, so it is returned, not raised."""
         replica, blocks = self.replicas[assignment.replica], assignment.stop - assignment.first
         try:
-            with part_span(self.keywords, replica=replica.label, star_blocks=blocks) as attributes:
+            with part_span(self.request.keywords, replica=replica.label, star_blocks=blocks) as attributes:
                 held = await replica.prefill(assignment.first, assignment.stop)
                 attributes["pages"] = len(held.source.page_ids) if held else 0
                 return held
@@ -398,3 +378,13 @@ class SplitPrefill:
         await until_ended(self.engine, self.request_id, lambda: self.has_output)
         if not self.aborted.is_set():  # an abort's own order of release includes choices that the front does not know
             self.release()
+
+
+def with_task(params: SamplingParams, task: Task | None) -> SamplingParams:
+    """The whole request's parameters, with what it does with the other replicas' pages."""
+    if task is None:
+        return params
+    metadata = RequestMetadata(fetch=task) if isinstance(task, PageFetch) else RequestMetadata(remote=task)
+    own = params.clone()
+    own.extra_args = (params.extra_args or {}) | {KEY: metadata}
+    return own

@@ -12,8 +12,8 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from starling.engine_ext.front.replica import OwnReplica, Replica
-from starling.engine_ext.front.replica_rpc import ReplicaPaused, ReplicaUnavailable
+from starling.features.replicas.split.replica import OwnReplica, Replica
+from starling.features.replicas.split.replica_rpc import ReplicaPaused, ReplicaUnavailable
 from starling.vllm_compat.front import engine_request_ids, request_state
 
 logger = init_logger("vllm.starling")

@@ -16,13 +16,13 @@ from vllm.logger import init_logger
 
 from starling.config.entry import config_of
 from starling.config.replicas import ReplicaOptions, join_address, split_address, split_peers
-from starling.engine_ext.front.replica_rpc import ReplicaRPC
-from starling.engine_ext.front.star_metrics import front_metrics
 from starling.features.adapter.lora import adapter_of
 from starling.features.replicas.agents import server_of
 from starling.features.replicas.page_transfer import differences
 from starling.features.replicas.replica_calls import IDENTITY
 from starling.features.replicas.rules import MAX_SERVERS
+from starling.features.replicas.split.replica_rpc import ReplicaRPC
+from starling.features.replicas.split.split_metrics import split_metrics
 from starling.v1 import replica_pb2 as pb
 from starling.v1 import replica_pb2_grpc
 from starling.vllm_compat.versions import vllm_version
@@ -170,7 +170,7 @@ class Peer:
         self._left_out_until = asyncio.get_running_loop().time() + self.timeout
         if not was_left_out:
             logger.warning("peer %s is left out for %g s: %s", self.address, self.timeout, reason)
-            front_metrics().peers_left_out.inc()
+            split_metrics().peers_left_out.inc()
             self.on_left_out()
 
     def note_failed_part(self, reason: str) -> None:
@@ -276,7 +276,7 @@ class PeerDirectory:
         self._count_usable()
 
     def _count_usable(self) -> None:
-        front_metrics().usable_peers.set(len(self.usable))
+        split_metrics().usable_peers.set(len(self.usable))
 
     def _problem_of(self, identity: Identity, known: set[str]) -> str | None:
         """Why a peer that has answered can't be used; ``known`` has the names of the servers before it."""

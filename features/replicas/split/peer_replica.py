@@ -13,11 +13,11 @@ from typing import Any, TypedDict
 import grpc
 import msgspec
 
-from starling.engine_ext.front.engine_replica import HEALTH_CHECK_SECONDS, SplitPrompt
-from starling.engine_ext.front.peers import Peer, fetch_seconds, reason_of
-from starling.engine_ext.front.replica import HeldPart, PartAborted
-from starling.engine_ext.front.replica_rpc import ReplicaUnavailable, retrieve_error
 from starling.features.replicas import clock
+from starling.features.replicas.split.engine_replica import HEALTH_CHECK_SECONDS, SplitPrompt
+from starling.features.replicas.split.peers import Peer, fetch_seconds, reason_of
+from starling.features.replicas.split.replica import HeldPart, PartAborted
+from starling.features.replicas.split.replica_rpc import ReplicaUnavailable, retrieve_error
 from starling.scheduler.star.request_metadata import PageSource
 from starling.v1 import replica_pb2 as pb
 

@@ -13,7 +13,7 @@ from starling.attention_backends.kernels import devices
 from starling.attention_backends.kernels.ranges import RangeTable
 from starling.attention_backends.star.range_attention import RangeAttention, make_range_attention
 from starling.attention_backends.star.rows import VirtualRows
-from starling.attention_backends.star.step import Batch, StepPart
+from starling.attention_backends.star.step_part import Batch, StepPart
 from starling.attention_backends.star.turned_attention import TurnedAttention, make_turned_attention
 
 

@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from starling.attention_backends.star.head_rows import HeadRows, head_runs, make_head_rows
 from starling.attention_backends.star.metadata import virtual_metadata
-from starling.attention_backends.star.step import Batch, StepPart
+from starling.attention_backends.star.step_part import Batch, StepPart
 from starling.scheduler.star.plan import StarPlan
 
 BuildOfHeads = Callable[[int, int, CommonAttentionMetadata], Any]

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starling.attention_backends.star.remote_queries import RemoteQuery, make_remote_queries
-from starling.attention_backends.star.step import StarStep, StepPart
+from starling.attention_backends.star.step import StarStep
+from starling.attention_backends.star.step_part import StepPart
 from starling.scheduler.star.request_metadata import RemoteShards
 
 

@@ -11,19 +11,16 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.worker.worker_base import WorkerBase
 
 from starling.attention_backends.star.graph_ranges import fits_graphs
-from starling.attention_backends.star.rows import VirtualRows, is_split
 from starling.attention_backends.star.step import StarStep, open_step
 from starling.config.entry import config_of
-from starling.engine_ext.front.star_metrics import worker_metrics
 from starling.engine_ext.worker.backends import register_backends, unsplit_layers
+from starling.engine_ext.worker.star_requests import StarRequests
+from starling.engine_ext.worker.worker_metrics import count_rows, worker_metrics
 from starling.features import make_parts
-from starling.features.replicas.worker import ReplicaCalls
 from starling.features.report_fields import STAR
 from starling.features.star.rules import star_refusals
 from starling.features.worker_part import Layers
 from starling.scheduler.part import HasParts
-from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import RequestMetadata, metadata_of
 from starling.vllm_compat.models import without_prefill_checkpoints
 from starling.vllm_compat.patching import extends
 from starling.vllm_compat.worker import (
@@ -43,49 +40,8 @@ BASES = {
 }
 
 
-class StarRequests:
-    """The metadata of the star requests that the model runner holds, by request id."""
-
-    def __init__(self) -> None:
-        self.metadata: dict[str, RequestMetadata] = {}
-
-    def update(self, output: Any) -> dict[str, StarPlan]:
-        """Take in a scheduler step.
-
-        A preempted request keeps its plan: V1 resumes it as cached, V2 sends it out as new again.
-
-        Returns:
-            The plans of the step's requests whose rows are split, or that have KV on other replicas.
-        """
-        for request_id in output.finished_req_ids:
-            self.metadata.pop(request_id, None)
-        starts = []
-        for new in output.scheduled_new_reqs:
-            metadata = metadata_of(new)
-            if metadata.plan is not None:
-                self.metadata[new.req_id] = metadata
-            starts.append((new.req_id, new.num_computed_tokens))
-        if not self.metadata:
-            return {}
-        cached = output.scheduled_cached_reqs
-        starts.extend(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        found = ((request_id, self.metadata.get(request_id), start) for request_id, start in starts)
-        return {
-            request_id: metadata.plan
-            for request_id, metadata, start in found
-            if metadata and metadata.plan and (is_split(metadata.plan, start) or metadata.remote)
-        }
-
-
-def count_rows(rows: VirtualRows) -> None:
-    metrics = worker_metrics()
-    metrics.context_tokens.inc(rows.context_tokens)
-    metrics.keys_attended.inc(rows.star_pairs)
-    metrics.keys_dense.inc(rows.dense_pairs)
-
-
 @extends(WorkerBase)
-class StarWorker(HasParts, ReplicaCalls):
+class StarWorker(HasParts):
     """Mixed into a platform's worker, before it: runs star requests, and calls the hooks of its parts (features/)."""
 
     # vLLM's own.

@@ -11,6 +11,7 @@ from typing import Any
 
 from starling.features.replicas.replica_state import replica_state
 from starling.features.replicas.weights import KNOWN, changed_by, note_changes, worker_digest
+from starling.features.replicas.worker import close_shards, forget_servers, open_shard
 from starling.scheduler.star.plan import plan_from_wire
 from starling.scheduler.star.request_metadata import metadata_of
 from starling.vllm_compat.core_process import add_core_utility, on_worker_call
@@ -36,7 +37,7 @@ def _replica_state(
 
 def _open_shard(core: Any, name: str) -> list[dict[str, Any]]:
     page_ids = core.scheduler.connector.begin_shard(name)
-    return core.model_executor.collective_rpc("open_shard", args=(name, page_ids))
+    return core.model_executor.collective_rpc(open_shard, args=(name, page_ids))
 
 
 def _release(core: Any, names: list[str]) -> None:
@@ -45,7 +46,7 @@ def _release(core: Any, names: list[str]) -> None:
     connector = core.scheduler.connector
     opened = sorted(connector.opened_shards.intersection(names))
     if opened:  # an open shard would answer a late query from pages that belong to other requests by then
-        core.model_executor.collective_rpc("close_shards", args=(opened,))
+        core.model_executor.collective_rpc(close_shards, args=(opened,))
     connector.release(names)
 
 
@@ -69,7 +70,7 @@ def _cancel_fetch(core: Any, request_ids: list[str]) -> None:
 
 
 def _forget_servers(core: Any, servers: list[str]) -> None:
-    core.model_executor.collective_rpc("forget_servers", args=(servers,))
+    core.model_executor.collective_rpc(forget_servers, args=(servers,))
 
 
 def parts_running(scheduler: Any, names: list[str]) -> list[str]:

@@ -33,18 +33,20 @@ class Split(WorkerPart):
         return RemoteStep(remote, kv_connector().remote_attention) if remote else None
 
 
-class ReplicaCalls:
-    """What replica_calls.py calls in a worker by name."""
+def open_shard(worker: Any, name: str, page_ids: list[int]) -> dict[str, Any]:
+    """Let a worker answer queries from pages that are held under a name; returns where it takes them."""
+    address: dict[str, Any] = kv_connector().open_shard(
+        name, page_ids, lambda: worker.part(Documents).made_rotations(worker)
+    )
+    return address
 
-    def open_shard(self, name: str, page_ids: list[int]) -> dict[str, Any]:
-        worker: Any = self
-        return kv_connector().open_shard(name, page_ids, lambda: worker.part(Documents).made_rotations(worker))
 
-    def close_shards(self, names: list[str]) -> None:
-        kv_connector().close_shards(names)
+def close_shards(worker: Any, names: list[str]) -> None:
+    kv_connector().close_shards(names)
 
-    def forget_servers(self, servers: list[str]) -> None:
-        kv_connector().forget_servers(servers)
+
+def forget_servers(worker: Any, servers: list[str]) -> None:
+    kv_connector().forget_servers(servers)
 
 
 PARTS = (Split.make,)

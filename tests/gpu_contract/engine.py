@@ -26,7 +26,8 @@ from starling.attention_backends.star.backend import make_star_backend
 from starling.attention_backends.star.document_step import DocumentStep
 from starling.attention_backends.star.head_step import HeadStep
 from starling.attention_backends.star.rows import VirtualRows
-from starling.attention_backends.star.step import StarStep, StepPart, open_step, set_positions
+from starling.attention_backends.star.step import StarStep, open_step, set_positions
+from starling.attention_backends.star.step_part import StepPart
 from tests.gpu_contract.cases import HEAD_SIZE, ROTATION, SCALE, Case, Numbers
 from tests.gpu_contract.cuda_platform import CUDA
 

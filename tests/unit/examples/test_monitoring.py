@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from vllm.v1.metrics import loggers
 
 import starling.engine_ext.front.star_metrics
+import starling.engine_ext.worker.worker_metrics
 import starling.features.library.library_metrics
 import starling.features.replicas.split.split_metrics
 import starling.features.replicas.transfer_metrics
@@ -60,6 +61,7 @@ def exported(tmp_path_factory):
                     patch.setattr(owner, attribute, recorded(kind))
         modules = (
             starling.engine_ext.front.star_metrics,
+            starling.engine_ext.worker.worker_metrics,
             starling.features.library.library_metrics,
             starling.features.replicas.split.split_metrics,
             starling.features.replicas.transfer_metrics,
@@ -72,7 +74,7 @@ def exported(tmp_path_factory):
         loggers.PrometheusStatLogger(config)
         for metrics in (
             starling.engine_ext.front.star_metrics.FrontMetrics,
-            starling.engine_ext.front.star_metrics.WorkerMetrics,
+            starling.engine_ext.worker.worker_metrics.WorkerMetrics,
             starling.features.library.library_metrics.LibraryMetrics,
             starling.features.replicas.split.split_metrics.SplitMetrics,
             starling.features.replicas.transfer_metrics.ReplicaMetrics,

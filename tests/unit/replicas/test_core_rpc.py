@@ -5,6 +5,7 @@ from __future__ import annotations
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
 from starling.features.replicas import replica_calls
+from starling.features.replicas.worker import close_shards, forget_servers, open_shard
 
 
 class Core:
@@ -35,8 +36,8 @@ def test_a_shard_is_closed_in_the_workers_before_its_pages_are_free():
     replica_calls._release(core, ["a", "b"])
     replica_calls._release(core, ["b"])
     assert core.events == [
-        ("open_shard", "a", [3, 4]),
-        ("close_shards", ["a"]),
+        (open_shard, "a", [3, 4]),
+        (close_shards, ["a"]),
         ("release", "a", "b"),
         ("release", "b"),
     ]
@@ -45,7 +46,7 @@ def test_a_shard_is_closed_in_the_workers_before_its_pages_are_free():
 def test_the_workers_forget_servers_that_are_gone():
     core = Core()
     replica_calls._forget_servers(core, ["a", "b"])
-    assert core.events == [("forget_servers", ["a", "b"])]
+    assert core.events == [(forget_servers, ["a", "b"])]
 
 
 def test_an_engine_core_offers_the_calls(monkeypatch):

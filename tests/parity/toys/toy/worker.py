@@ -1,6 +1,6 @@
 """The toy notes the plans and rows of each star step."""
 
-from starling.attention_backends.star.step import StepPart
+from starling.attention_backends.star.step_part import StepPart
 from starling.features.worker_part import WorkerPart
 
 

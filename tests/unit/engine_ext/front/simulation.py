@@ -30,6 +30,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from starling.features.replicas.connector_metadata import WorkerAddress
 from starling.features.replicas.weights import worker_digest
+from starling.features.replicas.worker import close_shards, forget_servers, open_shard
 from starling.features.replicas.worker_report import WorkerReport
 from starling.features.schedulers import StarScheduler
 from starling.scheduler.star.request_metadata import metadata_of
@@ -219,13 +220,13 @@ class Replica(Engine):
     ) -> list[Any]:
         if method is worker_digest:
             return [self.weights]
-        if method == "open_shard":
+        if method is open_shard:
             name, page_ids = args
             self.opened[name] = page_ids
             return [{"device": self.place}]
-        if method in ("forget_servers", "reload_weights", "get_model_inspection"):
+        if method in (forget_servers, "reload_weights", "get_model_inspection"):
             return [None]
-        assert method == "close_shards"
+        assert method is close_shards
         for name in args[0]:
             del self.opened[name]
         return [None]

@@ -39,7 +39,7 @@ PRESETS = {
     "agents": Preset(
         "long sessions whose files and tool results change, beside short chats: cached messages are used behind an "
         "edit, and long prompts leave room for others",
-        {"star": "auto", "star_min_tokens": 4096, "star_segments": "auto", "scheduler": {"fairness": "on"}},
+        {"star": "auto", "star_min_tokens": 4096, "star_segments": "auto"},
         cpu_page=32,
     ),
 }
@@ -67,10 +67,4 @@ def with_preset(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
     """An entry with the options of its preset below its own (raises OptionError: there is no such preset)."""
     preset = preset_of(entry, name)
     own = {key: value for key, value in entry.items() if key != PRESET}
-    if preset is None:
-        return own
-    merged = {**preset.entry, **own}
-    for key, value in preset.entry.items():
-        if isinstance(value, Mapping) and isinstance(own.get(key), Mapping):
-            merged[key] = {**value, **own[key]}
-    return merged
+    return {**({} if preset is None else preset.entry), **own}

@@ -41,6 +41,8 @@ def run(argv: Sequence[str]) -> int:
     args, serve_options = parser.parse_known_args(argv)
     if args.prompt_tokens is not None and (args.prompt_tokens < 1 or args.model is None):
         parser.error("--prompt-tokens takes a number from 1, and a model")
+    if serve_options and (args.model is None or argv.index(serve_options[0]) < argv.index(args.model)):
+        parser.error(f"{serve_options[0]} is refused: options of a server come behind a model")
     problem = versions.problem()
     if args.model is not None and problem is not None:
         print(f"starling doctor: error: {problem}", file=sys.stderr)

@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 from argparse import Namespace
@@ -32,7 +33,6 @@ from starling.engine_ext.front.planning import PromptPlanner
 from starling.engine_ext.serving.cli.cores import CORES_ENV, bound_cores, core_binding, free_cores, physical_cores
 from starling.engine_ext.serving.cli.cpu_memory import memory_share
 from starling.engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
-from starling.engine_ext.serving.cli.start_checks import refuse_taken_port
 from starling.engine_ext.serving.grpc.addresses import LOOPBACK, AdminOptions
 from starling.engine_ext.serving.grpc.auth import peer_credentials, server_credentials
 from starling.engine_ext.serving.grpc.prompt_inputs import chat_params
@@ -102,6 +102,26 @@ def set_defaults(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     environ.setdefault(MAX_CHOICES_ENV, str(MAX_CHOICES))
     environ.setdefault(KEEP_ALIVE_ENV, str(KEEP_ALIVE_SECONDS))
+
+
+def refuse_taken_port(option: str, host: str, port: int) -> None:
+    """Check that a port is free.
+
+    Args:
+        host: empty: all addresses of this machine.
+
+    Raises:
+        OSError: the port can't be used.
+    """
+    try:
+        family = socket.getaddrinfo(host or "0.0.0.0", port)[0][0]
+        socket.create_server((host, port), family=family).close()
+    except (OSError, OverflowError) as error:
+        number = getattr(error, "errno", None)
+        reason = os.strerror(number) if number and number > 0 else getattr(error, "strerror", error)
+        allowed = "a free port, or 0 for any" if option != "--port" else "a free port"
+        refusal = f"it can't be used on {host or 'this machine'}: {reason}"
+        raise OSError(f"{option}={port} is refused: {refusal}. Allowed: {allowed}.") from None
 
 
 def fit_memory(args: Namespace) -> None:

@@ -172,16 +172,24 @@ FLAGS = (
 
 
 ADMIN_OPTIONS = ("grpc-admin-port", "grpc-admin-host", "grpc-admin-key")
-OWN_OPTIONS = frozenset((*(flag.option[2:] for flag in FLAGS), "grpc-plaintext", *ADMIN_OPTIONS))
+OWN_OPTIONS = (*(flag.option[2:] for flag in FLAGS), "grpc-port", "grpc-plaintext", *ADMIN_OPTIONS)
 """Starling's options of `starling serve`, without dashes at the front."""
 
 CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
+UNKNOWN = re.compile(r"unrecognized arguments: .*?(--[^ =]+).*", re.DOTALL)
 
 
-def nearest_choice(message: str) -> str:
-    """ ", did you mean ..." for argparse's message of a word that is nearly one of the allowed ones; else nothing."""
-    found = CHOICE.search(message)
-    return meant(found[1], [word.strip("'") for word in found[2].split(", ")]) if found else ""
+def with_nearest(message: str) -> str:
+    """argparse's message, and what was meant by a word that is nearly an allowed one, or an option of Starling's.
+
+    Of unknown options it names the first, without its value, which may be a secret.
+    """
+    if found := CHOICE.search(message):
+        return message + meant(found[1], [word.strip("'") for word in found[2].split(", ")])
+    if found := UNKNOWN.search(message):
+        near = meant(found[1][2:], OWN_OPTIONS)
+        return f"unrecognized arguments: {found[1]}{near.replace('did you mean ', 'did you mean --')}"
+    return message
 
 
 def make_parser() -> FlexibleArgumentParser:
@@ -191,7 +199,7 @@ def make_parser() -> FlexibleArgumentParser:
 
     class Parser(FlexibleArgumentParser):
         def error(self, message: str) -> NoReturn:
-            super().error(message + nearest_choice(message))
+            super().error(with_nearest(message))
 
     top = Parser(prog="starling")
     parser = ServeSubcommand().subparser_init(top.add_subparsers(dest="subparser"))

@@ -14,7 +14,7 @@ def run(argv: Sequence[str]) -> int:
     """Serve until a signal; returns the exit code of serve.py, or 2 for a mistake in the command line."""
     try:
         refuse_mistakes(argv)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f"starling serve: error: {error}", file=sys.stderr)
         return UNUSABLE
     from starling.engine_ext.serving.cli.serve import run as serve

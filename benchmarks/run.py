@@ -59,6 +59,7 @@ FULL: dict[str, str] = {
     "repair": "models/smollm2-135m-instruct",
     "retrieval": "",
     "lm_eval": "models/qwen2.5-coder-0.5b-instruct",
+    "load_tools": "models/smollm2-135m-instruct",
     "kernels.cpu_attention": "",
     "kernels.cpu_kernels": "",
     "kernels.gpu_kernels": "",
@@ -83,6 +84,10 @@ NEEDS = {
     "llama_cpp": (lambda: (ROOT / "build/llama/venv/bin/python").exists(), "no llama.cpp: `make bench-llama`"),
     "default_plan": (lambda: (ROOT / FULL["default_plan"]).exists(), "no model (`make eval-model`)"),
     "rag": (lambda: (ROOT / FULL["rag"]).exists(), "no model (`make eval-model`)"),
+    "load_tools": (
+        lambda: all((ROOT / "build/load-tools" / name).exists() for name in ("guidellm", "aiperf", "pandas")),
+        "no GuideLLM and AIPerf (see docs/benchmarks.md)",
+    ),
     "lm_eval": (
         lambda: (ROOT / "build/lm-eval/bin/lm_eval").exists() and (ROOT / FULL["lm_eval"]).exists(),
         "no lm_eval (see docs/eval.md), or no model (`make eval-model`)",

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from starling.features.replicas.connector_metadata import PageLoads, WorkerAddress
 from starling.features.replicas.replica_calls import add_replica_rpc
@@ -31,6 +32,7 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
 
     connector_scheduler: SchedulerConnector
     connector_worker: WorkerConnector
+    _cache_hit_source = CacheHitSource.P2P  # how vLLM's metrics name tokens whose pages came from other replicas
 
     @classmethod
     def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:

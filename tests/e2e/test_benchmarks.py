@@ -42,6 +42,7 @@ LEFT_OUT = {
         ("attamba.quality", "attamba.from_transformer", "attamba.distil", "adapter_options"), "it trains models"
     ),
     "lm_eval": "it needs lm_eval and the model of 0.5B parameters",
+    "load_tools": "it needs GuideLLM and AIPerf, which are not installed",
     "llama_cpp": "it needs llama.cpp (`make bench-llama`)",
     "kernels.gpu_kernels": "it needs a GPU",
 }

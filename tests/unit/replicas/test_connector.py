@@ -11,6 +11,7 @@ import torch
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.metrics.stats import PrefixCacheStats
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
@@ -256,6 +257,11 @@ def test_the_state_of_a_replica(scheduler):
     assert (state["cached"], state["has_anchor"], state["queued_tokens"]) == (bytes([1, 0, 1, 1, 1]), True, 300)
     assert replica_state(scheduler, hasher(), tokens(), PLAN, "salt").result()["cached"] == bytes(5)
     assert replica_state(scheduler, hasher(), [], PLAN, None).result()["has_anchor"] is False
+
+
+def test_fetched_tokens_count_as_those_of_other_replicas(scheduler):
+    found = scheduler.connector.get_external_cache_hit_sources(make_request("any", PLAN), 64)
+    assert found == {CacheHitSource.P2P: 64}, "vLLM's vllm:prompt_tokens_cached_by_source"
 
 
 def test_tokens_that_a_part_leaves_out_are_no_hit(config):  # noqa: F811

@@ -47,6 +47,7 @@ from starling.scheduler.star.request_metadata import CONNECTOR, ONE_HOST, SHARDS
 from starling.scheduler.star.rules import check_defaults
 from starling.vllm_compat.config import is_async_engine, share_memory_nodes
 from starling.vllm_compat.core_process import divide_kv_memory_check, end_children_with_parent
+from starling.vllm_compat.cpu_lora import compile_with_lora
 from starling.vllm_compat.metrics import collect_from_children
 from starling.vllm_compat.report_to_fronts import receive_reports
 
@@ -108,6 +109,8 @@ def before_engine_config(engine_args: Any) -> None:
         choose_gpu_attention(config.gpu_attention, engine_args)
     use_preset(engine_args)
     turn_lora_on(config, engine_args)
+    if engine_args.enable_lora and current_platform.is_cpu():
+        compile_with_lora(lambda vllm_config: config_of(vllm_config) is not None)
 
 
 def use_preset(engine_args: Any) -> None:

@@ -29,9 +29,9 @@ def register_backends(vllm_config: Any, refusals: list[str], parts: Sequence[Wor
     if is_cpu or not refusals:
         register_star_backends(own, any(part.attends_by_parts for part in parts))
     if is_cpu and vllm_config.lora_config is not None:
-        from starling.vllm_compat.cpu_lora import use_masked_lora
+        from starling.attention_backends.kernels.cpu.lora import use_own_lora
 
-        use_masked_lora()
+        use_own_lora()
 
 
 def unsplit_layers(builders: Sequence[tuple[Any, Sequence[str]]]) -> str | None:

@@ -20,17 +20,6 @@ at::Tensor tensor_of(const std::vector<T>& values) {
   return tensor;
 }
 
-// Calls `work` with an element of the tensor's dtype.
-template <class Work>
-void with_dtype(const at::Tensor& tensor, const Work& work) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return work(float{});
-    case at::kBFloat16: return work(at::BFloat16{});
-    case at::kHalf: return work(at::Half{});
-    default: TORCH_CHECK_VALUE(false, "a tensor of ", tensor.scalar_type(), ", not float32, bfloat16 or float16");
-  }
-}
-
 void check_page(int64_t page, int64_t pages) {
   TORCH_CHECK_VALUE(0 <= page && page < pages, "page ", page, ": the cache has ", pages, " pages");
 }

@@ -21,12 +21,12 @@ import torch
 
 from starling.attention_backends.kernels.cpu.sealed_file import is_intact, seal
 
-COMPILED = ("attention.cpp", "attamba.cpp")
+COMPILED = ("attention.cpp", "attamba.cpp", "lora.cpp")
 SOURCES = (
     *COMPILED,
     *(f"{name}.h" for name in ("attend", "call", "chunks", "gemm", "join", "mix", "recent", "run", "tiles", "vector")),
 )
-OPS = ("paged_attention", "turned_attention", "attamba_plan", "attamba_mix", "attamba_attend")
+OPS = ("paged_attention", "turned_attention", "attamba_plan", "attamba_mix", "attamba_attend", "add_lora")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-Wno-psabi")
 
 

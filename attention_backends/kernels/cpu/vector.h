@@ -23,6 +23,17 @@ using UintVec = uint32_t __attribute__((vector_size(64)));
 constexpr int LANES = 16;
 constexpr float NO_KEY = -std::numeric_limits<float>::infinity();
 
+// Calls `work` with an element of the tensor's dtype.
+template <class Work>
+void with_dtype(const at::Tensor& tensor, const Work& work) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return work(float{});
+    case at::kBFloat16: return work(at::BFloat16{});
+    case at::kHalf: return work(at::Half{});
+    default: TORCH_CHECK_VALUE(false, "a tensor of ", tensor.scalar_type(), ", not float32, bfloat16 or float16");
+  }
+}
+
 template <class V, class T>
 inline V load_raw(const T* from) {
   V value;
@@ -97,11 +108,20 @@ inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 #if defined(__AVX512F__)
 inline float sum(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
 
+// The sum of the first eight.
+inline float lower_sum(Vec v) { return _mm512_mask_reduce_add_ps(0x00ff, (__m512)v); }
+
 inline float largest(Vec v) { return _mm512_reduce_max_ps((__m512)v); }
 #else
 inline float sum(Vec v) {
   float total = 0;
   for (int lane = 0; lane < LANES; ++lane) total += v[lane];
+  return total;
+}
+
+inline float lower_sum(Vec v) {
+  float total = 0;
+  for (int lane = 0; lane < LANES / 2; ++lane) total += v[lane];
   return total;
 }
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from vllm.config import CompilationMode
 from vllm.engine.arg_utils import EngineArgs
 
 from benchmarks.random_llama import make_random_llama
@@ -48,6 +49,17 @@ def test_a_server_with_loras_keeps_as_many_beside_it(model, tmp_path):
     adapter = make_adapter(tmp_path / "adapter", model)
     lora = engine_config(model, adapter, enable_lora=True, max_loras=2, max_cpu_loras=3, max_lora_rank=64).lora_config
     assert (lora.max_loras, lora.max_cpu_loras, lora.max_lora_rank, lora.target_modules) == (3, 4, 64, None)
+
+
+def test_a_model_with_lora_is_compiled_on_a_cpu_where_starling_is_activated(model, tmp_path):
+    adapter = make_adapter(tmp_path / "adapter", model)
+    compiled = engine_config(model, adapter, enforce_eager=False)
+    plain = EngineArgs(model=str(model), dtype="float32").create_engine_config()
+    assert compiled.compilation_config.mode == plain.compilation_config.mode != CompilationMode.NONE
+    assert compiled.lora_config is not None
+    assert engine_config(model, adapter).compilation_config.mode == CompilationMode.NONE, "with enforce_eager"
+    without = EngineArgs(model=str(model), dtype="float32", enable_lora=True, max_lora_rank=8).create_engine_config()
+    assert without.compilation_config.mode == CompilationMode.NONE, "as vLLM has it"
 
 
 def test_another_adapter_has_another_name(model, tmp_path):

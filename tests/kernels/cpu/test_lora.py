@@ -8,14 +8,29 @@ import pytest
 import torch
 from vllm.lora.layers.utils import LoRAMapping, LoRAMappingType
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.platforms.cpu import CpuPlatform
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from starling.attention_backends.kernels.cpu.attention import built_op
+from starling.attention_backends.kernels.cpu.lora import OwnLoRA, use_own_lora
 from starling.vllm_compat.cpu_lora import MaskedLoRA
 from starling.vllm_compat.versions import vllm_version
 
 ROWS, SIZE, RANK, SLICES, SLOTS = 12, 16, 4, (8, 24), 3
+KINDS = (MaskedLoRA, OwnLoRA)
 IDS = [5, None, 9]
 """The adapter of each slot."""
 MIXED = (5, 5, 0, 0, 9, 5, 0, 9, 9, 0, 0, 5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def op():
+    """The op is built, and known to torch.compile."""
+    assert built_op() is not None
+    before = vars(CpuPlatform)["get_punica_wrapper"]
+    use_own_lora()
+    assert resolve_obj_by_qualname(CpuPlatform.get_punica_wrapper()) is OwnLoRA
+    CpuPlatform.get_punica_wrapper = before
 
 
 def wrapped(kind: type, mapping: tuple[int, ...], is_prefill: bool):
@@ -54,24 +69,27 @@ def in_two_steps(made, x, y, first, second, scale):
     made.add_expand(y, buffers, second, SLICES, add_inputs=True)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("steps", [linear, in_two_steps])
 @pytest.mark.parametrize("is_prefill", [True, False])
 @pytest.mark.parametrize("mapping", [MIXED, (5,) * ROWS, (0,) * ROWS, (9,)], ids=["mixed", "one", "none", "one row"])
-def test_rows_have_their_own_adapter_or_none(steps, is_prefill, mapping):
+def test_rows_have_their_own_adapter_or_none(kind, steps, is_prefill, mapping):
     first, second = weights(torch.float32)
     x, y = torch.randn(len(mapping), SIZE), torch.randn(len(mapping), sum(SLICES))
     right = expected(x, y, first, second, mapping, 0.5)
-    steps(wrapped(MaskedLoRA, mapping, is_prefill), x, y, first, second, 0.5)
+    steps(wrapped(kind, mapping, is_prefill), x, y, first, second, 0.5)
     torch.testing.assert_close(y.double(), right, atol=1e-5, rtol=1e-5)
 
 
-def test_bfloat16_is_no_further_from_float64_than_vllms():
+@pytest.mark.parametrize("rows", [2, ROWS], ids=["few", "many"])
+@pytest.mark.parametrize("ours", KINDS)
+def test_bfloat16_is_no_further_from_float64_than_vllms(ours, rows):
     first, second = weights(torch.bfloat16)
-    x, y = torch.randn(ROWS, SIZE).bfloat16(), torch.randn(ROWS, sum(SLICES)).bfloat16()
-    mapping = (5,) * ROWS  # of rows without an adapter, vLLM's are wrong
+    x, y = torch.randn(rows, SIZE).bfloat16(), torch.randn(rows, sum(SLICES)).bfloat16()
+    mapping = (5,) * rows  # of rows without an adapter, vLLM's are wrong
     right = expected(x, y, first, second, mapping, 1.0)
     gaps = []
-    for kind in (PunicaWrapperCPU, MaskedLoRA):
+    for kind in (PunicaWrapperCPU, ours):
         found = y.clone()
         linear(wrapped(kind, mapping, True), x, found, first, second, 1.0)
         gaps.append(float((found.double() - right).norm()))
@@ -105,18 +123,53 @@ def test_embeddings_and_logits(add_inputs):
     assert not y[1].any()
 
 
-def test_it_compiles_for_any_number_of_rows_and_any_adapters():
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_compiles_for_any_number_of_rows_and_any_adapters(kind):
     first, second = weights(torch.float32)
     holder = SimpleNamespace(made=None)
 
-    @torch.compile(dynamic=True, backend="eager", fullgraph=True)
+    @torch.compile(dynamic=True, backend="aot_eager", fullgraph=True)
     def run(x, y):
         holder.made.add_lora_linear(y, x, first, second, 1.0, SLICES)
         return y
 
-    holder.made = wrapped(MaskedLoRA, MIXED, True)
+    holder.made = wrapped(kind, MIXED, True)
     for mapping in (MIXED, (0,) * ROWS, (9, 0, 5)):
         holder.made.update_metadata(LoRAMapping(mapping, (0,), is_prefill=True), IDS, SLOTS, 100)
         x, y = torch.randn(len(mapping), SIZE), torch.randn(len(mapping), sum(SLICES))
         right = expected(x, y, first, second, mapping, 1.0)
         torch.testing.assert_close(run(x, y.clone()).double(), right, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rank", [1, 8, 16, 40])
+def test_the_op_of_each_dtype_and_rank_on_rows_of_a_larger_matrix(dtype, rank):
+    """Runs of one row, of few and of many; 8 rows more than the op multiplies one by one."""
+    mapping = (5, 0, *(9,) * 3, 0, *(5,) * 16)
+    first = [torch.randn(SLOTS, 1, rank, 50, dtype=dtype) for _ in SLICES]
+    second = [torch.randn(SLOTS, 1, size, rank, dtype=dtype) for size in SLICES]
+    x = torch.randn(len(mapping), 64, dtype=dtype)[:, :50]
+    y = torch.randn(len(mapping), sum(SLICES) + 8, dtype=dtype)
+    right = expected(x, y, first, second, mapping, 0.25)
+    torch.ops.starling_kernels.add_lora(y, x, wrapped(OwnLoRA, mapping, True)._token_lora_indices, first, second, 0.25)
+    atol = {torch.float32: 1e-4, torch.bfloat16: 0.5, torch.float16: 0.06}[dtype]
+    torch.testing.assert_close(y.double(), right, atol=atol, rtol=0)
+    assert bool((y[1] == right[1]).all()), "a row without an adapter stays as it is"
+
+
+def test_the_op_refuses_what_it_would_read_outside_of():
+    x, y, slots = torch.zeros(2, SIZE), torch.zeros(2, 32), torch.zeros(2, dtype=torch.int64)
+    first, second = weights(torch.float32)
+
+    def refused(match, **changed):
+        given = {"y": y, "x": x, "indices": slots, "first": list(first), "second": list(second), "scale": 1.0} | changed
+        with pytest.raises(ValueError, match=match):
+            torch.ops.starling_kernels.add_lora(**given)
+
+    refused("no slot for each row", indices=slots[:1])
+    refused("slot 3: there are 3", indices=slots + SLOTS)
+    refused("32 columns, and y has 31", y=torch.zeros(2, 31))
+    refused("one dtype", y=y.bfloat16())
+    refused("for rows of 8", x=torch.zeros(2, 8))
+    refused("as many rows", y=torch.zeros(3, 32))
+    refused("two matrices", second=list(second[:1]))

@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import OUT, mean_ratio, write_json
+from benchmarks.report import OUT, write_json
 from benchmarks.report import RESULTS as REPORTS
 from starling.config.star import FIELD_OF
+from starling.lab.evaluation.comparison import ALL
 from starling.lab.evaluation.measured import FILE, MeasuredLoss
 from starling.lab.evaluation.plans import DENSE, parse_plan
-from starling.lab.evaluation.statistics import ALL, kl_divergence
 from starling.lab.evaluation.store import RESULTS, Answer, read_answers
+from starling.lab.statistics import kl_divergence, mean_ratio
 from starling.scheduler.star.sizes import default_anchor_size
 
 FOLDER = Path(__file__).resolve().parent / "out" / "accuracy"

@@ -26,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from benchmarks.report import mean_ratio, saved_figure, write_row
+from benchmarks.report import saved_figure, write_row
 from starling.lab.distillation.adapted_model import AdaptedModel, make_rows
 from starling.lab.distillation.distil_options import DTYPES
 from starling.lab.distillation.training import document_plan
@@ -39,6 +39,7 @@ from starling.lab.evaluation.document_prompts import (
     Style,
     make_prompt,
 )
+from starling.lab.statistics import mean_ratio
 
 OTHERS = ("nth_note", "niah_multivalue", "niah_multiquery", "niah_single_3")
 TOKENS = 1024

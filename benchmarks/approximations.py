@@ -26,11 +26,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.masking_utils import sdpa_mask
 
-from benchmarks.report import mean_ratio, saved_figure, write_json
+from benchmarks.report import saved_figure, write_json
 from starling.attention_backends.star.reference import star_mask
 from starling.lab.evaluation.tasks.base import hide
 from starling.lab.evaluation.tasks.needles import NEEDLE
 from starling.lab.evaluation.tasks.words import PLACES, distinct, number, prose, pseudo_words
+from starling.lab.statistics import mean_ratio
 
 TOKENS, BLOCK, PAGE = 2048, 256, 32
 CODES, MOVED = 6, 6

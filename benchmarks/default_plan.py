@@ -20,12 +20,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import median_ratio, saved_figure, write_row
+from benchmarks.report import saved_figure, write_row
 from examples.server import serving
 from starling.lab.evaluation.completions_client import Client
 from starling.lab.evaluation.plans import DENSE, parse_plan
 from starling.lab.evaluation.prompts import task_prompts
 from starling.lab.evaluation.tasks import choose_tasks
+from starling.lab.statistics import median_ratio
 
 TASKS = "niah_single_2,niah_multikey_1,niah_multiquery,vt,code"
 TIMED_TASK = "niah_single_2"

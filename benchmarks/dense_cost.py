@@ -20,8 +20,9 @@ from rich.table import Table
 
 from benchmarks.engine import Engine
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import ratio_interval, saved_figure, write_json
+from benchmarks.report import saved_figure, write_json
 from benchmarks.star_ttft import RANDOM_LLAMA
+from starling.lab.statistics import ratio_interval
 
 ENGINES = {
     "plain vLLM": {"env": {"VLLM_PLUGINS": ""}},

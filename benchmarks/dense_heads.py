@@ -24,8 +24,8 @@ from typing import Any
 
 from benchmarks.accuracy import ENGINE, LOGPROBS, QUERY_TOKENS, TASKS, answers_of, evaluation, loss_ratios, plans
 from benchmarks.report import saved_figure, write_json
+from starling.lab.evaluation.comparison import ALL
 from starling.lab.evaluation.plans import DENSE
-from starling.lab.evaluation.statistics import ALL
 from starling.lab.evaluation.store import RESULTS, read_answers
 
 FOLDER = Path(__file__).resolve().parent / "out" / "dense_heads"

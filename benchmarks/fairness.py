@@ -26,17 +26,10 @@ from rich.table import Table
 
 from benchmarks.engine import QUIET
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import (
-    legend_below,
-    plot_two_times,
-    ratio_interval,
-    read_json,
-    saved_figure,
-    write_json,
-    write_row,
-)
+from benchmarks.report import legend_below, plot_two_times, read_json, saved_figure, write_json, write_row
 from benchmarks.star_ttft import ENGINE, QUERY_TOKENS, RANDOM_LLAMA
 from starling.features.fairness.core import PrefillLimiter
+from starling.lab.statistics import ratio_interval
 
 STEP = ENGINE["max_num_batched_tokens"]
 SHORT, EVERY_SECONDS = 128, 0.83  # not a multiple of a step's time

@@ -25,7 +25,7 @@ from benchmarks.engine import ROOT
 from benchmarks.report import write_json
 from starling.lab.evaluation.plans import DENSE, Plan, parse_plan
 from starling.lab.evaluation.server_process import served
-from starling.lab.evaluation.statistics import bootstrap
+from starling.lab.statistics import bootstrap
 
 PROGRAM = ROOT / "build" / "lm-eval" / "bin" / "lm_eval"
 FOLDER = ROOT / "benchmarks" / "out" / "lm_eval"

@@ -14,8 +14,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from starling.lab.statistics import ratio_interval
 from starling.vllm_compat.versions import vllm_version
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -49,21 +48,6 @@ def origin() -> dict[str, Any]:
     return found | ({"note": note} if note else {})
 
 
-def median_ratio(baseline: Sequence[float], other: Sequence[float]) -> float:
-    """Median of baseline / other over pairs of adjacent runs."""
-    return statistics.median(first / second for first, second in zip(baseline, other, strict=True))
-
-
-def ratio_interval(
-    baseline: Sequence[float], other: Sequence[float], *, draws: int = 10_000
-) -> tuple[float, float, float]:
-    """(median, lower, upper) of other / baseline over interleaved pairs: a 95 % bootstrap interval, fixed seed."""
-    ratios = np.asarray(other) / np.asarray(baseline)
-    drawn = np.random.default_rng(0).choice(ratios, (draws, len(ratios)))
-    lower, upper = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
-    return float(np.median(ratios)), float(lower), float(upper)
-
-
 def ratios_over(times: Mapping[str, Sequence[float]], ours: str) -> dict[str, dict[str, float]]:
     """Configuration -> ratio_interval over that of ``ours``, for all others; times are of interleaved runs."""
     names = ("median", "low", "high")
@@ -85,13 +69,6 @@ def plot_medians(axis: Any, times: Mapping[str, Sequence[float]], digits: str) -
     axis.bar_label(bars, [f"{median:{digits}} s" for median in medians], padding=3)
     axis.margins(x=0.15)
     axis.invert_yaxis()
-
-
-def mean_ratio(values: np.ndarray, baseline: np.ndarray) -> list[float]:
-    """[ratio, lower, upper] of the means of paired values: a 95 % bootstrap interval over pairs, fixed seed."""
-    drawn = np.random.default_rng(0).integers(0, len(baseline), (10_000, len(baseline)))
-    ratios = values[drawn].mean(1) / baseline[drawn].mean(1)
-    return [float(values.mean() / baseline.mean()), *(float(bound) for bound in np.quantile(ratios, [0.025, 0.975]))]
 
 
 def read_json(name: str) -> dict[str, Any]:

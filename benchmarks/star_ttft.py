@@ -19,10 +19,11 @@ from rich.table import Table
 
 from benchmarks.engine import ROOT, Engine
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import median_ratio, saved_figure, write_json
+from benchmarks.report import saved_figure, write_json
 from starling.config.head_scores import HeadScores
 from starling.config.star import StarOptions, parse_options
 from starling.features.dense_heads.model_heads import KNOWN
+from starling.lab.statistics import median_ratio
 from starling.scheduler.star.counts import dense_keys, keys_attended
 from starling.scheduler.star.decide import decide
 from starling.scheduler.star.facts import EngineFacts, PromptFacts

@@ -27,9 +27,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from benchmarks.attamba.quality_tables import table
-from benchmarks.report import mean_ratio, write_json
+from benchmarks.report import write_json
 from examples.attamba_model import AttambaConfig, Mixer, chunk_offset, split_chunks, visible_mask
 from examples.package_text import VALIDATION, read_packages
+from starling.lab.statistics import mean_ratio
 
 WINDOW = 32
 ROWS = 256

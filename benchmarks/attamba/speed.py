@@ -24,7 +24,8 @@ from rich.table import Table
 
 from benchmarks.attamba.shapes import Shape, make_models, parse_shape
 from benchmarks.engine import Engine
-from benchmarks.report import OUT, ratio_interval, write_json
+from benchmarks.report import OUT, write_json
+from starling.lab.statistics import ratio_interval
 
 MODELS = ("transformer", "attamba")
 STEPS = 24  # decode steps, timed together

@@ -20,9 +20,10 @@ from rich.table import Table
 
 from benchmarks.engine import Engine
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import OUT, ratio_interval, write_json
+from benchmarks.report import OUT, write_json
 from benchmarks.star_ttft import ENGINE, RANDOM_LLAMA
 from starling.attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS
+from starling.lab.statistics import ratio_interval
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 STAR = {"star": "on", "star_block_size": 2048}

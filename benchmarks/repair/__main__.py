@@ -24,9 +24,10 @@ from benchmarks.approximations import MaskedAttention, interval, load
 from benchmarks.engine import ROOT
 from benchmarks.repair.kv import Answered, answered, dense_heads_kv, dense_kv, deviation, document_kv, document_mask
 from benchmarks.repair.selection import RULES, Facts, Rule, Work, choose, documents_work, pages_of
-from benchmarks.report import mean_ratio, saved_figure, write_json
+from benchmarks.report import saved_figure, write_json
 from starling.config.head_scores import HeadScores, read_scores
 from starling.lab.evaluation.document_prompts import DocumentPrompt, Encoder, make_prompt
+from starling.lab.statistics import mean_ratio
 
 TASK_NAMES = ("code", "nth_note", "moves", "vt", "niah_multikey_2", "niah_multivalue", "association")
 HEADS = 0.1

@@ -29,7 +29,7 @@ from starling.lab.evaluation.connection import refuse_key
 from starling.lab.evaluation.plans import DENSE, Plan
 from starling.lab.evaluation.runner import check_same_plan, same_plan
 from starling.lab.evaluation.server_process import served
-from starling.lab.evaluation.statistics import kl_divergence
+from starling.lab.statistics import kl_divergence
 
 SWEEPS, RIDGE = 200, 0.1
 SECONDS = 3600.0  # that an answer may take: a large model's first may wait for its compilation

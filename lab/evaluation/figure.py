@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from starling.lab.evaluation.statistics import Cell, Interval
+from starling.lab.evaluation.comparison import Cell
+from starling.lab.statistics import Interval
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
-from starling.lab.evaluation.depth import DepthCell
-from starling.lab.evaluation.statistics import ALL, Cell, Interval, Pair
+from starling.lab.evaluation.comparison import ALL, Cell, DepthCell, Pair
+from starling.lab.statistics import Interval
 
 VERSION = 1
 NUM_EXAMPLES = 10

@@ -11,7 +11,7 @@ from starling.lab.calibration.ablation import served_order
 from starling.lab.calibration.gated_model import GatedModel
 from starling.lab.calibration.integrated_gradients import ANSWER_TOKENS, Case, ScoredPrompt
 from starling.lab.evaluation.completions_client import TOP_LOGPROBS
-from starling.lab.evaluation.statistics import kl_divergence
+from starling.lab.statistics import kl_divergence
 
 pytestmark = pytest.mark.engine
 

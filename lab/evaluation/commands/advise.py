@@ -27,8 +27,7 @@ from starling.lab.evaluation.prompt_options import without_secrets
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.report import percent, points
 from starling.lab.evaluation.tuning.candidates import served_options, usable_candidates
-from starling.lab.evaluation.tuning.measures import Measure
-from starling.lab.evaluation.tuning.search_options import TuneOptions
+from starling.lab.evaluation.tuning.search_options import Measure, TuneOptions
 from starling.lab.evaluation.tuning.tune_report import (
     TuneReport,
     Word,

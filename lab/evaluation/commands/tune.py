@@ -34,9 +34,7 @@ from starling.lab.evaluation.runner import key_of
 from starling.lab.evaluation.server_process import option_name
 from starling.lab.evaluation.store import Answer
 from starling.lab.evaluation.tuning.candidates import Candidate, chosen_candidates, default_candidates
-from starling.lab.evaluation.tuning.halving import halves, measured_plans
-from starling.lab.evaluation.tuning.measures import MEASURES
-from starling.lab.evaluation.tuning.search_options import DEFAULT_LOGPROBS, TuneOptions
+from starling.lab.evaluation.tuning.search_options import DEFAULT_LOGPROBS, MEASURES, TuneOptions
 from starling.lab.evaluation.tuning.tune_report import (
     COLUMNS,
     TuneReport,
@@ -49,7 +47,7 @@ from starling.lab.evaluation.tuning.tune_report import (
     summary,
     table_rows,
 )
-from starling.lab.evaluation.tuning.tuner import Trial, Tuner, Tuning, find_engine
+from starling.lab.evaluation.tuning.tuner import Trial, Tuner, Tuning, find_engine, halves, measured_plans
 
 Measure = Callable[[argparse.Namespace, TuneOptions, Sequence[str], Console], Awaitable[int]]
 """What a command does with its options, the target of its requests and a console; returns the exit code."""

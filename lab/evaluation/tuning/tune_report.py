@@ -15,17 +15,17 @@ from pydantic import BaseModel, ConfigDict
 from starling.lab.evaluation.plans import parse_plan
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.report import html_page, html_table, percent, points
-from starling.lab.evaluation.statistics import Interval
 from starling.lab.evaluation.tuning.candidates import served_options
-from starling.lab.evaluation.tuning.loss_bounds import (
+from starling.lab.evaluation.tuning.search_options import MEASURES, Measure, MeasureName
+from starling.lab.evaluation.tuning.tuner import Trial, Tuning
+from starling.lab.statistics import (
     CONFIDENCE,
     LOSSLESS_DRAWS,
+    Interval,
     lower_bound,
     prompts_needed,
     upper_bound,
 )
-from starling.lab.evaluation.tuning.measures import MEASURES, Measure, MeasureName
-from starling.lab.evaluation.tuning.tuner import Trial, Tuning
 
 VERSION = 1
 COLUMNS = ("plan", "attention work", "prompts", "loss [95 %]", "result")

@@ -13,7 +13,7 @@ from starling.config.entry import parse_config
 from starling.lab.evaluation.commands.advise import LIMITS, advice, document_advice, measured_speed, measured_words, run
 from starling.lab.evaluation.plans import parse_plan
 from starling.lab.evaluation.tuning.candidates import Candidate, usable_candidates
-from starling.lab.evaluation.tuning.measures import MEASURES
+from starling.lab.evaluation.tuning.search_options import MEASURES
 from starling.lab.evaluation.tuning.tune_report import Chosen, Closest, Loss, Word
 from starling.lab.evaluation.tuning.tuner import Trial, Tuning
 from tests.unit.lab.evaluation.fake_server import served

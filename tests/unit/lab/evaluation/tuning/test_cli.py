@@ -20,9 +20,9 @@ from starling.lab.evaluation.commands import measuring
 from starling.lab.evaluation.commands import tune as cli
 from starling.lab.evaluation.prompt_options import parse_options
 from starling.lab.evaluation.prompts import Prompt
-from starling.lab.evaluation.tuning.halving import halves
 from starling.lab.evaluation.tuning.search_options import TuneOptions
 from starling.lab.evaluation.tuning.tune_report import TuneReport
+from starling.lab.evaluation.tuning.tuner import halves
 from tests.unit.lab.evaluation.eval_runs import Page
 from tests.unit.lab.evaluation.fake_server import served
 

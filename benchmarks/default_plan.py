@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.report import saved_figure, write_row
 from examples.server import serving
-from starling.lab.evaluation.completions_client import Client
+from starling.lab.evaluation.client import Client
 from starling.lab.evaluation.plans import DENSE, parse_plan
 from starling.lab.evaluation.prompts import task_prompts
 from starling.lab.evaluation.tasks import choose_tasks

@@ -23,9 +23,8 @@ import numpy as np
 from starling.config.head_scores import HeadScores
 from starling.lab.calibration.gated_model import CalibrationError
 from starling.lab.calibration.integrated_gradients import ANSWER_TOKENS, ScoredPrompt
+from starling.lab.evaluation.client import Client, naming, refuse_key
 from starling.lab.evaluation.commands.measuring import SERVE_KEY_ENV
-from starling.lab.evaluation.completions_client import Client, naming
-from starling.lab.evaluation.connection import refuse_key
 from starling.lab.evaluation.plans import DENSE, Plan
 from starling.lab.evaluation.runner import check_same_plan, same_plan
 from starling.lab.evaluation.server_process import served

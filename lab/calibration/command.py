@@ -21,6 +21,7 @@ from starling.lab.calibration.found import Found, part_of, replace_text
 from starling.lab.calibration.gated_model import CalibrationError, GatedModel
 from starling.lab.calibration.integrated_gradients import ScoredPrompt
 from starling.lab.calibration.scorers import AblationScorer, GradientScorer
+from starling.lab.evaluation.client import ServerError
 from starling.lab.evaluation.commands.measuring import (
     FAILED,
     INTERRUPTED,
@@ -31,7 +32,6 @@ from starling.lab.evaluation.commands.measuring import (
     progress_bars,
     signals_as_interrupt,
 )
-from starling.lab.evaluation.completions_client import ServerError
 from starling.lab.evaluation.prompt_options import parse_options
 from starling.lab.evaluation.server_process import StartError
 from starling.lab.evaluation.tasks import GROUPS, TASKS

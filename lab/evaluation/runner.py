@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from starling.lab.evaluation.completions_client import Client, Completion, ServerError, naming
+from starling.lab.evaluation.client import Client, Completion, ServerError, naming
 from starling.lab.evaluation.plans import DENSE, Plan, with_dense
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.store import Answer, Store, TokenScore, answer_key

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 
 from starling.config.plain_text import plain
-from starling.lab.evaluation.completions_client import ServerError
+from starling.lab.evaluation.client import ServerError
 
 START_SECONDS, STOP_SECONDS = 1800, 60
 CHOSEN_HERE = ("--host", "--port", "--uds", "--ssl-keyfile", "--ssl-certfile")

@@ -19,9 +19,9 @@ from rich.markup import escape
 from starling.config.entry import ENTRY
 from starling.config.quality import size_text, size_texts
 from starling.config.star import QUALITY_SIZES, num_blocks, parse_options
+from starling.lab.evaluation.client import Client
 from starling.lab.evaluation.commands import tune
 from starling.lab.evaluation.commands.measuring import connect, run_measurement
-from starling.lab.evaluation.completions_client import Client
 from starling.lab.evaluation.plans import DENSE, Plan, parse_plan
 from starling.lab.evaluation.prompt_options import without_secrets
 from starling.lab.evaluation.prompts import Prompt

@@ -30,8 +30,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from starling.lab.evaluation.completions_client import Client, ServerError, ServerFacts, naming
-from starling.lab.evaluation.connection import refuse_key
+from starling.lab.evaluation.client import Client, ServerError, ServerFacts, naming, refuse_key
 from starling.lab.evaluation.prompt_options import PromptOptions, folder_setup
 from starling.lab.evaluation.prompts import Prompt, Tokenizer, distinct, own_prompt, read_own_prompts, task_prompts
 from starling.lab.evaluation.server_process import StartError, served

@@ -34,6 +34,7 @@ from starling.config.warm_prompts import (
     message,
     tokens_found,
 )
+from starling.lab.evaluation.client import Client, RequestRefused, ServerError
 from starling.lab.evaluation.commands.measuring import (
     FAILED,
     INTERRUPTED,
@@ -46,7 +47,6 @@ from starling.lab.evaluation.commands.measuring import (
     progress_bars,
     signals_as_interrupt,
 )
-from starling.lab.evaluation.completions_client import Client, RequestRefused, ServerError
 from starling.lab.evaluation.server_process import StartError, served
 
 LINE = '{"text": "..."}, a text in quotes, or for chats a message {"role": ..., "content": ...}'

@@ -18,7 +18,7 @@ from starling.lab.calibration.ablation import divergences, fitted_scores, group_
 from starling.lab.calibration.found import part_of
 from starling.lab.calibration.gated_model import CalibrationError, layers_of
 from starling.lab.calibration.integrated_gradients import ScoredPrompt
-from starling.lab.evaluation.completions_client import Completion, ServerError
+from starling.lab.evaluation.client import Completion, ServerError
 
 HEADS = [(layer, head) for layer in range(6) for head in range(5)]
 TRUE = {(0, 3): 0.5, (2, 1): 0.3, (5, 4): 0.1}

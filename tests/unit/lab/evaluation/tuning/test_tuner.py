@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from starling.lab.evaluation.completions_client import Client, ServerError
+from starling.lab.evaluation.client import Client, ServerError
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.runner import Memory
 from starling.lab.evaluation.tuning.candidates import chosen_candidates, default_candidates

@@ -28,7 +28,6 @@ from transformers import AutoTokenizer
 
 from benchmarks.report import saved_figure, write_row
 from starling.lab.distillation.adapted_model import AdaptedModel, make_rows
-from starling.lab.distillation.distil_options import DTYPES
 from starling.lab.distillation.training import document_plan
 from starling.lab.distillation.training_prompts import TRAINED_TASKS, with_recalls
 from starling.lab.evaluation.document_prompts import (
@@ -39,6 +38,7 @@ from starling.lab.evaluation.document_prompts import (
     Style,
     make_prompt,
 )
+from starling.lab.models import DTYPES, kl_at_each
 from starling.lab.statistics import mean_ratio
 
 OTHERS = ("nth_note", "niah_multivalue", "niah_multiquery", "niah_single_3")
@@ -117,7 +117,7 @@ def outcomes(model: AdaptedModel, prompt: DocumentPrompt) -> dict[str, Outcome]:
     dense = found[DENSE]
     return {
         name: Outcome(
-            float((dense.exp() * (dense - logprobs)).sum(-1).mean()),
+            float(kl_at_each(dense, logprobs).mean()),
             float(logprobs.gather(1, answer[:, None]).mean()),
             bool((logprobs.argmax(-1) == answer).all()),
         )

@@ -204,7 +204,7 @@ def load(path: Path) -> tuple[Any, Any, MaskedAttention]:
 
 def interval(differences: np.ndarray) -> list[float]:
     """(mean, lower, upper) over documents: a 95 % bootstrap interval, fixed seed."""
-    found = bootstrap([differences])
+    found = bootstrap([differences.tolist()])
     return [found.mean, found.low, found.high]
 
 

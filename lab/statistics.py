@@ -12,7 +12,6 @@ import statistics
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 DRAWS, DRAWS_AT_ONCE, CONFIDENCE = 10_000, 500, 0.95
@@ -31,11 +30,11 @@ class Interval(BaseModel):
     high: float
 
 
-def mean_of_means(groups: Sequence[npt.ArrayLike]) -> float:
+def mean_of_means(groups: Sequence[Sequence[float]]) -> float:
     return float(np.mean([np.mean(group) for group in groups]))
 
 
-def bootstrap(groups: Sequence[npt.ArrayLike]) -> Interval:
+def bootstrap(groups: Sequence[Sequence[float]]) -> Interval:
     """The mean over groups of each group's mean, with its 95 % percentile interval; the random numbers are fixed.
 
     The mean lies within the interval: without the last line, rounding can put it outside by 1e-17.

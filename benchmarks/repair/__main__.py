@@ -27,6 +27,7 @@ from benchmarks.repair.selection import RULES, Facts, Rule, Work, choose, docume
 from benchmarks.report import saved_figure, write_json
 from starling.config.head_scores import HeadScores, read_scores
 from starling.lab.evaluation.document_prompts import DocumentPrompt, Encoder, make_prompt
+from starling.lab.models import kl_at_each
 from starling.lab.statistics import mean_ratio
 
 TASK_NAMES = ("code", "nth_note", "moves", "vt", "niah_multikey_2", "niah_multivalue", "association")
@@ -63,7 +64,7 @@ class Outcome:
 def outcome(found: Answered, dense: Answered, prompt: DocumentPrompt, work: Work) -> Outcome:
     expected, whole = torch.tensor(prompt.answer), documents_work(prompt)
     return Outcome(
-        kl=float((dense.logprobs.exp() * (dense.logprobs - found.logprobs)).sum(-1).mean()),
+        kl=float(kl_at_each(dense.logprobs, found.logprobs).mean()),
         logprob=float(found.logprobs[torch.arange(len(expected)), expected].mean()),
         right=bool((found.logprobs.argmax(-1) == expected).all()),
         tokens=work.tokens / whole.tokens,

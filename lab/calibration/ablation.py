@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 
 from starling.config.head_scores import HeadScores
-from starling.lab.calibration.gated_model import CalibrationError
 from starling.lab.calibration.integrated_gradients import ANSWER_TOKENS, ScoredPrompt
 from starling.lab.evaluation.client import Client, naming, refuse_key
 from starling.lab.evaluation.commands.measuring import SERVE_KEY_ENV
 from starling.lab.evaluation.plans import DENSE, Plan
 from starling.lab.evaluation.runner import check_same_plan, same_plan
 from starling.lab.evaluation.server_process import served
+from starling.lab.models import ModelError
 from starling.lab.statistics import kl_divergence
 
 SWEEPS, RIDGE = 200, 0.1
@@ -121,7 +121,7 @@ async def divergences(
     ids = list(prompt.token_ids)
     answer = list(prompt.answer_ids) or (await client.complete(ids, DENSE, ANSWER_TOKENS)).token_ids
     if not answer:
-        raise CalibrationError("the model gives no answer")
+        raise ModelError("the model gives no answer")
     options: dict[str, str | int] = {
         "star": "on",
         "star_block_size": f"n/{blocks}",
@@ -152,9 +152,9 @@ async def divergences(
 
 
 def refuse_other_sizes(plan: Plan, server_plan: dict[str, Any], num_tokens: int, blocks: int) -> None:
-    """Refuse (CalibrationError) blocks without an overlap, as the server makes them where its pages are too large."""
+    """Refuse (ModelError) blocks without an overlap, as the server makes them where its pages are too large."""
     if not plan.is_dense and not server_plan.get("overlap_size"):
-        raise CalibrationError(
+        raise ModelError(
             f"n/{blocks} of {num_tokens} tokens is refused: the server's KV pages are too large for it, so that its "
             f"blocks of {server_plan.get('block_size')} tokens have no overlap. Allowed: longer --lengths, fewer "
             "--blocks, or the server's --block-size 32"

@@ -14,18 +14,12 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
-from transformers.masking_utils import sdpa_mask
 
-from starling.lab.plan_attention import Attend, attention_by_plan, recomputed
+from starling.lab.models import Attend, ModelError, attention_by_plan, load_model, recomputed
 from starling.scheduler.star.plan import StarPlan
 
 NAME = "starling_gated"
 Gate = torch.Tensor | None
-
-
-class CalibrationError(ValueError):
-    """A model whose heads can't be scored."""
 
 
 @dataclass
@@ -48,28 +42,18 @@ class GatedModel:
         dtype: of its weights and of the computation.
 
     Raises:
-        CalibrationError: Transformers can't load it, or its attention is not causal over one cache.
+        ModelError: Transformers can't load it, or its attention is not causal over one cache.
     """
 
     def __init__(self, folder: Path, device: str, dtype: torch.dtype) -> None:
-        AttentionInterface.register(NAME, self._attend)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        try:
-            self.model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation=NAME, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # whatever Transformers makes of a user's files
-            raise CalibrationError(f"{folder} can't be loaded by Transformers: {error}") from None
+        self.device, self.state = torch.device(device), Gates()
+        self.model = load_model(folder, self.device, dtype, NAME, self._attend)
         self.is_full, self.num_kv_heads = layers_of(self.model.config)
         self.num_layers = len(self.is_full)
         kinds = set(getattr(self.model.config.get_text_config(), "layer_types", None) or ())
         if kinds - {"full_attention", "sliding_attention"}:
             names = ", ".join(sorted(kinds))
-            raise CalibrationError(
-                f"{folder} has layers of the kinds {names}, not all attention: take --method ablation"
-            )
-        self.device, self.state = torch.device(device), Gates()
-        self.model.to(self.device).eval().requires_grad_(requires_grad=False)
+            raise ModelError(f"{folder} has layers of the kinds {names}, not all attention: take --method ablation")
         for layer in self.model.get_decoder().layers:
             layer.forward = recomputed(layer.forward)
 
@@ -91,7 +75,7 @@ class GatedModel:
         gates, plan, layer = self.state.gates, self.state.plan, module.layer_idx
         scale, window = options.get("scaling"), options.get("sliding_window")
         if options.get("softcap") or options.get("s_aux") is not None:
-            raise CalibrationError("the attention of this model has a cap of its scores, or sinks")
+            raise ModelError("the attention of this model has a cap of its scores, or sinks")
         attend = partial(scaled_dot_product_attention, scale=scale, enable_gqa=True)
         if window is not None or not self.is_full[layer]:
             return attend(query, key, value, attn_mask=mask, is_causal=mask is None).transpose(1, 2), None
@@ -111,14 +95,14 @@ def layers_of(config: Any) -> tuple[list[bool], int]:
     """For each layer of a model whether it is full attention, and the KV heads of a layer; of Transformers' config.
 
     Raises:
-        CalibrationError: no layer is.
+        ModelError: no layer is.
     """
     text = config.get_text_config()
     kind = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
     kinds = getattr(text, "layer_types", None) or [kind] * text.num_hidden_layers
     is_full = [kind == "full_attention" for kind in kinds]
     if not any(is_full):
-        raise CalibrationError(f"the model has no layers of full attention, but {', '.join(sorted(set(kinds)))}")
+        raise ModelError(f"the model has no layers of full attention, but {', '.join(sorted(set(kinds)))}")
     shared = 1 if getattr(text, "multi_query", False) else getattr(text, "multi_query_group_num", None)
     return is_full, getattr(text, "num_key_value_heads", None) or shared or text.num_attention_heads
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from starling.lab.calibration.gated_model import GatedModel
+from starling.lab.models import kl_at_each
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.sizes import default_anchor_size
 
@@ -44,11 +45,6 @@ def make_plan(num_tokens: int, blocks: int, query_tokens: int) -> StarPlan:
     return StarPlan(block_size, anchor, block_size - anchor, context_end, num_tokens)
 
 
-def divergence(dense: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """The mean KL(dense, other) of (places, vocabulary) log-probabilities, in nats."""
-    return (dense.exp() * (dense - other)).sum(-1).mean()
-
-
 class Case:
     """One prompt with its answer on a model, and the dense model's log-probabilities there.
 
@@ -74,7 +70,7 @@ class Case:
 
     def divergence(self, gates: torch.Tensor) -> torch.Tensor:
         """KL(dense, gated) for (layers, KV heads) gates."""
-        return divergence(self.dense, self.model.log_probs(self.ids, self.places, gates, self.plan))
+        return kl_at_each(self.dense, self.model.log_probs(self.ids, self.places, gates, self.plan)).mean()
 
     def scores(self, steps: int) -> torch.Tensor:
         """(layers, KV heads) float32: what each head carries of the divergence of star."""

@@ -16,9 +16,10 @@ from starling.config.head_scores import HeadScores
 from starling.lab.calibration.ablation import Head, fitted_scores, group_counts, random_orders, served_order
 from starling.lab.calibration.calibration_options import CalibrationOptions
 from starling.lab.calibration.found import Compute, Found
-from starling.lab.calibration.gated_model import CalibrationError, GatedModel, layers_of
+from starling.lab.calibration.gated_model import GatedModel, layers_of
 from starling.lab.calibration.integrated_gradients import Case, ScoredPrompt
 from starling.lab.evaluation.server_process import option_name
+from starling.lab.models import ModelError
 
 Rows = tuple[tuple[float, ...], ...]
 """For each layer a score for each KV head; none for layers that are not full attention."""
@@ -47,7 +48,7 @@ class GradientScorer:
             value = compute(Case(self.model, prompt, options.blocks, options.query_tokens))
             if not torch.tensor(value).isfinite().all():
                 reason = f"in {options.chosen_dtype} its results are not finite numbers"
-                raise CalibrationError(f"the prompt {prompt.name} can't be scored: {reason}. Try --dtype float32")
+                raise ModelError(f"the prompt {prompt.name} can't be scored: {reason}. Try --dtype float32")
             return value
 
         return contextlib.nullcontext(computed)

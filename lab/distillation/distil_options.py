@@ -15,7 +15,6 @@ from starling.lab.evaluation.prompt_options import CommandOptions
 from starling.lab.evaluation.prompts import read_own_prompts
 from starling.lab.evaluation.tasks import choose_tasks
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 MULTIPLIES_BFLOAT16 = ("amx_bf16", "avx512_bf16")
 """Of torch's names of what a CPU can: those with which bfloat16 takes a half of float32's time or less."""
 

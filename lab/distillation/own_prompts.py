@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from starling.engine_ext.front.planning import only_token
-from starling.lab.distillation.adapted_model import AdaptedModel, DistilError
+from starling.lab.distillation.adapted_model import AdaptedModel
 from starling.lab.evaluation.document_prompts import Asked, DocumentPrompt, Encoder, Tokens
 from starling.lab.evaluation.prompts import OwnPrompt, read_own_prompts
+from starling.lab.models import ModelError
 from starling.scheduler.star.documents import NOT_ONE_TOKEN, positions_of
 
 OWN = "own"
@@ -35,7 +36,7 @@ def read_prompts(
     """
     mark = None if segments is None else only_token(encoder.tokenizer, segments)
     if segments is not None and mark is None:
-        raise DistilError(f"segments={segments!r} is refused: {NOT_ONE_TOKEN}")
+        raise ModelError(f"segments={segments!r} is refused: {NOT_ONE_TOKEN}")
     prompts = [prompt_of(own, line, mark, encoder, answer_tokens) for line, own in read_own_prompts(path)]
     asked: dict[tuple[Tokens, tuple[Tokens, ...]], list[Asked]] = {}
     for prompt in prompts:
@@ -64,14 +65,14 @@ def with_answers(prompt: DocumentPrompt, model: AdaptedModel, tokens: int, end: 
 
 
 def prompt_of(own: OwnPrompt, line: int, mark: int | None, encoder: Encoder, answer_tokens: int) -> DocumentPrompt:
-    """A line of the user's file (raises DistilError: it has no documents)."""
+    """A line of the user's file (raises ModelError: it has no documents)."""
     if own.messages is not None:
         ids, starts = chat_segments(own.messages, encoder)
     else:
         ids = list(encoder.tokenizer(own.prompt)["input_ids"])
         starts = [] if mark is None else positions_of(mark, ids)
     if len(starts) < 2:
-        raise DistilError(f"line {line} is refused: it has no documents before its question. Allowed: {ALLOWED}")
+        raise ModelError(f"line {line} is refused: it has no documents before its question. Allowed: {ALLOWED}")
     pieces = [tuple(ids[start:stop]) for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True)]
     text = ", ".join(own.references)
     goes_on = own.prompt is not None and not own.prompt[-1:].isspace()
@@ -83,11 +84,11 @@ def chat_segments(messages: Sequence[Any], encoder: Encoder) -> tuple[list[int],
     """The tokens of a chat, and where each message but the first starts, as a server with star_segments=auto has them.
 
     Raises:
-        DistilError: there is no chat template, or it does not render the first messages as the chat's beginning.
+        ModelError: there is no chat template, or it does not render the first messages as the chat's beginning.
     """
     tokenizer = encoder.tokenizer
     if not tokenizer.chat_template:
-        raise DistilError("the model has no chat template. Allowed: texts with --segments TEXT")
+        raise ModelError("the model has no chat template. Allowed: texts with --segments TEXT")
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids: Tokens = tuple(encoded["input_ids"])

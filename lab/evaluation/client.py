@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from starling.config.plain_text import plain, plain_json
+from starling.lab.command_line import CommandFailed
 from starling.lab.evaluation.plans import Plan
 from starling.lab.evaluation.prompts import NO_TEMPLATE, Tokenizer
 
@@ -157,7 +158,7 @@ def retry_after(response: httpx.Response) -> float:
     return min(float(value), MOST_PAUSE) if value.isascii() and value.isdigit() else 0.0
 
 
-class ServerError(Exception):
+class ServerError(CommandFailed):
     """The server refused a request, can't be reached, or can't do what the evaluation needs.
 
     The message has words of the server's. It is plain, and has at most MAX_MESSAGE characters.

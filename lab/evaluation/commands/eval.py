@@ -10,9 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from starling.lab.command_line import add_options, given_options
 from starling.lab.evaluation.commands.measuring import (
     Measurement,
-    add_prompt_options,
+    add_run_options,
     add_server_options,
     open_session,
     repeated,
@@ -38,10 +39,9 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_server_options(parser)
-    add = parser.add_argument
-    add("--plan", action="append", dest="plans", default=[], metavar="PLAN", help=f"repeatable: {ALLOWED_PLANS}")
-    add("--logprobs", type=int, metavar="N", default=0, help="also compare distributions at N tokens of the answer")
-    add_prompt_options(parser, EvalOptions.model_fields)
+    plans = {"flag": "--plan", "action": "append", "type": str, "metavar": "PLAN"}
+    add_options(parser, EvalOptions, plans=plans | {"help": f"repeatable: {ALLOWED_PLANS}"})
+    add_run_options(parser)
     return parser
 
 
@@ -53,7 +53,7 @@ def run(argv: Sequence[str]) -> int:
 
 def prepare(args: argparse.Namespace) -> Measurement:
     """What the arguments ask for (raises ValueError for what can't be measured)."""
-    options = parse_options(EvalOptions, {name: getattr(args, name) for name in EvalOptions.model_fields})
+    options = parse_options(EvalOptions, given_options(args, EvalOptions))
     return partial(measure, args, options)
 
 

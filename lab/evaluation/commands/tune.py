@@ -16,10 +16,11 @@ from rich.markup import escape
 from starling.config.entry import ENTRY, STAR_ADAPTER, STAR_HEADS
 from starling.config.presets import PRESETS
 from starling.config.star import FIELD_OF, FIELDS, QUALITY_SIZES, flat_name
+from starling.lab.command_line import add_options, given_options
 from starling.lab.evaluation.commands.measuring import (
     Measurement,
     Session,
-    add_prompt_options,
+    add_run_options,
     add_server_options,
     open_session,
     repeated,
@@ -34,7 +35,7 @@ from starling.lab.evaluation.runner import key_of
 from starling.lab.evaluation.server_process import option_name
 from starling.lab.evaluation.store import Answer
 from starling.lab.evaluation.tuning.candidates import Candidate, chosen_candidates, default_candidates
-from starling.lab.evaluation.tuning.search_options import DEFAULT_LOGPROBS, MEASURES, TuneOptions
+from starling.lab.evaluation.tuning.search_options import TuneOptions
 from starling.lab.evaluation.tuning.tune_report import (
     COLUMNS,
     TuneReport,
@@ -78,20 +79,10 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_server_options(parser)
-    add = parser.add_argument
-    add("--budget", type=float, required=True, metavar="POINTS", help="of mean loss, such as 2: 0.02 of a score")
-    add("--measure", choices=MEASURES, default="score", help="what a loss is: score; 100 points of logprob are 1 nat")
-    add("--logprobs", type=int, metavar="N", help=f"tokens for logprob and agreement to compare: {DEFAULT_LOGPROBS}")
-    add(
-        "--plan",
-        action="append",
-        dest="plans",
-        default=[],
-        metavar="PLAN",
-        help="a candidate in place of the default ones, such as n/8 or B=4096,A=128,O=1024; repeatable",
-    )
-    add("--query-tokens", type=int, metavar="Q", help="of the default candidates; default: 512, or half the prompt")
-    add_prompt_options(parser, TuneOptions.model_fields)
+    candidates = "a candidate in place of the default ones, such as n/8 or B=4096,A=128,O=1024; repeatable"
+    plans = {"flag": "--plan", "action": "append", "type": str, "metavar": "PLAN", "help": candidates}
+    add_options(parser, TuneOptions, plans=plans)
+    add_run_options(parser)
     return parser
 
 
@@ -113,7 +104,7 @@ def prepare(
         if option_name(option) in CHOSEN_HERE:
             raise ValueError(f"{option} is refused: the search chooses it. Allowed: {allowed}")
     refuse_star_entry(serve_options, allowed)
-    options = parse_options(TuneOptions, {name: getattr(args, name) for name in TuneOptions.model_fields})
+    options = parse_options(TuneOptions, given_options(args, TuneOptions))
     return partial(measure, args, options)
 
 

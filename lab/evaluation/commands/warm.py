@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -34,20 +33,10 @@ from starling.config.warm_prompts import (
     message,
     tokens_found,
 )
+from starling.lab.command_line import FAILED, make_console, progress_bars, run_command
 from starling.lab.evaluation.client import Client, RequestRefused, ServerError
-from starling.lab.evaluation.commands.measuring import (
-    FAILED,
-    INTERRUPTED,
-    LOG_FILE,
-    UNUSABLE,
-    add_server_options,
-    check_arguments,
-    connect,
-    make_console,
-    progress_bars,
-    signals_as_interrupt,
-)
-from starling.lab.evaluation.server_process import StartError, served
+from starling.lab.evaluation.commands.measuring import LOG_FILE, add_server_options, check_arguments, connect
+from starling.lab.evaluation.server_process import served
 
 LINE = '{"text": "..."}, a text in quotes, or for chats a message {"role": ..., "content": ...}'
 SAYS_CACHED = "--enable-prompt-tokens-details"
@@ -109,29 +98,22 @@ def run(argv: Sequence[str]) -> int:
     """Compute the documents; returns the exit code."""
     args, serve_options = make_parser().parse_known_args(argv)
     console = make_console()
-    try:
-        check_arguments(args, serve_options)
+
+    def warmed() -> int:
+        options = list(serve_options)
+        check_arguments(args, options)
         head, documents = read_head(args.head), read_documents(args.documents)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(signals_as_interrupt())
             if args.serve is not None:
-                if SAYS_CACHED not in serve_options:
-                    serve_options = [*serve_options, SAYS_CACHED]
+                options += [] if SAYS_CACHED in options else [SAYS_CACHED]
                 log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / LOG_FILE
                 with console.status(f"starting starling serve {escape(args.serve)}"):
-                    args.base_url = stack.enter_context(served(args.serve, serve_options, log))
+                    args.base_url = stack.enter_context(served(args.serve, options, log))
             done = asyncio.run(warm(args, head, documents, console))
-    except ValueError as error:
-        print(f"starling warm: error: {error}", file=sys.stderr)
-        return UNUSABLE
-    except (ServerError, StartError, OSError) as error:
-        print(f"starling warm: error: {error}", file=sys.stderr)
-        return FAILED
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print("starling warm: interrupted: the same command goes on from there", file=sys.stderr)
-        return INTERRUPTED
-    show(done, console)
-    return FAILED if done.failures else 0
+        show(done, console)
+        return FAILED if done.failures else 0
+
+    return run_command("starling warm", warmed, lambda: "The same command goes on from there.")
 
 
 def read_text(path: Path) -> str:

@@ -68,11 +68,15 @@ class TuneOptions(PromptOptions):
     """The options of `starling tune` that decide what it finds."""
 
     subcommand = "tune"
-    budget: float = Field(gt=0, lt=100, description="points of mean loss that the plan may have")
-    measure: MeasureName = Field("score", description="what a loss is")
-    logprobs: int | None = Field(None, ge=1, description="tokens of the answer that logprob and agreement compare")
+    budget: float = Field(gt=0, lt=100, description="points of mean loss, such as 2: 0.02 of a score")
+    measure: MeasureName = Field("score", description="what a loss is; 100 points of logprob are 1 nat")
+    logprobs: int | None = Field(
+        None, ge=1, description=f"tokens of the answer that logprob and agreement compare: {DEFAULT_LOGPROBS}"
+    )
     plans: tuple[str, ...] = Field((), description="the candidates, in place of the default ones")
-    query_tokens: int | None = Field(None, ge=1, description="the query of the default candidates, in tokens")
+    query_tokens: int | None = Field(
+        None, ge=1, description="of the default candidates; default: 512, or half the prompt"
+    )
 
     @property
     def chosen_measure(self) -> Measure:

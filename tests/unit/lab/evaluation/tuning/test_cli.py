@@ -20,7 +20,7 @@ from starling.lab.evaluation.commands import measuring
 from starling.lab.evaluation.commands import tune as cli
 from starling.lab.evaluation.prompt_options import parse_options
 from starling.lab.evaluation.prompts import Prompt
-from starling.lab.evaluation.tuning.search_options import TuneOptions
+from starling.lab.evaluation.tuning.search_options import MEASURES, TuneOptions
 from starling.lab.evaluation.tuning.tune_report import TuneReport
 from starling.lab.evaluation.tuning.tuner import halves
 from tests.unit.lab.evaluation.eval_runs import Page
@@ -272,7 +272,7 @@ def test_help_and_the_page_name_every_option(capsys):
     assert len(options) > 15
     assert [name for name in options if name not in printed] == []
     assert [name for name in options if f"`{name}`" not in page and name != "--help"] == []
-    assert all(f"`{name}`" in page for name in cli.MEASURES)
+    assert all(f"`{name}`" in page for name in MEASURES)
 
 
 def test_one_bar_for_all_searches_goes_forward_and_ends_where_nothing_is_left(tmp_path, own):

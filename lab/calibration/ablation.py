@@ -25,7 +25,7 @@ from starling.lab.calibration.integrated_gradients import ANSWER_TOKENS, ScoredP
 from starling.lab.evaluation.client import Client, naming, refuse_key
 from starling.lab.evaluation.commands.measuring import SERVE_KEY_ENV
 from starling.lab.evaluation.plans import DENSE, Plan
-from starling.lab.evaluation.runner import check_same_plan, same_plan
+from starling.lab.evaluation.runner import score_tokens
 from starling.lab.evaluation.server_process import served
 from starling.lab.models import ModelError
 from starling.lab.statistics import kl_divergence
@@ -130,16 +130,9 @@ async def divergences(
 
     async def top(plan: Plan) -> list[dict[int, float]]:
         """The most probable tokens at each place of the answer."""
-        found, server_plan = [], None
-        for place, token in enumerate(answer[:ANSWER_TOKENS]):
-            known = [*ids, *answer[:place]]
-            scored = await client.score_token(known, same_plan(plan, server_plan, len(known)) if place else plan, token)
-            if server_plan is None:
-                server_plan = scored.plan
-                refuse_other_sizes(plan, server_plan or {}, len(ids), blocks)
-            check_same_plan(plan, server_plan, scored.plan)
-            found.append(scored.top_logprobs or {})
-        return found
+        scored = await score_tokens(client, ids, plan, answer[:ANSWER_TOKENS])
+        refuse_other_sizes(plan, scored[0].plan or {}, len(ids), blocks)
+        return [one.top_logprobs or {} for one in scored]
 
     def with_dense_heads(count: int) -> Plan:
         return Plan(f"{count} dense heads", options | {"star_dense_heads": f"{count / num_heads:.6f}"})

@@ -108,7 +108,7 @@ async def ask(server: Client, prompt: Prompt, plan: Plan, key: str, num_logprobs
     if num_logprobs:
         if followed is None:
             raise ServerError("--logprobs needs a server that returns token ids (return_token_ids): a vLLM server")
-        scored = await score_tokens(server, prompt, plan, followed[:num_logprobs], output)
+        scored = await score_tokens(server, prompt.token_ids, plan, followed[:num_logprobs], output)
         output = output or scored[0]
     assert output is not None
     return Answer(
@@ -129,13 +129,14 @@ def token_score(completion: Completion) -> TokenScore:
 
 
 async def score_tokens(
-    server: Client, prompt: Prompt, plan: Plan, followed: Sequence[int], output: Completion | None
+    server: Client, token_ids: Sequence[int], plan: Plan, followed: Sequence[int], output: Completion | None = None
 ) -> list[Completion]:
     """The log-probabilities at each token of an answer.
 
     The first request computes the prompt, and the others, all at once, find it in the prefix cache.
 
     Args:
+        token_ids: of the prompt.
         followed: the tokens of the answer.
         output: of the same prompt and plan; None: none was asked for.
 
@@ -144,7 +145,7 @@ async def score_tokens(
     """
 
     async def score(position: int, output: Completion | None) -> Completion:
-        ids = [*prompt.token_ids, *followed[:position]]
+        ids = [*token_ids, *followed[:position]]
         same = plan if output is None else same_plan(plan, output.plan, len(ids))
         found = await server.score_token(ids, same, followed[position])
         check_same_plan(plan, (output or found).plan, found.plan)

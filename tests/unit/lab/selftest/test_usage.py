@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -112,9 +113,9 @@ def test_accuracy_is_what_starling_eval_says_and_its_options_are_those_of_starli
     def run(command, **options):
         called.append(command)
         (tmp_path / "results.json").write_text(json.dumps(RESULTS))
-        return SimpleNamespace(returncode=0)
+        return SimpleNamespace(returncode=0, stdout="")
 
-    monkeypatch.setattr(accuracy.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(accuracy, "format_of", lambda name: "text")
     check = accuracy.accuracy_check("a model", 8192, True, tmp_path, "TRITON_ATTN", None)
     result = check.run()

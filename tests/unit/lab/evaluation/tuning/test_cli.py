@@ -15,6 +15,7 @@ from rich.progress import Progress
 from starling.config.entry import parse_config
 from starling.engine_ext.serving.cli.main import main
 from starling.engine_ext.serving.cli.serve_args import parse as parse_serve
+from starling.lab.command_line import given_options
 from starling.lab.evaluation import server_process
 from starling.lab.evaluation.commands import measuring
 from starling.lab.evaluation.commands import tune as cli
@@ -292,7 +293,7 @@ def test_one_bar_for_all_searches_goes_forward_and_ends_where_nothing_is_left(tm
             self.refresh()
 
     args = cli.make_parser().parse_args(["--prompts", str(own), *LOGPROB, "--out", str(tmp_path / "out")])
-    options = parse_options(TuneOptions, {name: getattr(args, name) for name in TuneOptions.model_fields})
+    options = parse_options(TuneOptions, given_options(args, TuneOptions))
 
     async def searched(fake, monkey):
         args.base_url = fake.url

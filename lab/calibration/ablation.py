@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from starling.config.head_scores import HeadScores
-from starling.lab.calibration.integrated_gradients import ANSWER_TOKENS, ScoredPrompt
+from starling.lab.calibration.gated_model import ANSWER_TOKENS, ScoredPrompt
 from starling.lab.evaluation.client import Client, naming, refuse_key
 from starling.lab.evaluation.commands.measuring import SERVE_KEY_ENV
 from starling.lab.evaluation.plans import DENSE, Plan

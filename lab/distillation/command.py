@@ -20,11 +20,18 @@ from starling.config.adapter import DISTILLED, PURPOSES, VERSION
 from starling.features.dense_heads.model_heads import checkpoint_digest
 from starling.lab.command_line import add_options, given_options, make_console, progress_bars, run_command
 from starling.lab.distillation.adapted_model import AdaptedModel
-from starling.lab.distillation.distil_options import DistilOptions
-from starling.lab.distillation.own_prompts import OWN, read_prompts, with_answers
+from starling.lab.distillation.distil_options import GIB, DistilOptions, needed_bytes
 from starling.lab.distillation.training import DENSE_SHARE, HeldOut, Training, plan_for
-from starling.lab.distillation.training_memory import GIB, needed_bytes
-from starling.lab.distillation.training_prompts import FUNCTIONS, TEXT, TRAINED_TASKS, TaskPrompts, with_recalls
+from starling.lab.distillation.training_prompts import (
+    FUNCTIONS,
+    OWN,
+    TEXT,
+    TRAINED_TASKS,
+    TaskPrompts,
+    read_prompts,
+    with_answers,
+    with_recalls,
+)
 from starling.lab.evaluation.document_prompts import DocumentPrompt, Encoder, Style
 from starling.lab.evaluation.prompt_options import parse_options
 from starling.lab.evaluation.store import RESULTS, locked

@@ -16,9 +16,14 @@ from typing import Any, TextIO
 
 from starling.engine_ext.serving.cli.installation import installation, print_report
 from starling.engine_ext.serving.cli.start_checks import refuse_mistakes
-from starling.lab.doctor.attention_report import attention_backend, attention_op, cuda_graphs
+from starling.lab.doctor.attention_report import (
+    attention_backend,
+    attention_op,
+    cuda_graphs,
+    decode_step,
+    unprofiled_memory,
+)
 from starling.lab.doctor.machine_facts import machine
-from starling.lab.doctor.unprofiled_memory import decode_step, unprofiled_memory
 from starling.lab.doctor.verdict import verdict
 from starling.scheduler.star.independence import FULL_ATTENTION, HYBRID
 from starling.vllm_compat import versions

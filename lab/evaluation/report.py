@@ -1,11 +1,14 @@
-"""The results: a JSON file with a version, tables in the terminal, and one HTML file that needs no other file."""
+"""The results: JSON with a version, tables in the terminal, a figure, and one HTML file that needs no other file."""
 
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
+from importlib.util import find_spec
 from itertools import zip_longest
 from string import Template
 from typing import Any, Literal
@@ -17,10 +20,131 @@ from rich.table import Table
 from starling.lab.evaluation.comparison import ALL, Cell, DepthCell, Pair
 from starling.lab.statistics import Interval
 
+WORDS = {"B": "blocks of", "A": "anchor", "O": "overlap", "H": "dense heads", "Q": "query", "S": "documents at"}
+"""Parts of a plan's name (lab/evaluation/plans.py), in words."""
 VERSION = 1
 NUM_EXAMPLES = 10
 TOO_HARD = 0.1  # a score of dense below which the summary warns
 LEAST_PROMPTS = 10  # for a verdict: the interval of fewer ones leaves out what they happen not to have
+COLUMNS = (
+    *("task", "length", "plan", "sizes", "prompts"),
+    *("dense", "score", "difference [95 %]", "same answer", "attention work"),
+)
+LEFT_COLUMNS = ("task", "depth", "plan", "sizes", "result")
+DEPTH_COLUMNS = ("depth", "length", "plan", "prompts", "dense", "score", "difference [95 %]")
+ABOUT_RESULTS = (
+    'Each prompt was answered with dense attention and with each plan by the same server. "Sizes" are those of the '
+    "plan in tokens, as the server reported them: B of a star block, A of the anchor, O of the overlap, and a range "
+    "where prompts had different ones. A score is RULER's, from 0 to 100 %. Differences are in points, with 95 % "
+    'bootstrap intervals over prompts. "Attention work" counts the query-key pairs of the prefill, as a share of '
+    "dense's. An interval covers the chance in drawing these prompts, and nothing else: other tasks and texts can "
+    "differ."
+)
+LOGPROB_COLUMNS = ("log-probability [95 %]", "top-1", "KL")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one part of the figure shows.
+
+    Attributes:
+        label: of the horizontal axis.
+        equal: where a plan that equals dense would be.
+        values: of the cells; an interval without width has no bar.
+    """
+
+    title: str
+    label: str
+    equal: float
+    values: list[tuple[Cell, Interval]]
+
+
+def make_panels(cells: Sequence[Cell]) -> list[Panel]:
+    """Differences of scores; and for prompts without references the KL, or the share of equal answers without it."""
+    scored: list[tuple[Cell, Interval]] = []
+    equal: list[tuple[Cell, Interval]] = []
+    apart: list[tuple[Cell, Interval]] = []
+    for cell in cells:
+        if cell.difference is None:
+            continue
+        if cell.against_reference:
+            scored.append((cell, scaled(cell.difference, 100, 0)))
+        elif cell.kl is not None:
+            apart.append((cell, Interval(mean=cell.kl, low=cell.kl, high=cell.kl)))
+        else:  # dense's score is 1
+            equal.append((cell, scaled(cell.difference, 100, 100)))
+    panels = [
+        Panel(
+            "Scores with star blocks, beside dense attention", "points above or below dense; 95 % intervals", 0, scored
+        ),
+        Panel("Answers that are dense attention's", "same answer as dense, %; 95 % intervals", 100, equal),
+        Panel("How far probabilities are from dense attention's", "KL, nats for each token; 0: equal", 0, apart),
+    ]
+    return [panel for panel in panels if panel.values]
+
+
+def scaled(interval: Interval, factor: float, offset: float) -> Interval:
+    return Interval(**{name: offset + factor * value for name, value in interval})
+
+
+def figure_png(cells: Sequence[Cell]) -> bytes | None:
+    """The figure as PNG; None without matplotlib, or without a star plan."""
+    panels = make_panels(cells)
+    if not panels or find_spec("matplotlib") is None:
+        return None
+    from matplotlib.figure import Figure
+
+    heights = [1.5 + 0.22 * len(panel.values) + 0.22 * len(rows_of(panel)) for panel in panels]
+    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
+    parts = figure.subplots(len(panels), squeeze=False, height_ratios=heights)
+    for panel, axes in zip(panels, parts[:, 0], strict=True):
+        draw(panel, axes)
+    output = io.BytesIO()
+    figure.savefig(output, format="png", dpi=110)
+    return output.getvalue()
+
+
+def rows_of(panel: Panel) -> list[tuple[str, int | None]]:
+    """The tasks and lengths of a panel."""
+    return list(dict.fromkeys((cell.task, cell.length) for cell, _ in panel.values))
+
+
+def draw(panel: Panel, axes: Any) -> None:
+    """Draw a panel into matplotlib's axes."""
+    rows = rows_of(panel)
+    plans = list(dict.fromkeys(cell.plan for cell, _ in panel.values))
+    for number, plan in enumerate(plans):
+        found = [(rows.index((cell.task, cell.length)), value) for cell, value in panel.values if cell.plan == plan]
+        heights = [row + 0.8 * (number + 0.5) / len(plans) - 0.4 for row, _ in found]
+        means = [value.mean for _, value in found]
+        bars = [[value.mean - value.low for _, value in found], [value.high - value.mean for _, value in found]]
+        has_bars = any(value.low < value.high for _, value in found)
+        axes.errorbar(means, heights, xerr=bars if has_bars else None, fmt="o", capsize=3, label=in_words(plan))
+    axes.axvline(panel.equal, color="black", linewidth=1)
+    axes.set_yticks(range(len(rows)), [f"{task} {length:,}" if length else task for task, length in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_title(panel.title)
+    axes.set_xlabel(panel.label)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.6 / len(rows) - 0.05), frameon=False)
+
+
+def in_words(plan: str) -> str:
+    """The name of a plan as a legend shows it: "blocks of 512, anchor 64, overlap 448"."""
+    parts = []
+    for part in plan.split(","):
+        name, equals, value = part.partition("=")
+        if name.startswith("n/"):
+            parts.append(f"blocks of 1/{name.removeprefix('n/')} of the prompt")
+        elif name == "B" and value.startswith("n/"):
+            parts.append(f"blocks of 1/{value.removeprefix('n/')} of the prompt")
+        elif equals and name in WORDS and part != "O=0":
+            parts.append(f"{WORDS[name]} {value}")
+        elif part == "O=0":
+            parts.append("no overlap")
+        else:
+            parts.append(part)
+    return ", ".join(parts)
 
 
 class DifferentAnswer(BaseModel):
@@ -131,23 +255,6 @@ def points(interval: Interval) -> str:
 def nats(change: Interval | None) -> str:
     """A difference of log-probabilities with its interval; empty where there is none."""
     return f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]" if change else ""
-
-
-COLUMNS = (
-    *("task", "length", "plan", "sizes", "prompts"),
-    *("dense", "score", "difference [95 %]", "same answer", "attention work"),
-)
-LEFT_COLUMNS = ("task", "depth", "plan", "sizes", "result")
-DEPTH_COLUMNS = ("depth", "length", "plan", "prompts", "dense", "score", "difference [95 %]")
-ABOUT_RESULTS = (
-    'Each prompt was answered with dense attention and with each plan by the same server. "Sizes" are those of the '
-    "plan in tokens, as the server reported them: B of a star block, A of the anchor, O of the overlap, and a range "
-    "where prompts had different ones. A score is RULER's, from 0 to 100 %. Differences are in points, with 95 % "
-    'bootstrap intervals over prompts. "Attention work" counts the query-key pairs of the prefill, as a share of '
-    "dense's. An interval covers the chance in drawing these prompts, and nothing else: other tasks and texts can "
-    "differ."
-)
-LOGPROB_COLUMNS = ("log-probability [95 %]", "top-1", "KL")
 
 
 def table_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:

@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from starling.config.entry import CHOICES, GPU_ATTENTION
-from starling.lab.selftest.result import NO_GPU, Outcome, Verdict, exit_code, judge
-from starling.lab.selftest.selftest_report import Report, ReportError, figure
+from starling.lab.selftest.result import NO_GPU, Outcome, Report, ReportError, Verdict, exit_code, figure, judge
 
 if TYPE_CHECKING:
     from starling.lab.selftest.engine_checks import Engines

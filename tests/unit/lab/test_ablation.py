@@ -15,9 +15,8 @@ from starling.config.head_scores import read_scores
 from starling.engine_ext.serving.cli.main import main
 from starling.lab.calibration import scorers
 from starling.lab.calibration.ablation import divergences, fitted_scores, group_counts, random_orders
-from starling.lab.calibration.found import part_of
-from starling.lab.calibration.gated_model import ModelError, layers_of
-from starling.lab.calibration.integrated_gradients import ScoredPrompt
+from starling.lab.calibration.gated_model import ModelError, ScoredPrompt, layers_of
+from starling.lab.calibration.scorers import part_of
 from starling.lab.evaluation.client import Completion, ServerError
 
 HEADS = [(layer, head) for layer in range(6) for head in range(5)]

@@ -13,8 +13,7 @@ from starling.config.head_scores import read_scores
 from starling.engine_ext.serving.cli.main import main
 from starling.features.dense_heads.model_heads import checkpoint_digest
 from starling.lab.calibration import command
-from starling.lab.calibration.gated_model import GatedModel
-from starling.lab.calibration.integrated_gradients import Case, ScoredPrompt, make_plan
+from starling.lab.calibration.gated_model import Case, GatedModel, ScoredPrompt, make_plan
 from starling.lab.models import ModelError, kl_at_each
 from tests.parity.harness import reference_scores
 from tests.unit.masks import mask_of

@@ -12,18 +12,21 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from benchmarks.random_llama import make_tiny_llama
-from starling.lab.distillation import command, training_memory
+from starling.lab.distillation import command
 from starling.lab.distillation.adapted_model import AdaptedModel, ModelError, make_rows
-from starling.lab.distillation.distil_options import DistilOptions
-from starling.lab.distillation.own_prompts import OWN, chat_segments, read_prompts, with_answers
+from starling.lab.distillation.distil_options import DistilOptions, needed_bytes
 from starling.lab.distillation.training import PATIENCE, HeldOut, Training, document_plan, losses, star_plan
 from starling.lab.distillation.training_prompts import (
     FUNCTIONS,
+    OWN,
     TEXT,
     TaskPrompts,
+    chat_segments,
     documented_functions,
     python_texts,
+    read_prompts,
     recalls,
+    with_answers,
 )
 from starling.lab.evaluation.document_prompts import SHAPES, Asked, DocumentPrompt, Encoder, Style
 from starling.lab.evaluation.tasks import TASKS
@@ -255,7 +258,7 @@ def test_own_prompts_and_tasks_take_turns(encoder, tmp_path):
 
 def test_memory_grows_with_prompts_and_falls_with_layers_computed_again(folder):
     def needed(recompute: bool = False, **options) -> int:
-        return training_memory.needed_bytes(folder, DistilOptions(dtype="float32", **options), recompute=recompute)
+        return needed_bytes(folder, DistilOptions(dtype="float32", **options), recompute=recompute)
 
     assert needed(tokens=4096) > needed(tokens=1024) > needed(recompute=True, tokens=1024)
 

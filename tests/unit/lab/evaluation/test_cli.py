@@ -9,7 +9,7 @@ import pytest
 
 from starling.engine_ext.serving.cli.main import main
 from starling.lab import command_line
-from starling.lab.evaluation import figure, server_process
+from starling.lab.evaluation import report, server_process
 from starling.lab.evaluation.commands import eval as cli
 from starling.lab.evaluation.report import Report
 from tests.unit.lab.evaluation.eval_runs import TASKS, Page, evaluate, knows
@@ -81,7 +81,7 @@ def test_the_html_report_escapes_texts_and_loads_nothing(tmp_path):
 
 
 def test_a_run_without_matplotlib_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(figure, "find_spec", lambda name: None)
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
     with served(answer=knows) as fake:
         assert evaluate(fake, tmp_path) == 0
     assert "no figure: it needs matplotlib (vllm-starling's extra `bench`)" in capsys.readouterr().out

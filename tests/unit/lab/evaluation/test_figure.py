@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from starling.lab.evaluation.comparison import Cell
-from starling.lab.evaluation.figure import figure_png, in_words, make_panels
+from starling.lab.evaluation.report import figure_png, in_words, make_panels
 from starling.lab.statistics import Interval
 
 

@@ -21,12 +21,11 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.masking_utils import sdpa_mask
 
-from benchmarks.report import saved_figure, write_json
+from benchmarks.report import markdown_table, numbers_table, saved_figure, write_json
 from starling.attention_backends.star.reference import star_mask
 from starling.lab.evaluation.tasks.base import hide
 from starling.lab.evaluation.tasks.needles import NEEDLE
@@ -237,16 +236,13 @@ def shown(values: list[float]) -> str:
 def markdown(result: dict[str, Any]) -> str:
     """A table for one model; docs/star-accuracy.md says what it shows."""
     title = f"{result['model']}, {result['documents']} documents"
-    lines = [
-        f"| {title} | attention work | passcodes | two facts | both | loss over star's |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for name, row in result["rows"].items():
         if name != DENSE:
             intervals = (row["passcodes_over_dense"], row["two_facts_over_dense"], row["over_dense"])
             ratio = "{:.2f} [{:.2f}, {:.2f}]".format(*row["loss_over_stars"])
-            lines.append(f"| {name} | {100 * row['keys']:.0f} % | {' | '.join(map(shown, intervals))} | {ratio} |")
-    return "\n".join(lines)
+            rows.append([name, f"{100 * row['keys']:.0f} %", *map(shown, intervals), ratio])
+    return markdown_table([title, "attention work", "passcodes", "two facts", "both", "loss over star's"], rows)
 
 
 def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
@@ -277,9 +273,10 @@ def main() -> None:
             values, keys[name] = answer_logprobs(model, attention, document, mask)
             logprobs[name].append(values)
     rows = rows_of({name: np.asarray(values) for name, values in logprobs.items()}, keys)
-    table = Table(title=f"{args.model.name}: log-probability of a token of the answer, {args.documents} documents")
-    for column in ("approximation", "keys", "over dense [95 %]", "passcodes", "two facts", "loss over star's [95 %]"):
-        table.add_column(column, justify="right")
+    columns = ("approximation", "keys", "over dense [95 %]", "passcodes", "two facts", "loss over star's [95 %]")
+    table = numbers_table(
+        f"{args.model.name}: log-probability of a token of the answer, {args.documents} documents", columns
+    )
     for name, row in rows.items():
         intervals = (row["over_dense"], row["passcodes_over_dense"], row["two_facts_over_dense"])
         ratio = "" if name == DENSE else shown(row["loss_over_stars"])

@@ -21,11 +21,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from benchmarks.engine import Engine
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import plot_medians, ratios_over, saved_figure, write_json
+from benchmarks.report import numbers_table, plot_medians, ratios_over, saved_figure, write_json
 from benchmarks.star_ttft import ENGINE, QUERY_TOKENS, RANDOM_LLAMA
 
 MARK, HEAD_TOKENS, NEW_TOKENS = 255, 256, 33
@@ -142,9 +141,7 @@ def main() -> None:
                 "retrieval": measurement.retrieval(),
             }
     title = f"random Llama, 2 layers, float32, {args.tokens:,} tokens in {DOCUMENTS} documents"
-    table = Table(title=title)
-    for column in ("measurement", "configuration", "s (median)", "over a block's own positions"):
-        table.add_column(column, justify="right")
+    table = numbers_table(title, ("measurement", "configuration", "s (median)", "over a block's own positions"))
     ratios: dict[str, Any] = {}
     for name, times in seconds.items():
         over = ratios[name] = ratios_over(times, BLOCK)

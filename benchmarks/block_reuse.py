@@ -17,11 +17,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from benchmarks.engine import Engine
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import plot_medians, ratios_over, saved_figure, write_json
+from benchmarks.report import numbers_table, plot_medians, ratios_over, saved_figure, write_json
 from benchmarks.star_ttft import ENGINE, QUERY_TOKENS, RANDOM_LLAMA
 
 BLOCKS, MARK = 16, 255
@@ -96,9 +95,7 @@ def main() -> None:
         model = make_random_llama(Path(directory) / "llama", **RANDOM_LLAMA)
         seconds = measure(model, args.tokens, args.repeats)
     title = f"random Llama, 2 layers, float32, {args.tokens:,} tokens in {BLOCKS} blocks"
-    table = Table(title=title)
-    for column in ("edit", "configuration", "TTFT s (median)", "over ours"):
-        table.add_column(column, justify="right")
+    table = numbers_table(title, ("edit", "configuration", "TTFT s (median)", "over ours"))
     ratios: dict[str, Any] = {}
     for edit, times in seconds.items():
         over = ratios[edit] = ratios_over(times, OURS[edit])

@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.accuracy import ENGINE, QUERY_TOKENS, plans
 from benchmarks.engine import ROOT
-from benchmarks.report import write_json
+from benchmarks.report import markdown_table, write_json
 from starling.lab.evaluation.plans import DENSE, Plan, parse_plan
 from starling.lab.evaluation.server_process import served
 from starling.lab.statistics import bootstrap
@@ -112,15 +112,14 @@ def make_cell(
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
     """The table of docs/star-accuracy.md: a row for each task and plan of each run."""
-    lines = ["| task, prompts | plan | dense | difference [95 %] |", "| --- | --- | --- | --- |"]
+    rows = []
     for result in results:
         for cell in result["cells"]:
             mean, low, high = (100 * cell["difference"][name] for name in ("mean", "low", "high"))
-            lines.append(
-                f"| `{cell['task']}`, {cell['prompts']} | `{cell['plan'].removesuffix(f',Q={QUERY_TOKENS}')}` | "
-                f"{100 * cell['dense_score']:.0f} % | {mean:+.0f} [{low:+.0f}, {high:+.0f}] |"
-            )
-    return "\n".join(lines)
+            plan, dense = cell["plan"].removesuffix(f",Q={QUERY_TOKENS}"), f"{100 * cell['dense_score']:.0f} %"
+            difference = f"{mean:+.0f} [{low:+.0f}, {high:+.0f}]"
+            rows.append([f"`{cell['task']}`, {cell['prompts']}", f"`{plan}`", dense, difference])
+    return markdown_table(["task, prompts", "plan", "dense", "difference [95 %]"], rows)
 
 
 def measure(

@@ -8,11 +8,13 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
+
+from rich.table import Table
 
 from starling.lab.statistics import ratio_interval
 from starling.vllm_compat.versions import vllm_version
@@ -69,6 +71,28 @@ def plot_medians(axis: Any, times: Mapping[str, Sequence[float]], digits: str) -
     axis.bar_label(bars, [f"{median:{digits}} s" for median in medians], padding=3)
     axis.margins(x=0.15)
     axis.invert_yaxis()
+
+
+def plot_ratios(axis: Any, ratios: Mapping[str, tuple[float, float, float]]) -> None:
+    """Draw (median, lower, upper) of each ratio, the first one on top, and a line at 1."""
+    for row, (median, lower, upper) in enumerate(ratios.values()):
+        axis.errorbar(median, row, xerr=[[median - lower], [upper - median]], fmt="o", capsize=4, color="C0")
+    axis.axvline(1, color="grey", linewidth=0.8)
+    axis.set_yticks(range(len(ratios)), list(ratios), fontsize=8)
+    axis.invert_yaxis()
+
+
+def numbers_table(title: str, columns: Iterable[str]) -> Table:
+    """A table of numbers for the terminal."""
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def read_json(name: str) -> dict[str, Any]:

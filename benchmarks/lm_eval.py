@@ -13,16 +13,16 @@ import json
 import shutil
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prometheus_client.parser import text_string_to_metric_families
+import httpx
 
 from benchmarks.accuracy import ENGINE, QUERY_TOKENS, plans
 from benchmarks.engine import ROOT
 from benchmarks.report import markdown_table, write_json
+from benchmarks.soak.target import series_sum
 from starling.lab.evaluation.plans import DENSE, Plan, parse_plan
 from starling.lab.evaluation.server_process import served
 from starling.lab.statistics import bootstrap
@@ -66,14 +66,8 @@ def harness_command(
 
 def star_requests(base_url: str) -> float:
     """How many requests the server has run with Star Attention."""
-    with urllib.request.urlopen(f"{base_url}/metrics", timeout=60) as response:
-        families = text_string_to_metric_families(response.read().decode())
-    samples = [sample for family in families for sample in family.samples]
-    return sum(
-        sample.value
-        for sample in samples
-        if sample.name == "starling:requests_total" and sample.labels["attention"] == "star"
-    )
+    text = httpx.get(f"{base_url}/metrics", timeout=60).text
+    return series_sum(text, 'starling:requests_total{[^}]*attention="star"[^}]*}')
 
 
 def read_samples(out: Path, task: str, length: int) -> dict[str, tuple[float, str]]:

@@ -14,8 +14,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
+from starling.lab.machine import cpu_facts
 from starling.lab.statistics import ratio_interval
 from starling.vllm_compat.versions import vllm_version
 
@@ -31,8 +33,7 @@ ORIGIN = ("machine", "date", "note")
 
 def machine() -> dict[str, Any]:
     """The processor, its family and model number, its cores, and the versions of Python, vLLM and torch."""
-    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
-    found = {name.strip(): value.strip() for name, _, value in lines}
+    found = cpu_facts()
     return {
         "processor": found.get("model name", "unknown"),
         "family_model": [found.get("cpu family"), found.get("model")],
@@ -71,6 +72,44 @@ def plot_medians(axis: Any, times: Mapping[str, Sequence[float]], digits: str) -
     axis.bar_label(bars, [f"{median:{digits}} s" for median in medians], padding=3)
     axis.margins(x=0.15)
     axis.invert_yaxis()
+
+
+def report_medians(
+    name: str,
+    title: str,
+    seconds: Mapping[str, Mapping[str, Sequence[float]]],
+    ours: Mapping[str, str],
+    titles: Mapping[str, str],
+    *,
+    digits: str,
+    figsize: tuple[float, float],
+    **others: Any,
+) -> None:
+    """Print, write and draw the median seconds of each configuration of several measurements, and ratios over ours.
+
+    Args:
+        name: of the result.
+        seconds: measurement -> configuration -> seconds of interleaved runs.
+        ours: measurement -> the configuration that the others are divided by.
+        titles: measurement -> its title.
+        digits: the format of a number.
+        others: other fields of the result.
+    """
+    table = numbers_table(title, ("measurement", "configuration", "s (median)", "over ours"))
+    ratios = {measurement: ratios_over(times, ours[measurement]) for measurement, times in seconds.items()}
+    for measurement, times in seconds.items():
+        for configuration, values in times.items():
+            over = ratios[measurement].get(configuration)
+            ratio = f"{over['median']:.2f}x" if over else ""
+            table.add_row(titles[measurement], configuration, f"{statistics.median(values):{digits}}", ratio)
+    Console().print(table)
+    path = write_json(name, {"title": title, **others, "seconds": seconds, "over_ours": ratios})
+    with saved_figure(path.with_suffix(".png"), len(seconds), figsize=figsize) as (figure, axes):
+        for axis, (measurement, times) in zip(axes, seconds.items(), strict=True):
+            plot_medians(axis, times, digits)
+            axis.set_title(titles[measurement], fontsize=9)
+        figure.suptitle(title, fontsize=10)
+    print(path)
 
 
 def plot_ratios(axis: Any, ratios: Mapping[str, tuple[float, float, float]]) -> None:

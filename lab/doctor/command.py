@@ -23,8 +23,8 @@ from starling.lab.doctor.attention_report import (
     decode_step,
     unprofiled_memory,
 )
-from starling.lab.doctor.machine_facts import machine
 from starling.lab.doctor.verdict import verdict
+from starling.lab.machine import describe_gpus
 from starling.scheduler.star.independence import FULL_ATTENTION, HYBRID
 from starling.vllm_compat import versions
 from starling.vllm_compat.config import hybrid_page_size, kv_cache_capacity, page_size_before_start, plain_message
@@ -56,7 +56,7 @@ def run(argv: Sequence[str]) -> int:
         print(f"starling doctor: error: {error}", file=sys.stderr)
         return UNUSABLE
     with reserved_output() as output:
-        report: dict[str, Any] = {"machine": machine(), "installation": installation()}
+        report: dict[str, Any] = {"machine": describe_gpus(), "installation": installation()}
         if args.model is not None:
             try:
                 report |= examine(args.model, serve_options, args.prompt_tokens)

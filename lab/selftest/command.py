@@ -44,7 +44,7 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    from starling.lab.selftest.machine import describe_machine, has_gpu
+    from starling.lab.machine import describe_machine, has_gpu
     from starling.lab.selftest.suite import make_suite
 
     console, gpu = Console(highlight=False, soft_wrap=True), has_gpu()

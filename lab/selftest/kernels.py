@@ -11,7 +11,7 @@ from starling.attention_backends.kernels.contract import Operands
 from starling.attention_backends.kernels.cpu import attention as cpu
 from starling.attention_backends.kernels.cpu import fallback
 from starling.attention_backends.kernels.xformers.probe import gather_facts, unavailable_reason
-from starling.lab.selftest.machine import has_gpu
+from starling.lab.machine import has_gpu
 from starling.lab.selftest.paged import DECODE, MIXED, Attention, make_operands, measure
 from starling.lab.selftest.result import Check, Result, Skip
 

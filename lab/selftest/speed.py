@@ -6,13 +6,12 @@ import functools
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from starling.config.entry import ENTRY
 from starling.lab.selftest.check_prompts import QUERY, WITH_DOCUMENTS, make_prompt
-from starling.lab.selftest.engine_checks import DOCUMENTS, HEADS
+from starling.lab.selftest.engine_checks import DOCUMENTS, HEADS, Engines
 from starling.lab.selftest.engine_run import Batches, EngineRun, Feature, by_mode
 from starling.lab.selftest.model import alternating_scores
 from starling.lab.selftest.result import Check, Result, Skip
@@ -106,14 +105,6 @@ def lengths_within(lengths: Sequence[int], max_length: int) -> dict[int, int | N
     return found
 
 
-@dataclass(frozen=True)
-class SpeedEngines:
-    """The engines whose times are compared: of vLLM alone, and one that is activated for HEADS and DOCUMENTS."""
-
-    plain: EngineRun
-    ours: EngineRun
-
-
 def speed_checks(
     model: str,
     vocabulary: int,
@@ -154,8 +145,8 @@ def speed_checks(
     features = {name: feature for name, feature in features.items() if feature.batches}
     activated = engine | {"additional_config": {ENTRY: dict(starling)}}
     batches = decodes | prefill_batches(vocabulary, measured, {"dense": None, "star": 0})
-    engines = SpeedEngines(
-        EngineRun(engine, decodes | plain_documents), EngineRun(activated, batches, features=features)
+    engines = Engines(
+        model, EngineRun(engine, decodes | plain_documents), EngineRun(activated, batches, features=features)
     )
     limit = f"the model takes {max_length:,} tokens at most"
     checks = [prefill_check(engines, length, fits, limit, note) for length, fits in lengths.items()]
@@ -216,7 +207,7 @@ def document_batches(vocabulary: int, lengths: Sequence[int], gpu: bool, max_len
     return batches
 
 
-def prefill_check(engines: SpeedEngines, wanted: int, length: int | None, limit: str, note: str = "") -> Check:
+def prefill_check(engines: Engines, wanted: int, length: int | None, limit: str, note: str = "") -> Check:
     """The measurement of a prompt's first token.
 
     Args:
@@ -232,7 +223,7 @@ def prefill_check(engines: SpeedEngines, wanted: int, length: int | None, limit:
     return Check(name, functools.partial(measure_ttft, engines, length, (shortened, note)))
 
 
-def document_check(engines: SpeedEngines, batch: str) -> Check:
+def document_check(engines: Engines, batch: str) -> Check:
     """The measurement of a batch of prompts with documents: of the first token where their order is another one."""
     if batch == REORDERED:
         return Check(
@@ -244,7 +235,7 @@ def document_check(engines: SpeedEngines, batch: str) -> Check:
     )
 
 
-def measure_ttft(engines: SpeedEngines, length: int, notes: Iterable[str]) -> Result:
+def measure_ttft(engines: Engines, length: int, notes: Iterable[str]) -> Result:
     """Seconds to the first token of a prompt of ``length`` tokens; ``notes`` end the detail."""
     (dense,), (star,) = engines.ours.outputs(f"dense {length}"), engines.ours.outputs(f"star {length}")
     details = [f"dense {dense['ttft']:.3g} s, {dense['ttft'] / star['ttft']:.2f} times star's; block of n/8"]
@@ -255,7 +246,7 @@ def measure_ttft(engines: SpeedEngines, length: int, notes: Iterable[str]) -> Re
     return Result(star["ttft"], None, "s", "; ".join([*details, *filter(None, notes)]))
 
 
-def measure_decode(engines: SpeedEngines) -> Result:
+def measure_decode(engines: Engines) -> Result:
     ours, plains = (
         min(1000 * engine.outputs(f"decode {run}")[0]["seconds_per_token"] for run in range(RUNS))
         for engine in (engines.ours, engines.plain)
@@ -263,7 +254,7 @@ def measure_decode(engines: SpeedEngines) -> Result:
     return Result(ours, None, "ms", f"plain vLLM {plains:.3g} ms, after {DECODE_PROMPT} tokens, fastest of {RUNS} runs")
 
 
-def measure_reordered(engines: SpeedEngines) -> Result | Skip:
+def measure_reordered(engines: Engines) -> Result | Skip:
     """Seconds to the first token of cached documents in another order, and of the same prompt with dense attention."""
     refusal = engines.ours.refusal(DOCUMENTS)
     if refusal is not None:
@@ -273,7 +264,7 @@ def measure_reordered(engines: SpeedEngines) -> Result | Skip:
     return Result(ours["ttft"], None, "s", detail)
 
 
-def measure_documents(engines: SpeedEngines, batch: str) -> Result | Skip:
+def measure_documents(engines: Engines, batch: str) -> Result | Skip:
     """Milliseconds between two tokens of a prompt with documents, and of the same prompt with dense attention."""
     refusal = engines.ours.refusal(DOCUMENTS)
     if refusal is not None:

@@ -296,7 +296,7 @@ def test_prompts_whose_times_are_measured_are_shortened_to_what_the_model_takes(
 
 def test_a_shortened_prompt_says_so_and_one_that_is_left_out_says_why():
     timed = SimpleNamespace(outputs=lambda name: [{"ttft": 1.0}], refusal=lambda feature: "no dense heads")
-    timed = speed.SpeedEngines(timed, timed)
+    timed = speed.Engines("a model", timed, timed)
     assert speed.prefill_check(timed, 4096, 4096, "a limit").run().detail.endswith("block of n/8")
     shorter = speed.prefill_check(timed, 4096, 3072, "the model takes 4,096 tokens at most")
     assert shorter.name == "speed: first token of 3,072 tokens, star"

@@ -6,14 +6,15 @@ and with the same options is not run again.
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 NO_GPU = 2
 JSON, PAGE = "report.json", "report.md"
@@ -99,6 +100,23 @@ class ReportError(ValueError):
     """A folder whose report is not of this machine and these options, or is no report."""
 
 
+@dataclass(frozen=True)
+class Record:
+    """What `report.json` has. A figure that is not finite is null there.
+
+    Attributes:
+        options: of the command, without the folder.
+        engines: name of a setting -> the environment of its engine, for those that have run.
+        exit: the exit code; None while checks are left.
+    """
+
+    machine: dict[str, Any]
+    options: dict[str, Any]
+    engines: dict[str, dict[str, str]] = field(default_factory=dict)
+    checks: list[Outcome] = field(default_factory=list)
+    exit: int | None = None
+
+
 class Report:
     """What a folder has, and what a run adds.
 
@@ -111,57 +129,32 @@ class Report:
         ReportError: the folder has a report of another machine or of other options, or a file that is none.
     """
 
-    def __init__(self, folder: Path, machine: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-        self.folder, self.machine, self.options = folder, dict(machine), dict(options)
-        self.engines: dict[str, dict[str, str]] = {}
-        self.kept: dict[str, Outcome] = {}
+    def __init__(self, folder: Path, machine: dict[str, Any], options: dict[str, Any]) -> None:
+        self.folder, self.record, self.json = folder, Record(machine, options), TypeAdapter(Record)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / JSON
         if path.exists():
-            self._read(path)
+            try:
+                stored = self.json.validate_json(path.read_bytes())
+            except ValueError as error:
+                raise ReportError(
+                    f"{path} is no report of `starling selftest`: {error}. Name another folder"
+                ) from error
+            differing = [name for name in ("machine", "options") if vars(stored)[name] != vars(self.record)[name]]
+            if differing:
+                raise ReportError(f"{path} was made with another {' and other '.join(differing)}. Name another folder")
+            self.record = stored
+        self.kept = {outcome.name: outcome for outcome in self.record.checks if outcome.verdict is not Verdict.FAIL}
 
-    def _read(self, path: Path) -> None:
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            found = [from_json(fields) for fields in stored["checks"]]
-            differing = [name for name in ("machine", "options") if stored[name] != vars(self)[name]]
-            self.engines = stored["engines"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ReportError(f"{path} is no report of `starling selftest`: {error!r}. Name another folder") from error
-        if differing:
-            raise ReportError(f"{path} was made with another {' and other '.join(differing)}. Name another folder")
-        self.kept = {outcome.name: outcome for outcome in found if outcome.verdict is not Verdict.FAIL}
-
-    def write(self, outcomes: Sequence[Outcome], engines: Mapping[str, dict[str, str]], code: int | None) -> None:
-        """Store the checks so far.
-
-        Args:
-            engines: name of a setting -> the environment of its engine, for those that have run.
-            code: the exit code; None while checks are left.
-        """
-        self.engines |= engines
-        report = {
-            "machine": self.machine,
-            "options": self.options,
-            "engines": self.engines,
-            "checks": list(map(to_json, outcomes)),
-            "exit": code,
-        }
-        for name, text in ((JSON, json.dumps(report, indent=2) + "\n"), (PAGE, page(report))):
+    def write(self, outcomes: Sequence[Outcome], engines: dict[str, dict[str, str]], code: int | None) -> None:
+        """Store the checks so far; ``engines`` and ``code`` are as in ``Record``."""
+        engines = self.record.engines | engines
+        self.record = replace(self.record, engines=engines, checks=list(outcomes), exit=code)
+        text = self.json.dump_json(self.record, indent=2).decode() + "\n"
+        for name, content in ((JSON, text), (PAGE, page(self.json.validate_json(text)))):
             new = self.folder / f".{name}"
-            new.write_text(text, encoding="utf-8")
+            new.write_text(content, encoding="utf-8")
             new.replace(self.folder / name)
-
-
-def to_json(outcome: Outcome) -> dict[str, Any]:
-    """The outcome's fields; null for a figure that is not finite, which JSON can't hold."""
-    fields = asdict(outcome)
-    return fields | {"measured": outcome.measured if math.isfinite(outcome.measured or 0) else None}
-
-
-def from_json(fields: dict[str, Any]) -> Outcome:
-    """The outcome of these fields (raises TypeError, KeyError or ValueError where they are others)."""
-    return Outcome(**fields | {"verdict": Verdict(fields["verdict"])})
 
 
 def figure(outcome: Outcome) -> str:
@@ -170,18 +163,21 @@ def figure(outcome: Outcome) -> str:
     return measured + ("" if outcome.bound is None else f" (at most {outcome.bound:.3g})")
 
 
-def page(report: Mapping[str, Any]) -> str:
+def page(record: Record) -> str:
     """A report as Markdown: the machine, the engines, and a table of the checks."""
-    outcomes = [from_json(fields) for fields in report["checks"]]
-    counts = ", ".join(f"{sum(one.verdict is verdict for one in outcomes)} {verdict}" for verdict in Verdict)
-    ended = "" if report["exit"] is not None else "; the run has not ended"
-    lines = [f"# starling selftest: {counts}{ended}", ""]
-    facts = {name: value for name, value in (report["machine"] | report["options"]).items() if value not in (None, [])}
+    ended = "" if record.exit is not None else "; the run has not ended"
+    lines = [f"# starling selftest: {count_verdicts(record.checks)}{ended}", ""]
+    facts = {name: value for name, value in (record.machine | record.options).items() if value not in (None, [])}
     lines += [f"- {name}: {', '.join(value) if isinstance(value, list) else value}" for name, value in facts.items()]
-    for name, environment in report["engines"].items():
+    for name, environment in record.engines.items():
         lines.append(f"- {name}: {', '.join(f'{key} {value}' for key, value in environment.items())}")
     lines += ["", "| verdict | check | measured | details | seconds |", "| --- | --- | --- | --- | --- |"]
-    for one in outcomes:
+    for one in record.checks:
         cells = (one.verdict, one.name, figure(one), one.detail, f"{one.seconds:.0f}")
         lines.append(f"| {' | '.join(' '.join(str(cell).split()).replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def count_verdicts(outcomes: Sequence[Outcome]) -> str:
+    """How many checks have each verdict."""
+    return ", ".join(f"{sum(one.verdict is verdict for one in outcomes)} {verdict}" for verdict in Verdict)

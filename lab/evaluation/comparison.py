@@ -58,6 +58,7 @@ class Cell(BaseModel):
         task: ``all`` for the mean over the tasks and lengths, each with equal weight. Its ``attended_keys`` is the
             mean over prompts, and its ``top1_agreement`` and ``kl`` are means over positions, whatever task has them.
         length: None over all lengths, and for the user's own prompts.
+        depth: one of THIRDS, where the prompt's fact begins: 0 % is the beginning of the text; None: anywhere.
         prompts: how many.
         sizes: those that the server reports; None for dense, and where the server does not say.
         against_reference: whether outputs are scored against references; else against dense's outputs.
@@ -75,6 +76,7 @@ class Cell(BaseModel):
 
     task: str
     length: int | None
+    depth: str | None = None
     plan: str
     sizes: StarSizes | None = None
     prompts: int
@@ -215,41 +217,18 @@ def key_share(answer: Answer) -> float | None:
     return 1.0 if plan["attention"] == "dense" else plan["keys_attended"] / plan["dense_keys"]
 
 
-class DepthCell(BaseModel):
-    """One star plan on the prompts of one length whose fact begins in one third of the text.
+def compare_depths(pairs: Sequence[Pair]) -> list[Cell]:
+    """A cell for each length, star plan and third of the text in which a fact begins; none where no prompt has a depth.
 
     Prompts of all tasks that have a depth, each prompt with equal weight.
-
-    Attributes:
-        depth: one of THIRDS; 0 % is the beginning of the text.
-        length: tokens.
-        prompts: how many.
-        dense_score, score: the means, 0 to 1.
-        difference: of the plan's score to dense's, with its interval.
-        logprob_difference: the same of the answer's log-probability, in nats; None: not measured.
     """
-
-    model_config = ConfigDict(frozen=True)
-
-    depth: str
-    length: int | None
-    plan: str
-    prompts: int
-    dense_score: float
-    score: float
-    difference: Interval
-    logprob_difference: Interval | None
-
-
-def compare_depths(pairs: Sequence[Pair]) -> list[DepthCell]:
-    """A cell for each length, plan and third that has prompts; none where no prompt has a depth."""
     groups: dict[tuple[int | None, str], list[list[Pair]]] = {}
     for pair in pairs:
         if pair.prompt.depth is not None and pair.answer.plan != DENSE.name:
             thirds = groups.setdefault((pair.prompt.length, pair.answer.plan), [[] for _ in THIRDS])
             thirds[third(pair.prompt.depth)].append(pair)
     return [
-        DepthCell(depth=name, **make_cell(ALL, length, plan, [group]).model_dump(include={*DepthCell.model_fields}))
+        make_cell(ALL, length, plan, [group]).model_copy(update={"depth": name})
         for (length, plan), thirds in groups.items()
         for name, group in zip(THIRDS, thirds, strict=True)
         if group

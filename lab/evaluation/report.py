@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from importlib.util import find_spec
 from itertools import zip_longest
+from pathlib import Path
 from string import Template
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
-from starling.lab.evaluation.comparison import ALL, Cell, DepthCell, Pair
+from starling.lab.evaluation.comparison import ALL, Cell, Pair
 from starling.lab.statistics import Interval
 
 WORDS = {"B": "blocks of", "A": "anchor", "O": "overlap", "H": "dense heads", "Q": "query", "S": "documents at"}
@@ -186,7 +187,7 @@ class Report(BaseModel):
     command: str
     server: dict[str, Any]
     cells: list[Cell]
-    depths: list[DepthCell] = []
+    depths: list[Cell] = []
     different: list[DifferentAnswer]
 
 
@@ -283,16 +284,17 @@ def table_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-def depth_rows(depths: Sequence[DepthCell]) -> tuple[list[str], list[list[str]]]:
+def depth_rows(depths: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
     """(columns, rows) of the table by depth as texts."""
     with_logprobs = any(cell.logprob_difference for cell in depths)
     columns = [*DEPTH_COLUMNS, *(LOGPROB_COLUMNS[:1] if with_logprobs else ())]
     rows = []
     for cell in depths:
         length = f"{cell.length:,}" if cell.length else ""
-        scores = [percent(cell.dense_score), percent(cell.score), points(cell.difference)]
+        difference = points(cell.difference) if cell.difference else ""
+        scores = [percent(cell.dense_score), percent(cell.score), difference]
         change = [nats(cell.logprob_difference)] if with_logprobs else []
-        rows.append([cell.depth, length, cell.plan, str(cell.prompts), *scores, *change])
+        rows.append([cell.depth or "", length, cell.plan, str(cell.prompts), *scores, *change])
     return columns, rows
 
 
@@ -323,6 +325,16 @@ def terminal_table(
     for row, is_bold in zip_longest(rows, bold):
         table.add_row(*map(escape_markup, row), style="bold" if is_bold else None)
     return table
+
+
+def write_files(folder: Path, files: Mapping[str, str | bytes | None]) -> str:
+    """Write files of results, and delete those that are None, of an earlier run; returns a line that names the rest."""
+    for name, content in files.items():
+        if content is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return f"written to {folder}: {', '.join(name for name, content in files.items() if content is not None)}"
 
 
 def html_report(report: Report, figure: bytes | None) -> str:

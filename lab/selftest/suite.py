@@ -24,6 +24,7 @@ from starling.lab.selftest.engine_checks import (
     judge_tokens,
     make_engines,
     settings,
+    steady_checks,
 )
 from starling.lab.selftest.engine_run import EngineRun, read_result
 from starling.lab.selftest.kernels import kernel_checks
@@ -31,7 +32,6 @@ from starling.lab.selftest.model import TINY, make_config, make_model, max_lengt
 from starling.lab.selftest.result import Check, Result, Skip
 from starling.lab.selftest.speed import speed_checks
 from starling.lab.selftest.star_rows import row_checks
-from starling.lab.selftest.steady import steady_checks
 from starling.lab.selftest.tiles import tile_checks
 
 MOVE_SECONDS = 300

@@ -12,8 +12,8 @@ from rich.markup import escape
 
 from starling.lab.command_line import add_options, given_options
 from starling.lab.evaluation.commands.measuring import (
+    OUT_HELP,
     Measurement,
-    add_run_options,
     add_server_options,
     open_session,
     repeated,
@@ -22,7 +22,7 @@ from starling.lab.evaluation.commands.measuring import (
 from starling.lab.evaluation.comparison import compare, compare_depths, make_pairs
 from starling.lab.evaluation.plans import ALLOWED as ALLOWED_PLANS
 from starling.lab.evaluation.prompt_options import EvalOptions, parse_options
-from starling.lab.evaluation.report import Report, figure_png, html_report, summary, terminal_tables, worst
+from starling.lab.evaluation.report import Report, figure_png, html_report, summary, terminal_tables, worst, write_files
 from starling.lab.evaluation.runner import evaluate, key_of
 
 JSON_FILE, HTML_FILE, FIGURE_FILE = "results.json", "report.html", "differences.png"
@@ -40,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_server_options(parser)
     plans = {"flag": "--plan", "action": "append", "type": str, "metavar": "PLAN"}
     add_options(parser, EvalOptions, plans=plans | {"help": f"repeatable: {ALLOWED_PLANS}"})
-    add_run_options(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=OUT_HELP)
     return parser
 
 
@@ -101,20 +101,16 @@ async def measure(args: argparse.Namespace, options: EvalOptions, target: Sequen
 
 def write(report: Report, folder: Path, console: Console) -> None:
     """Write JSON, figure and HTML, and print the table."""
-    (folder / JSON_FILE).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    (folder / FIGURE_FILE).unlink(missing_ok=True)  # of an earlier run
-    (figure, no_figure), written = figure_or_reason(report), [JSON_FILE, HTML_FILE]
-    if figure is not None:
-        (folder / FIGURE_FILE).write_bytes(figure)
-        written.append(FIGURE_FILE)
-    (folder / HTML_FILE).write_text(html_report(report, figure), encoding="utf-8")
+    figure, no_figure = figure_or_reason(report)
+    files = {JSON_FILE: report.model_dump_json(indent=1) + "\n", HTML_FILE: html_report(report, figure)}
+    written = write_files(folder, {**files, FIGURE_FILE: figure})
     for table in terminal_tables(report):
         console.print(table)
     for text in summary(report.cells):
         console.print(escape(text))
     if figure is None:
         console.print(escape(f"no figure: {no_figure}"))
-    console.print(f"written to {escape(str(folder))}: {', '.join(written)}")
+    console.print(escape(written))
 
 
 def figure_or_reason(report: Report) -> tuple[bytes | None, str]:

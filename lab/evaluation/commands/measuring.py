@@ -30,32 +30,28 @@ from starling.lab.evaluation.tokenizer import LocalTokenizer
 
 KEY_ENV, SERVE_KEY_ENV = "OPENAI_API_KEY", "VLLM_API_KEY"
 LOG_FILE = "server.log"
+OUT_HELP = "folder of the results; a run that was ended goes on"
 
 Measurement = Callable[[Sequence[str], Console], Awaitable[int]]
 """(the arguments that name the server, console) -> exit code. The server runs, at ``args.base_url``."""
 
 
-def add_server_options(parser: argparse.ArgumentParser) -> None:
+def add_target_options(parser: argparse.ArgumentParser) -> None:
     """MODEL, or a server that runs."""
+    add, model_help = parser.add_argument, "start `starling serve MODEL` for this command, and stop it"
+    add("serve", nargs="?", metavar="MODEL", help=model_help)
+    add("--base-url", metavar="URL", help="a server that runs, such as http://localhost:8000, in place of MODEL")
+
+
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """MODEL, or a server that runs, and how it is asked."""
+    add_target_options(parser)
     add = parser.add_argument
-    add(
-        "serve",
-        nargs="?",
-        metavar="MODEL",
-        help="start `starling serve MODEL` for this command, and stop it",
-    )
-    add("--base-url", metavar="URL", help="a server that runs, such as http://localhost:8000")
     add("--model", metavar="NAME", help="the model's name on the server; needed where it has several")
     add("--api-key", metavar="KEY", help=f"of the server; default: the environment variable {KEY_ENV}")
     add("--tokenizer", metavar="FOLDER", help="the model's tokenizer, for a server without vLLM's /tokenize")
-
-
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """How prompts are sent, and where the results go."""
-    add = parser.add_argument
     add("--concurrency", type=int, metavar="N", default=1, help="prompts at the same time: 1")
     add("--timeout", type=float, metavar="SECONDS", default=600, help="that an answer may take: 600")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of the results; a run that was ended goes on")
 
 
 def run_measurement(

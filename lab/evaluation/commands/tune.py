@@ -18,9 +18,9 @@ from starling.config.presets import PRESETS
 from starling.config.star import FIELD_OF, FIELDS, QUALITY_SIZES, flat_name
 from starling.lab.command_line import add_options, given_options
 from starling.lab.evaluation.commands.measuring import (
+    OUT_HELP,
     Measurement,
     Session,
-    add_run_options,
     add_server_options,
     open_session,
     repeated,
@@ -30,7 +30,7 @@ from starling.lab.evaluation.plans import DENSE, Plan
 from starling.lab.evaluation.prompt_options import parse_options, without_secrets
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.repeats import repeated_tokens
-from starling.lab.evaluation.report import terminal_table
+from starling.lab.evaluation.report import terminal_table, write_files
 from starling.lab.evaluation.runner import key_of
 from starling.lab.evaluation.server_process import option_name
 from starling.lab.evaluation.store import Answer
@@ -52,9 +52,6 @@ from starling.lab.evaluation.tuning.tuner import Trial, Tuner, Tuning, find_engi
 
 Measure = Callable[[argparse.Namespace, TuneOptions, Sequence[str], Console], Awaitable[int]]
 """What a command does with its options, the target of its requests and a console; returns the exit code."""
-
-MakeCandidates = Callable[[Sequence[str], Sequence[Prompt], int, int], list[Candidate]]
-"""Names of plans, prompts, tokens of a page, KV heads with scores -> the candidates."""
 
 NOT_FOUND = 3
 CHOSEN_HERE = {
@@ -82,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     candidates = "a candidate in place of the default ones, such as n/8 or B=4096,A=128,O=1024; repeatable"
     plans = {"flag": "--plan", "action": "append", "type": str, "metavar": "PLAN", "help": candidates}
     add_options(parser, TuneOptions, plans=plans)
-    add_run_options(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=OUT_HELP)
     return parser
 
 
@@ -177,14 +174,15 @@ async def search(
     target: Sequence[str],
     console: Console,
     budgets: Sequence[float],
-    make_candidates: MakeCandidates = chosen_candidates,
+    *,
+    leave_out: bool = False,
 ) -> Found:
     """Make the prompts, and search for each budget with the same candidates and prompts.
 
     Args:
         target: the arguments that name the server, for the command in the report.
         budgets: of the mean loss; 1 is 100 points.
-        make_candidates: of the plans of the options, where they name some.
+        leave_out: plans of the options that can't be used.
 
     Raises:
         ServerError: a request failed.
@@ -198,7 +196,7 @@ async def search(
         options.refuse_few(len(prompts))
         page_size, kv_heads = await find_engine(session.client, prompts)
         if options.plans:
-            candidates = make_candidates(options.plans, prompts, page_size, kv_heads)
+            candidates = chosen_candidates(options.plans, prompts, page_size, kv_heads, leave_out=leave_out)
         else:
             candidates = default_candidates(prompts, page_size, options.query_tokens, kv_heads)
         halved = halves(prompts)
@@ -323,18 +321,13 @@ def write(report: TuneReport, folder: Path, served: Sequence[str], console: Cons
     Args:
         served: the model to serve, and further options of the server.
     """
-    (folder / CONFIG_FILE).unlink(missing_ok=True)  # of an earlier search with another budget
-    written = [JSON_FILE, HTML_FILE]
-    (folder / JSON_FILE).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    (folder / HTML_FILE).write_text(html_report(report, served), encoding="utf-8")
-    if report.chosen is not None and report.succeeded:
-        config = json.dumps(report.chosen.additional_config)
-        (folder / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-        written.append(CONFIG_FILE)
+    files = {JSON_FILE: report.model_dump_json(indent=1) + "\n", HTML_FILE: html_report(report, served)}
+    config = json.dumps(report.chosen.additional_config) + "\n" if report.chosen and report.succeeded else None
+    written = write_files(folder, {**files, CONFIG_FILE: config})
     title = f"Losses to dense in points of {report.measure}"
     console.print(terminal_table(title, COLUMNS, table_rows(report), wrap="result"))
     for text in summary(report):
         console.print(escape(text), soft_wrap=True)
     if report.succeeded:
         console.print(escape(how_to_serve(report, served)), soft_wrap=True)
-    console.print(f"written to {escape(str(folder))}: {', '.join(written)}")
+    console.print(escape(written))

@@ -89,8 +89,6 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="HOW",
         help=f"how your requests have their documents: {FORMS}. Default: the server's --star-segments",
     )
-    add("--concurrency", type=int, metavar="N", default=1, help="documents at the same time: 1")
-    add("--timeout", type=float, metavar="SECONDS", default=600, help="that a document may take: 600")
     return parser
 
 

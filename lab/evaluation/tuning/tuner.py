@@ -114,32 +114,23 @@ class Tuning:
     held_out: list[float]
 
 
+@dataclass(frozen=True)
 class Tuner:
     """Measures losses on one server.
 
-    Args:
+    Attributes:
         num_logprobs: tokens of an answer at which the distributions are compared; 0: none.
         concurrency: prompts at the same time.
         store: has the answers of an earlier run, and gets each new one.
         on_answer: called after each new answer.
     """
 
-    def __init__(
-        self,
-        server: Client,
-        measure: Measure,
-        *,
-        num_logprobs: int,
-        concurrency: int,
-        store: Store | Memory,
-        on_answer: Callable[[Answer], object] = lambda answer: None,
-    ) -> None:
-        self.server = server
-        self.measure = measure
-        self.num_logprobs = num_logprobs
-        self.concurrency = concurrency
-        self.store = store
-        self.on_answer = on_answer
+    server: Client
+    measure: Measure
+    num_logprobs: int
+    concurrency: int
+    store: Store | Memory
+    on_answer: Callable[[Answer], object] = lambda answer: None
 
     def upper(self, losses: Sequence[float]) -> float:
         return upper_bound(losses, self.measure.assumed_worst(losses))

@@ -51,61 +51,6 @@ STAR_NUMBERS = (
 """Fields of a star plan in PLAN_HEADER that are used here."""
 
 
-class AnswerError(Exception):
-    """An answer that is not read. The message goes behind the URL of the request."""
-
-
-class Decompressor:
-    """The decompressed bytes of an answer, piece by piece."""
-
-    def __init__(self, coding: str) -> None:
-        """
-        Args:
-            coding: the answer's `content-encoding`; empty: its bytes are as they are.
-
-        Raises:
-            AnswerError: none of CODINGS.
-        """
-        if coding not in ("", "identity", *CODINGS):
-            raise AnswerError(f"answers with content-encoding {coding!r}, which was not asked for. Allowed: {ACCEPTED}")
-        self._zlib = zlib.decompressobj(ZLIB_OR_GZIP) if coding in CODINGS else None
-
-    def decompress(self, data: bytes, limit: int) -> bytes:
-        """The next bytes, at most ``limit`` of them if they were compressed (raises AnswerError for damaged ones)."""
-        if self._zlib is None:
-            return data
-        try:
-            return self._zlib.decompress(data, limit)
-        except zlib.error as error:
-            raise AnswerError(f"answers with compressed data that are damaged: {error}") from None
-
-    def check_whole(self) -> None:
-        """Refuse (AnswerError) an answer that ended before its compressed data did."""
-        if self._zlib is not None and not self._zlib.eof:
-            raise AnswerError("answers with compressed data that end too early")
-
-
-async def read_answer(response: httpx.Response) -> httpx.Response:
-    """The whole answer of a response that was not read yet.
-
-    Its text is UTF-8: what the server says about the characters may name any codec of Python, decompressors too.
-
-    Raises:
-        AnswerError: more than MAX_ANSWER_BYTES, compressed or decompressed, or compressed otherwise than asked for.
-        httpx.HTTPError: the connection failed.
-    """
-    decompressor = Decompressor(response.headers.get("content-encoding", "").strip().lower())
-    body, received = bytearray(), 0
-    async for data in response.aiter_raw():
-        received += len(data)
-        body += decompressor.decompress(data, MAX_ANSWER_BYTES + 1 - len(body))
-        if max(received, len(body)) > MAX_ANSWER_BYTES:
-            raise AnswerError(f"answers with more than {MAX_ANSWER_BYTES} bytes, the bound MAX_ANSWER_BYTES")
-    decompressor.check_whole()
-    headers = [(name, value) for name, value in response.headers.multi_items() if name not in OF_THE_BODY]
-    return httpx.Response(response.status_code, headers=headers, content=bytes(body), request=response.request)
-
-
 def make_http(base_url: str, api_key: str | None, timeout: float) -> httpx.AsyncClient:
     """The connections to a server. Those to this machine go to no proxy, whatever the environment says.
 
@@ -423,8 +368,6 @@ class Client:
             except httpx.TransportError as error:
                 failure, pause = f"{type(error).__name__}: {error}".rstrip(": "), 0.0
                 continue
-            except AnswerError as error:
-                raise ServerError(f"{url} {error}") from None
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 raise ServerError(f"{url} can't be used: {type(error).__name__}: {error}") from None
             if response.is_success:
@@ -446,12 +389,44 @@ class Client:
         """One attempt, with its whole answer. The time is that of all of it, however often the server sends a byte.
 
         Raises:
-            AnswerError: the answer is too large, or is compressed otherwise than asked for.
+            ServerError: the answer is too large, or is compressed otherwise than asked for.
             TimeoutError: the answer took more than the client's timeout.
             httpx.HTTPError, httpx.InvalidURL: the connection failed, or can't be made.
         """
         async with asyncio.timeout(self._timeout), self._http.stream(method, path, json=body) as response:
             return await read_answer(response)
+
+
+async def read_answer(response: httpx.Response) -> httpx.Response:
+    """The whole answer of a response that was not read yet, within bounds, whatever the server sends.
+
+    Its text is UTF-8: what the server says about the characters may name any codec of Python, decompressors too.
+
+    Raises:
+        ServerError: more than MAX_ANSWER_BYTES, compressed or decompressed, or compressed otherwise than asked for.
+        httpx.HTTPError: the connection failed.
+    """
+
+    def refused(reason: str) -> ServerError:
+        return ServerError(f"{response.url} answers with {reason}")
+
+    coding = response.headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity", *CODINGS):
+        raise refused(f"content-encoding {coding!r}, which was not asked for. Allowed: {ACCEPTED}")
+    decompressor = zlib.decompressobj(ZLIB_OR_GZIP) if coding in CODINGS else None
+    body, received = bytearray(), 0
+    async for data in response.aiter_raw():
+        received += len(data)
+        try:
+            body += decompressor.decompress(data, MAX_ANSWER_BYTES + 1 - len(body)) if decompressor else data
+        except zlib.error as error:
+            raise refused(f"compressed data that are damaged: {error}") from None
+        if max(received, len(body)) > MAX_ANSWER_BYTES:
+            raise refused(f"more than {MAX_ANSWER_BYTES} bytes, the bound MAX_ANSWER_BYTES")
+    if decompressor is not None and not decompressor.eof:
+        raise refused("compressed data that end too early")
+    headers = [(name, value) for name, value in response.headers.multi_items() if name not in OF_THE_BODY]
+    return httpx.Response(response.status_code, headers=headers, content=bytes(body), request=response.request)
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from starling.config.warm_prompts import (
 from starling.lab.command_line import FAILED, make_console, progress_bars, run_command
 from starling.lab.evaluation.client import Client, RequestRefused, ServerError
 from starling.lab.evaluation.commands.measuring import LOG_FILE, add_server_options, check_arguments, connect
+from starling.lab.evaluation.prompts import read_json_lines
 from starling.lab.evaluation.server_process import served
 
 LINE = '{"text": "..."}, a text in quotes, or for chats a message {"role": ..., "content": ...}'
@@ -114,17 +115,12 @@ def run(argv: Sequence[str]) -> int:
     return run_command("starling warm", warmed, lambda: "The same command goes on from there.")
 
 
-def read_text(path: Path) -> str:
-    """The text of a file (raises ValueError: it can't be read)."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} can't be read: {error}") from None
-
-
 def read_head(path: Path | None) -> Message | None:
     """The message of a head; None: there is none (raises ValueError: it can't be read)."""
-    text = "" if path is None else read_text(path)
+    try:
+        text = "" if path is None else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"head={str(path)!r} can't be read: {error}") from None
     if not text:
         return None
     with contextlib.suppress(ValueError):
@@ -140,21 +136,14 @@ def is_message(value: Any) -> bool:
 def read_documents(path: Path) -> list[tuple[int, Message]]:
     """(line, message) of each document, equal ones once (raises ValueError: a line has no text)."""
     found: dict[str, tuple[int, Message]] = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if line.strip():
-            document = document_of(line, f"{path}, line {number}")
-            found.setdefault(json.dumps(document, sort_keys=True), (number, document))
-    if not found:
-        raise ValueError(f"{path} has no documents")
+    for number, value in read_json_lines(path, "documents", LINE):
+        document = document_of(value, f"{path}, line {number}")
+        found.setdefault(json.dumps(document, sort_keys=True), (number, document))
     return list(found.values())
 
 
-def document_of(line: str, where: str) -> Message:
-    """The message of a document, from its line."""
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}. Allowed: {LINE}.") from None
+def document_of(value: Any, where: str) -> Message:
+    """The message of a document, from the value of its line."""
     if is_message(value):
         return dict(value)
     text = value.get("text") if isinstance(value, dict) else value

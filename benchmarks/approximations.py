@@ -22,14 +22,14 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers.masking_utils import sdpa_mask
+from transformers import AutoTokenizer, DynamicCache
 
 from benchmarks.report import markdown_table, numbers_table, saved_figure, write_json
 from starling.attention_backends.star.reference import star_mask
 from starling.lab.evaluation.tasks.base import hide
 from starling.lab.evaluation.tasks.needles import NEEDLE
 from starling.lab.evaluation.tasks.words import PLACES, distinct, number, prose, pseudo_words
+from starling.lab.models import load_model
 from starling.lab.statistics import bootstrap, mean_ratio
 
 TOKENS, BLOCK, PAGE = 2048, 256, 32
@@ -194,10 +194,7 @@ def score_answers(
 def load(path: Path) -> tuple[Any, Any, MaskedAttention]:
     """Model, tokenizer, and the model's attention."""
     attention = MaskedAttention()
-    AttentionInterface.register("by_mask", attention)
-    AttentionMaskInterface.register("by_mask", sdpa_mask)
-    options = {"dtype": torch.bfloat16, "attn_implementation": "by_mask"}
-    model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
+    model = load_model(path, torch.device("cpu"), torch.bfloat16, "by_mask", attention)
     return model, AutoTokenizer.from_pretrained(path), attention
 
 

@@ -164,6 +164,6 @@ def decode_step(num_tokens: int, cache: dict[str, Any]) -> dict[str, Any]:
     """What a step reads for the next token behind a prompt: it sees all tokens, dense, with star and with documents.
 
     Args:
-        cache: from doctor.py's ``kv_cache``; no Attamba's, whose tokens do not see all keys.
+        cache: from ``kv_cache`` of command.py; no Attamba's, whose tokens do not see all keys.
     """
     return {"keys": num_tokens, "bytes": num_tokens * cache["bytes_per_token"]}

@@ -34,59 +34,6 @@ STEP = 1024  # prompts that are shortened have a multiple of this, of which an e
 SHORTEST = 2 * STEP  # a shorter prefill has too little attention to show what star saves
 
 
-def usage_checks(plain: EngineRun, ours: EngineRun, batches: Mapping[str, Sequence[str]], gpu: bool) -> list[Check]:
-    """The measurements of an activated engine, beside those of plain vLLM.
-
-    Args:
-        plain: an engine without Starling.
-        batches: what prompts are -> batches of decodes, which both engines have. Kinds without batches have no check.
-    """
-    checks = []
-    for kind, names in batches.items():
-        if names:
-            graphs = functools.partial(measure_graphs, ours, plain, kind, names)
-            title = f"speed: steps in full CUDA graphs, {kind}"
-            checks.append(Check(title, graphs if gpu else functools.partial(Skip, NO_GRAPHS)))
-    memory = functools.partial(measure_memory, ours, plain)
-    return [*checks, Check("speed: memory of the GPU", memory if gpu else functools.partial(Skip, NO_PROFILE))]
-
-
-def measure_graphs(ours: EngineRun, plain: EngineRun, kind: str, batches: Sequence[str]) -> Result | Skip:
-    """The share of an engine's steps that ran in full CUDA graphs, and of plain vLLM's with the same prompts."""
-    refusal = ours.refusal(kind)
-    if refusal is not None:
-        return Skip(refusal)
-    found, plains = ours.graphs(batches), plain.graphs(batches)
-    detail = f"{found.total()} steps: {by_mode(found)}; plain vLLM {100 * full_share(plains):.3g} %"
-    return Result(100 * full_share(found), None, "%", detail)
-
-
-def full_share(steps: Counter[str]) -> float:
-    return steps[FULL] / max(steps.total(), 1)
-
-
-def measure_memory(ours: EngineRun, plain: EngineRun) -> Result | Skip:
-    """GiB that the batches took at most beside what was allocated before them, on the rank that took most."""
-    refusal = ours.refusal()
-    if refusal is not None:
-        return Skip(refusal)
-    ranks = ours.result()["memory"]["end"]
-    reserved, requested, profiled = (
-        max(rank[name] for rank in ranks) / 2**30 for name in ("reserved", "requested", "profiled")
-    )
-    detail = (
-        f"vLLM's profile has {profiled:.3g} GiB for it, plain vLLM takes {taken(plain):.3g} GiB; "
-        f"torch has reserved {reserved:.3g} GiB in all, of {requested:.3g} GiB that vLLM may take"
-    )
-    return Result(taken(ours), None, "GiB", detail)
-
-
-def taken(run: EngineRun) -> float:
-    memory = run.result()["memory"]
-    ranks = zip(memory["start"], memory["end"], strict=True)
-    return max(end["peak"] - start["allocated"] for start, end in ranks) / 2**30
-
-
 def lengths_within(lengths: Sequence[int], max_length: int) -> dict[int, int | None]:
     """The prompts to measure instead of those of ``lengths`` tokens, for a model that takes ``max_length`` tokens.
 
@@ -274,3 +221,56 @@ def measure_documents(engines: Engines, batch: str) -> Result | Skip:
         for engine in (engines.ours, engines.plain)
     )
     return Result(ours, None, "ms", f"plain vLLM, dense {plains:.3g} ms")
+
+
+def usage_checks(plain: EngineRun, ours: EngineRun, batches: Mapping[str, Sequence[str]], gpu: bool) -> list[Check]:
+    """The measurements of an activated engine, beside those of plain vLLM.
+
+    Args:
+        plain: an engine without Starling.
+        batches: what prompts are -> batches of decodes, which both engines have. Kinds without batches have no check.
+    """
+    checks = []
+    for kind, names in batches.items():
+        if names:
+            graphs = functools.partial(measure_graphs, ours, plain, kind, names)
+            title = f"speed: steps in full CUDA graphs, {kind}"
+            checks.append(Check(title, graphs if gpu else functools.partial(Skip, NO_GRAPHS)))
+    memory = functools.partial(measure_memory, ours, plain)
+    return [*checks, Check("speed: memory of the GPU", memory if gpu else functools.partial(Skip, NO_PROFILE))]
+
+
+def measure_graphs(ours: EngineRun, plain: EngineRun, kind: str, batches: Sequence[str]) -> Result | Skip:
+    """The share of an engine's steps that ran in full CUDA graphs, and of plain vLLM's with the same prompts."""
+    refusal = ours.refusal(kind)
+    if refusal is not None:
+        return Skip(refusal)
+    found, plains = ours.graphs(batches), plain.graphs(batches)
+    detail = f"{found.total()} steps: {by_mode(found)}; plain vLLM {100 * full_share(plains):.3g} %"
+    return Result(100 * full_share(found), None, "%", detail)
+
+
+def full_share(steps: Counter[str]) -> float:
+    return steps[FULL] / max(steps.total(), 1)
+
+
+def measure_memory(ours: EngineRun, plain: EngineRun) -> Result | Skip:
+    """GiB that the batches took at most beside what was allocated before them, on the rank that took most."""
+    refusal = ours.refusal()
+    if refusal is not None:
+        return Skip(refusal)
+    ranks = ours.result()["memory"]["end"]
+    reserved, requested, profiled = (
+        max(rank[name] for rank in ranks) / 2**30 for name in ("reserved", "requested", "profiled")
+    )
+    detail = (
+        f"vLLM's profile has {profiled:.3g} GiB for it, plain vLLM takes {taken(plain):.3g} GiB; "
+        f"torch has reserved {reserved:.3g} GiB in all, of {requested:.3g} GiB that vLLM may take"
+    )
+    return Result(taken(ours), None, "GiB", detail)
+
+
+def taken(run: EngineRun) -> float:
+    memory = run.result()["memory"]
+    ranks = zip(memory["start"], memory["end"], strict=True)
+    return max(end["peak"] - start["allocated"] for start, end in ranks) / 2**30

@@ -39,7 +39,7 @@ class CommandFailed(Exception):
 def run_command(
     name: str,
     run: Callable[[], int],
-    resume: Callable[[], str] = str,
+    resume: Callable[[], str],
     unusable: tuple[type[Exception], ...] = (ValueError,),
 ) -> int:
     """Run a command, and say on standard error why it ends early.

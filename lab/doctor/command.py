@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from starling.engine_ext.serving.cli.installation import installation, print_report
 from starling.engine_ext.serving.cli.start_checks import refuse_mistakes
+from starling.lab.command_line import UNUSABLE
 from starling.lab.doctor.attention_report import (
     attention_backend,
     attention_op,
@@ -29,7 +30,6 @@ from starling.vllm_compat import versions
 from starling.vllm_compat.config import hybrid_page_size, kv_cache_capacity, page_size_before_start, plain_message
 
 OK, REFUSED = 0, 1
-UNUSABLE = 2
 
 
 def verdict(report: dict[str, Any]) -> tuple[list[str], int]:

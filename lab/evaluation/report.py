@@ -395,15 +395,11 @@ def in_words(plan: str) -> str:
     """The name of a plan as a legend shows it: "blocks of 512, anchor 64, overlap 448"."""
     parts = []
     for part in plan.split(","):
-        name, equals, value = part.partition("=")
-        if name.startswith("n/"):
-            parts.append(f"blocks of 1/{name.removeprefix('n/')} of the prompt")
-        elif name == "B" and value.startswith("n/"):
+        name, _, value = ("B", "=", part) if part.startswith("n/") else part.partition("=")
+        if name == "B" and value.startswith("n/"):
             parts.append(f"blocks of 1/{value.removeprefix('n/')} of the prompt")
-        elif equals and name in WORDS and part != "O=0":
-            parts.append(f"{WORDS[name]} {value}")
         elif part == "O=0":
             parts.append("no overlap")
         else:
-            parts.append(part)
+            parts.append(f"{WORDS[name]} {value}" if name in WORDS else part)
     return ", ".join(parts)

@@ -132,7 +132,7 @@ async def divergences(
         """The most probable tokens at each place of the answer."""
         scored = await score_tokens(client, ids, plan, answer[:ANSWER_TOKENS])
         refuse_other_sizes(plan, scored[0].plan or {}, len(ids), blocks)
-        return [one.top_logprobs or {} for one in scored]
+        return [one.score.top for one in scored if one.score is not None]
 
     def with_dense_heads(count: int) -> Plan:
         return Plan(f"{count} dense heads", options | {"star_dense_heads": f"{count / num_heads:.6f}"})

@@ -19,6 +19,7 @@ from starling.config.plain_text import plain, plain_json
 from starling.lab.command_line import CommandFailed
 from starling.lab.evaluation.plans import Plan
 from starling.lab.evaluation.prompts import NO_TEMPLATE, Tokenizer
+from starling.lab.evaluation.store import TokenScore
 
 MAX_ANSWER_BYTES = 16 * 2**20
 """Of a decompressed answer. The largest ones are the tokens of a prompt: 8 bytes each, so two million tokens."""
@@ -142,16 +143,14 @@ class Completion:
         text, finish_reason: as the server sent them.
         token_ids: of the output; None where the server does not send them.
         plan: the server's ``x-starling-plan``; None without Starling.
-        logprob: of the first output token; None where it was not asked for.
-        top_logprobs: token id -> log-probability, of the most probable tokens at the first output position.
+        score: the distribution at the first output position; None where it was not asked for.
     """
 
     text: str
     finish_reason: str | None
     token_ids: list[int] | None
     plan: dict[str, Any] | None
-    logprob: float | None = None
-    top_logprobs: dict[int, float] | None = None
+    score: TokenScore | None = None
 
 
 class Client:
@@ -308,7 +307,7 @@ class Client:
             raise ServerError(
                 "--logprobs needs log-probabilities before restrictions: vLLM's --logprobs-mode raw_logprobs"
             )
-        return replace(completion, logprob=logprob, top_logprobs=top)
+        return replace(completion, score=TokenScore(logprob=logprob, top=top))
 
     async def send(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Send a request of any kind; returns the server's plan of its prompt (raises ServerError)."""

@@ -9,7 +9,7 @@ from typing import Any
 from starling.lab.evaluation.client import Client, Completion, ServerError, naming
 from starling.lab.evaluation.plans import DENSE, Plan, with_dense
 from starling.lab.evaluation.prompts import Prompt
-from starling.lab.evaluation.store import Answer, Store, TokenScore, answer_key
+from starling.lab.evaluation.store import Answer, Store, answer_key
 
 PLAN_NUMBERS = {
     "block_size": "star_block_size",
@@ -119,13 +119,8 @@ async def ask(server: Client, prompt: Prompt, plan: Plan, key: str, num_logprobs
         finish_reason=output.finish_reason,
         token_ids=output.token_ids,
         server_plan=output.plan,
-        scores=[token_score(completion) for completion in scored],
+        scores=[completion.score for completion in scored if completion.score is not None],
     )
-
-
-def token_score(completion: Completion) -> TokenScore:
-    assert completion.logprob is not None and completion.top_logprobs is not None
-    return TokenScore(logprob=completion.logprob, top=completion.top_logprobs)
 
 
 async def score_tokens(

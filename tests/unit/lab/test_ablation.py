@@ -15,9 +15,11 @@ from starling.config.head_scores import read_scores
 from starling.engine_ext.serving.cli.main import main
 from starling.lab.calibration import scorers
 from starling.lab.calibration.ablation import divergences, fitted_scores, group_counts, random_orders
-from starling.lab.calibration.gated_model import ModelError, ScoredPrompt, layers_of
+from starling.lab.calibration.gated_model import ScoredPrompt, layers_of
 from starling.lab.calibration.scorers import part_of
 from starling.lab.evaluation.client import Completion, ServerError
+from starling.lab.evaluation.store import TokenScore
+from starling.lab.models import ModelError
 
 HEADS = [(layer, head) for layer in range(6) for head in range(5)]
 TRUE = {(0, 3): 0.5, (2, 1): 0.3, (5, 4): 0.1}
@@ -172,7 +174,8 @@ class PlanningClient:
 
     async def score_token(self, token_ids, plan, token_id):
         numbers = {"block_size": 128, "anchor_size": 128, "dense_heads": 0.5, "context_end": 100}
-        return Completion("", None, [token_id], numbers | self.sizes, -0.1, {token_id: -0.1})
+        score = TokenScore(logprob=-0.1, top={token_id: -0.1})
+        return Completion("", None, [token_id], numbers | self.sizes, score)
 
     async def complete(self, token_ids, plan, max_tokens):
         return Completion("", None, [], None)

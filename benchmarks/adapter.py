@@ -30,14 +30,7 @@ from benchmarks.report import saved_figure, write_row
 from starling.lab.distillation.adapted_model import AdaptedModel, make_rows
 from starling.lab.distillation.training import document_plan
 from starling.lab.distillation.training_prompts import TRAINED_TASKS, with_recalls
-from starling.lab.evaluation.document_prompts import (
-    ANSWER_TOKENS,
-    Asked,
-    DocumentPrompt,
-    Encoder,
-    Style,
-    make_prompt,
-)
+from starling.lab.evaluation.document_prompts import ANSWER_TOKENS, Asked, DocumentPrompt, Encoder, Style, make_prompt
 from starling.lab.models import DTYPES, kl_at_each
 from starling.lab.statistics import mean_ratio
 

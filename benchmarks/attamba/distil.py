@@ -23,13 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from benchmarks.attamba.from_transformer import (
-    Llama,
-    Method,
-    pass_through,
-    positive_direction,
-    token_windows,
-)
+from benchmarks.attamba.from_transformer import Llama, Method, pass_through, positive_direction, token_windows
 from benchmarks.report import write_json
 from examples.attamba_model import chunk_offset, join_chunks, split_chunks
 from examples.package_text import TRAIN

@@ -16,9 +16,7 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    Progress,
-)
+from rich.progress import Progress
 
 from starling.lab.command_line import make_console, progress_bars, run_command
 from starling.lab.evaluation.client import Client, ServerFacts, naming, refuse_key

@@ -18,14 +18,7 @@ from starling.lab.evaluation.report import html_page, html_table, percent, point
 from starling.lab.evaluation.tuning.candidates import served_options
 from starling.lab.evaluation.tuning.search_options import MEASURES, Measure, MeasureName
 from starling.lab.evaluation.tuning.tuner import Tuning
-from starling.lab.statistics import (
-    CONFIDENCE,
-    LOSSLESS_DRAWS,
-    Interval,
-    lower_bound,
-    prompts_needed,
-    upper_bound,
-)
+from starling.lab.statistics import CONFIDENCE, LOSSLESS_DRAWS, Interval, lower_bound, prompts_needed, upper_bound
 
 VERSION = 1
 COLUMNS = ("plan", "attention work", "prompts", "loss [95 %]", "result")

@@ -15,16 +15,7 @@ from vllm.engine.arg_utils import EngineArgs
 from starling.attention_backends.kernels.cpu import fallback
 from starling.features.replicas import network
 from starling.lab.selftest import check_prompts as p
-from starling.lab.selftest import (
-    engine_checks,
-    engine_run,
-    kernels,
-    model,
-    moved_pages,
-    speed,
-    star_rows,
-    suite,
-)
+from starling.lab.selftest import engine_checks, engine_run, kernels, model, moved_pages, speed, star_rows, suite
 from starling.lab.selftest.engine_checks import Setting, judge_tokens, settings
 from starling.lab.selftest.engine_run import EngineError, EngineRun
 from starling.lab.selftest.kernels import DECODE, MIXED, make_operands

@@ -25,7 +25,7 @@ REUSED, DOCUMENTS = "star, blocks reused", "star, documents"
 PREFIX = ("dense, prefix cache", "star, prefix cache")
 REPLACED, LONGER = "a token replaced", "one token more"
 OURS = {REPLACED: REUSED, LONGER: DOCUMENTS}
-TITLES = {kind: f"first token after an edit in the middle, {kind}, s" for kind in OURS}
+TITLES = {kind: f"first token, {kind}, s" for kind in OURS}
 
 
 def make_engine(model: Path, reuse: str) -> Engine:
@@ -83,7 +83,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = make_random_llama(Path(directory) / "llama", **RANDOM_LLAMA)
         seconds = measure(model, args.tokens, args.repeats)
-    title = f"random Llama, 2 layers, float32, {args.tokens:,} tokens in {BLOCKS} blocks"
+    title = f"after an edit in the middle: random Llama, 2 layers, float32, {args.tokens:,} tokens in {BLOCKS} blocks"
     shape = {"digits": ".2f", "figsize": (6, 4.5)}
     report_medians("block_reuse", title, seconds, OURS, TITLES, **shape, query_tokens=QUERY_TOKENS)
 

@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import OUT, mean_ratio, write_json
+from benchmarks.report import OUT, markdown_table, write_json
 from benchmarks.report import RESULTS as REPORTS
 from starling.config.star import FIELD_OF
+from starling.lab.evaluation.comparison import ALL
 from starling.lab.evaluation.measured import FILE, MeasuredLoss
 from starling.lab.evaluation.plans import DENSE, parse_plan
-from starling.lab.evaluation.statistics import ALL, kl_divergence
 from starling.lab.evaluation.store import RESULTS, Answer, read_answers
+from starling.lab.statistics import kl_divergence, mean_ratio
 from starling.scheduler.star.sizes import default_anchor_size
 
 FOLDER = Path(__file__).resolve().parent / "out" / "accuracy"
@@ -123,6 +124,24 @@ def answers_of(setup: dict[str, Any], answers: list[Answer]) -> list[Answer]:
     return [answer for answer in answers if answer.prompt in prompts and answer.plan in setup["plans"]]
 
 
+def run_eval(
+    server: Sequence[str], plans: Sequence[str], tasks: str, length: int, prompts: int, folder: Path
+) -> tuple[dict[str, Any], list[Answer]]:
+    """Run `starling eval`; its results, and the answers that it compared. Raises SystemExit with its code if it fails.
+
+    Args:
+        server: the arguments that name it: a model and options of `starling serve`, or --base-url.
+        prompts: of each task.
+    """
+    command = [str(Path(sys.executable).with_name("starling")), "eval", *server, "--tasks", tasks]
+    command += ["--lengths", str(length), "--prompts-per-cell", str(prompts), "--logprobs", str(LOGPROBS)]
+    command += ["--out", str(folder), *(argument for plan in plans for argument in ("--plan", plan))]
+    if code := subprocess.run(command).returncode:
+        sys.exit(code)
+    results, path = json.loads((folder / "results.json").read_text()), folder / RESULTS
+    return results, answers_of(results["setup"], read_answers(path, path.read_bytes().splitlines()))
+
+
 def mean_kl(dense: Answer, other: Answer) -> float:
     """The divergence of one prompt, the mean over the tokens of its answer."""
     scores = zip(dense.scores, other.scores, strict=True)
@@ -149,11 +168,7 @@ def described(name: str) -> str:
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
     """The table of docs/star-accuracy.md: a row for each model, length and plan, over all tasks."""
-
-    lines = [
-        "| model, tokens, dense's points | plan | attention work | points | KL | KL over A = B's |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for result in results:
         model, (tokens,) = Path(result["setup"]["model"]).name, result["setup"]["lengths"]
         ratios = {pair["other"]: pair["kl_ratio"] for pair in result["over_paper"] if described(pair["paper"]) == PAPER}
@@ -169,8 +184,9 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
                     f"{cell['kl']:.3f}",
                     "{:.2f} [{:.2f}, {:.2f}]".format(*ratios[cell["plan"]]) if cell["plan"] in ratios else "",
                 )
-                lines.append(f"| {' | '.join(columns)} |")
-    return "\n".join(lines)
+                rows.append(columns)
+    head = ("model, tokens, dense's points", "plan", "attention work", "points", "KL", "KL over A = B's")
+    return markdown_table(head, rows)
 
 
 def all_measured_rows() -> list[dict[str, Any]]:
@@ -194,23 +210,13 @@ def main() -> int:
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="more options of `starling serve`")
     args = parser.parse_args()
     name = f"{args.model.name}_{args.length}"
-    command = [str(Path(sys.executable).with_name("starling")), "eval", str(args.model)]
-    command += ["--tasks", TASKS, "--lengths", str(args.length), "--prompts-per-cell", str(args.prompts_per_cell)]
     names = plans(args.length, args.parts)
     halves = [(paper, half_anchor(paper)) for paper in plans(args.length, args.half)[::2] if paper in names]
     pairs = [*zip(names[::2], names[1::2], strict=True), *halves]
     pairs += [(names[names.index(paper) + 1], half) for paper, half in halves]
     names += [half for _, half in halves]
-    for plan in names:
-        command += ["--plan", plan]
-    command += ["--logprobs", str(LOGPROBS), "--out", str(FOLDER / name), *ENGINE]
-    command += ["--star-dense-heads", "0", *args.serve]
-    code = subprocess.run(command).returncode
-    if code:
-        return code
-    results = json.loads((FOLDER / name / "results.json").read_text())
-    lines = (FOLDER / name / RESULTS).read_bytes().splitlines()
-    answers = answers_of(results["setup"], read_answers(FOLDER / name / RESULTS, lines))
+    server = [str(args.model), *ENGINE, "--star-dense-heads", "0", *args.serve]
+    results, answers = run_eval(server, names, TASKS, args.length, args.prompts_per_cell, FOLDER / name)
     result = evaluation(results) | {"over_paper": loss_ratios(answers, pairs)}
     path = write_json(args.result or f"accuracy_{name}", result)
     shutil.copy(FOLDER / name / "differences.png", path.with_suffix(".png"))

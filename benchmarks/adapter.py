@@ -26,19 +26,13 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from benchmarks.report import mean_ratio, saved_figure, write_row
+from benchmarks.report import saved_figure, write_row
 from starling.lab.distillation.adapted_model import AdaptedModel, make_rows
-from starling.lab.distillation.distil_options import DTYPES
 from starling.lab.distillation.training import document_plan
 from starling.lab.distillation.training_prompts import TRAINED_TASKS, with_recalls
-from starling.lab.evaluation.document_prompts import (
-    ANSWER_TOKENS,
-    Asked,
-    DocumentPrompt,
-    Encoder,
-    Style,
-    make_prompt,
-)
+from starling.lab.evaluation.document_prompts import ANSWER_TOKENS, Asked, DocumentPrompt, Encoder, Style, make_prompt
+from starling.lab.models import DTYPES, kl_at_each
+from starling.lab.statistics import mean_ratio
 
 OTHERS = ("nth_note", "niah_multivalue", "niah_multiquery", "niah_single_3")
 TOKENS = 1024
@@ -116,7 +110,7 @@ def outcomes(model: AdaptedModel, prompt: DocumentPrompt) -> dict[str, Outcome]:
     dense = found[DENSE]
     return {
         name: Outcome(
-            float((dense.exp() * (dense - logprobs)).sum(-1).mean()),
+            float(kl_at_each(dense, logprobs).mean()),
             float(logprobs.gather(1, answer[:, None]).mean()),
             bool((logprobs.argmax(-1) == answer).all()),
         )

@@ -21,12 +21,14 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from benchmarks.report import mean_ratio, saved_figure, write_row
+from benchmarks.report import saved_figure, write_row
 from starling.lab.distillation.adapted_model import AdaptedModel
 from starling.lab.distillation.command import task_cases
-from starling.lab.distillation.distil_options import DTYPES, DistilOptions
+from starling.lab.distillation.distil_options import DistilOptions
 from starling.lab.distillation.training import HeldOut, Training, losses
 from starling.lab.evaluation.document_prompts import Encoder
+from starling.lab.models import DTYPES
+from starling.lab.statistics import mean_ratio
 
 SHARED: dict[str, Any] = {"tokens": 640, "questions": 5, "rank": 6}
 SETS: dict[str, dict[str, Any]] = {

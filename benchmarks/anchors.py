@@ -38,7 +38,7 @@ from benchmarks.approximations import (
     score_answers,
     shown,
 )
-from benchmarks.report import write_json
+from benchmarks.report import markdown_table, write_json
 
 NAME = "anchors"
 ASKED = slice(0, None, 3)
@@ -217,30 +217,25 @@ def rows_of(documents: Sequence[Scores], codes: int = CODES) -> dict[str, dict[s
 def markdown(result: dict[str, Any]) -> str:
     """Two tables for one model; docs/star-accuracy.md says what they show."""
 
-    def cells(row: dict[str, Any], **same: str) -> str:
+    def cells(name: str, row: dict[str, Any], **more: str) -> list[str]:
         """A text for each interval; empty where a variant would be compared with itself."""
+        same = {"passcodes_over_dense": DENSE, "two_facts_over_dense": DENSE, "over_star": STAR} | more
         found = f"{100 * row['passcodes_found']:.0f} %"
-        return " | ".join([found, *("" if name == other else shown(row[field]) for field, other in same.items())])
+        return [found, *("" if name == other else shown(row[field]) for field, other in same.items())]
 
-    title = f"{result['model']}, {result['documents']} documents"
-    lines = [
-        f"| {title} | paper | found | passcodes | two facts | both, over A = B |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, row in result["rows"].items():
-        paper = f"{PAPER[name]:.1f} %" if name in PAPER else ""
-        text = cells(row, passcodes_over_dense=DENSE, two_facts_over_dense=DENSE, over_star=STAR)
-        lines.append(f"| {name} | {paper} | {text} |")
-    title = f"{result['model']}, {result['question_documents']} documents"
-    lines += [
-        "",
-        f"| {title} | found | passcodes | two facts | both, over A = B | both, over overlap |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, row in result["question_rows"].items():
-        text = cells(row, passcodes_over_dense=DENSE, two_facts_over_dense=DENSE, over_star=STAR, over_overlap=OVERLAP)
-        lines.append(f"| {name} | {text} |")
-    return "\n".join(lines)
+    def papers(name: str) -> str:
+        return f"{PAPER[name]:.1f} %" if name in PAPER else ""
+
+    columns = ["found", "passcodes", "two facts", "both, over A = B"]
+    first = markdown_table(
+        [f"{result['model']}, {result['documents']} documents", "paper", *columns],
+        [[name, papers(name), *cells(name, row)] for name, row in result["rows"].items()],
+    )
+    second = markdown_table(
+        [f"{result['model']}, {result['question_documents']} documents", *columns, "both, over overlap"],
+        [[name, *cells(name, row, over_overlap=OVERLAP)] for name, row in result["question_rows"].items()],
+    )
+    return f"{first}\n\n{second}"
 
 
 def result_of(model: str, anchors: Sequence[Scores], questions: Sequence[Scores]) -> dict[str, Any]:

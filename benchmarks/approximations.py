@@ -21,16 +21,16 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers.masking_utils import sdpa_mask
+from transformers import AutoTokenizer, DynamicCache
 
-from benchmarks.report import mean_ratio, saved_figure, write_json
+from benchmarks.report import markdown_table, numbers_table, saved_figure, write_json
 from starling.attention_backends.star.reference import star_mask
 from starling.lab.evaluation.tasks.base import hide
 from starling.lab.evaluation.tasks.needles import NEEDLE
 from starling.lab.evaluation.tasks.words import PLACES, distinct, number, prose, pseudo_words
+from starling.lab.models import load_model
+from starling.lab.statistics import bootstrap, mean_ratio
 
 TOKENS, BLOCK, PAGE = 2048, 256, 32
 CODES, MOVED = 6, 6
@@ -194,17 +194,14 @@ def score_answers(
 def load(path: Path) -> tuple[Any, Any, MaskedAttention]:
     """Model, tokenizer, and the model's attention."""
     attention = MaskedAttention()
-    AttentionInterface.register("by_mask", attention)
-    AttentionMaskInterface.register("by_mask", sdpa_mask)
-    options = {"dtype": torch.bfloat16, "attn_implementation": "by_mask"}
-    model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
+    model = load_model(path, torch.device("cpu"), torch.bfloat16, "by_mask", attention)
     return model, AutoTokenizer.from_pretrained(path), attention
 
 
 def interval(differences: np.ndarray) -> list[float]:
     """(mean, lower, upper) over documents: a 95 % bootstrap interval, fixed seed."""
-    means = np.random.default_rng(0).choice(differences, (10_000, len(differences))).mean(1)
-    return [float(differences.mean()), *(float(bound) for bound in np.quantile(means, [0.025, 0.975]))]
+    found = bootstrap([differences.tolist()])
+    return [found.mean, found.low, found.high]
 
 
 def rows_of(logprobs: dict[str, np.ndarray], keys: dict[str, int]) -> dict[str, dict[str, Any]]:
@@ -236,16 +233,13 @@ def shown(values: list[float]) -> str:
 def markdown(result: dict[str, Any]) -> str:
     """A table for one model; docs/star-accuracy.md says what it shows."""
     title = f"{result['model']}, {result['documents']} documents"
-    lines = [
-        f"| {title} | attention work | passcodes | two facts | both | loss over star's |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for name, row in result["rows"].items():
         if name != DENSE:
             intervals = (row["passcodes_over_dense"], row["two_facts_over_dense"], row["over_dense"])
             ratio = "{:.2f} [{:.2f}, {:.2f}]".format(*row["loss_over_stars"])
-            lines.append(f"| {name} | {100 * row['keys']:.0f} % | {' | '.join(map(shown, intervals))} | {ratio} |")
-    return "\n".join(lines)
+            rows.append([name, f"{100 * row['keys']:.0f} %", *map(shown, intervals), ratio])
+    return markdown_table([title, "attention work", "passcodes", "two facts", "both", "loss over star's"], rows)
 
 
 def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
@@ -276,9 +270,10 @@ def main() -> None:
             values, keys[name] = answer_logprobs(model, attention, document, mask)
             logprobs[name].append(values)
     rows = rows_of({name: np.asarray(values) for name, values in logprobs.items()}, keys)
-    table = Table(title=f"{args.model.name}: log-probability of a token of the answer, {args.documents} documents")
-    for column in ("approximation", "keys", "over dense [95 %]", "passcodes", "two facts", "loss over star's [95 %]"):
-        table.add_column(column, justify="right")
+    columns = ("approximation", "keys", "over dense [95 %]", "passcodes", "two facts", "loss over star's [95 %]")
+    table = numbers_table(
+        f"{args.model.name}: log-probability of a token of the answer, {args.documents} documents", columns
+    )
     for name, row in rows.items():
         intervals = (row["over_dense"], row["passcodes_over_dense"], row["two_facts_over_dense"])
         ratio = "" if name == DENSE else shown(row["loss_over_stars"])

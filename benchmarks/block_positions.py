@@ -14,18 +14,15 @@ from __future__ import annotations
 
 import argparse
 import random
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from benchmarks.engine import Engine
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import plot_medians, ratios_over, saved_figure, write_json
+from benchmarks.report import report_medians
 from benchmarks.star_ttft import ENGINE, QUERY_TOKENS, RANDOM_LLAMA
 
 MARK, HEAD_TOKENS, NEW_TOKENS = 255, 256, 33
@@ -118,14 +115,6 @@ TITLES = {
 }
 
 
-def plot(title: str, seconds: dict[str, dict[str, list[float]]], path: Path) -> None:
-    with saved_figure(path, len(seconds), figsize=(6.5, 5)) as (figure, axes):
-        for axis, (name, times) in zip(axes, seconds.items(), strict=True):
-            plot_medians(axis, times, ".3g")
-            axis.set_title(TITLES[name], fontsize=9)
-        figure.suptitle(title, fontsize=10)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=32768)
@@ -142,20 +131,8 @@ def main() -> None:
                 "retrieval": measurement.retrieval(),
             }
     title = f"random Llama, 2 layers, float32, {args.tokens:,} tokens in {DOCUMENTS} documents"
-    table = Table(title=title)
-    for column in ("measurement", "configuration", "s (median)", "over a block's own positions"):
-        table.add_column(column, justify="right")
-    ratios: dict[str, Any] = {}
-    for name, times in seconds.items():
-        over = ratios[name] = ratios_over(times, BLOCK)
-        for other, values in times.items():
-            ratio = f"{over[other]['median']:.2f}x" if other in over else ""
-            table.add_row(TITLES[name], other, f"{statistics.median(values):.3g}", ratio)
-    Console().print(table)
-    result = {"title": title, "query_tokens": QUERY_TOKENS, "seconds": seconds, "over_ours": ratios}
-    path = write_json("block_positions", result)
-    plot(title, seconds, path.with_suffix(".png"))
-    print(path)
+    ours, shape = dict.fromkeys(seconds, BLOCK), {"digits": ".3g", "figsize": (6.5, 5)}
+    report_medians("block_positions", title, seconds, ours, TITLES, **shape, query_tokens=QUERY_TOKENS)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import argparse
 import random
-import statistics
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from benchmarks.engine import Engine
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import plot_medians, ratios_over, saved_figure, write_json
+from benchmarks.report import report_medians
 from benchmarks.star_ttft import ENGINE, QUERY_TOKENS, RANDOM_LLAMA
 
 BLOCKS, MARK = 16, 255
@@ -29,6 +25,7 @@ REUSED, DOCUMENTS = "star, blocks reused", "star, documents"
 PREFIX = ("dense, prefix cache", "star, prefix cache")
 REPLACED, LONGER = "a token replaced", "one token more"
 OURS = {REPLACED: REUSED, LONGER: DOCUMENTS}
+TITLES = {kind: f"first token, {kind}, s" for kind in OURS}
 
 
 def make_engine(model: Path, reuse: str) -> Engine:
@@ -78,15 +75,6 @@ def measure(model: Path, length: int, repeats: int) -> dict[str, dict[str, list[
     return seconds
 
 
-def plot(title: str, seconds: dict[str, dict[str, list[float]]], path: Path) -> None:
-    with saved_figure(path, len(seconds), figsize=(6, 4.5), sharex=True) as (figure, axes):
-        for axis, (edit, times) in zip(axes, seconds.items(), strict=True):
-            plot_medians(axis, times, ".2f")
-            axis.set_title(edit, fontsize=9)
-        axes[-1].set_xlabel("time to first token after an edit in the middle, seconds")
-        figure.suptitle(title, fontsize=10)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=32768)
@@ -95,21 +83,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = make_random_llama(Path(directory) / "llama", **RANDOM_LLAMA)
         seconds = measure(model, args.tokens, args.repeats)
-    title = f"random Llama, 2 layers, float32, {args.tokens:,} tokens in {BLOCKS} blocks"
-    table = Table(title=title)
-    for column in ("edit", "configuration", "TTFT s (median)", "over ours"):
-        table.add_column(column, justify="right")
-    ratios: dict[str, Any] = {}
-    for edit, times in seconds.items():
-        over = ratios[edit] = ratios_over(times, OURS[edit])
-        for name, values in times.items():
-            ratio = f"{over[name]['median']:.1f}x" if name in over else ""
-            table.add_row(edit, name, f"{statistics.median(values):.2f}", ratio)
-    Console().print(table)
-    result = {"title": title, "query_tokens": QUERY_TOKENS, "seconds": seconds, "over_ours": ratios}
-    path = write_json("block_reuse", result)
-    plot(title, seconds, path.with_suffix(".png"))
-    print(path)
+    title = f"after an edit in the middle: random Llama, 2 layers, float32, {args.tokens:,} tokens in {BLOCKS} blocks"
+    shape = {"digits": ".2f", "figsize": (6, 4.5)}
+    report_medians("block_reuse", title, seconds, OURS, TITLES, **shape, query_tokens=QUERY_TOKENS)
 
 
 if __name__ == "__main__":

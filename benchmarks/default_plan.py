@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,12 +17,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import median_ratio, saved_figure, write_row
+from benchmarks.accuracy import run_eval
+from benchmarks.report import saved_figure, write_row
 from examples.server import serving
-from starling.lab.evaluation.completions_client import Client
+from starling.lab.evaluation.client import Client
 from starling.lab.evaluation.plans import DENSE, parse_plan
 from starling.lab.evaluation.prompts import task_prompts
 from starling.lab.evaluation.tasks import choose_tasks
+from starling.lab.statistics import median_ratio
 
 TASKS = "niah_single_2,niah_multikey_1,niah_multiquery,vt,code"
 TIMED_TASK = "niah_single_2"
@@ -34,11 +33,8 @@ PLAN = "default"
 
 def measure_answers(url: str, length: int, prompts: int, folder: Path) -> dict[str, Any]:
     """The row of `starling eval` over all tasks for the default plan."""
-    command = [Path(sys.executable).with_name("starling"), "eval", "--base-url", url, "--plan", PLAN, "--tasks", TASKS]
-    command += ["--lengths", str(length), "--prompts-per-cell", str(prompts), "--logprobs", "4", "--out", folder]
-    subprocess.run(command, check=True)
-    cells = json.loads((folder / "results.json").read_text())["cells"]
-    (row,) = [cell for cell in cells if cell["plan"] == PLAN and cell["task"] == "all"]
+    results, _ = run_eval(["--base-url", url], [PLAN], TASKS, length, prompts, folder)
+    (row,) = [cell for cell in results["cells"] if cell["plan"] == PLAN and cell["task"] == "all"]
     return row
 
 

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from benchmarks.engine import Engine
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import ratio_interval, saved_figure, write_json
+from benchmarks.report import numbers_table, plot_ratios, saved_figure, write_json
 from benchmarks.star_ttft import RANDOM_LLAMA
+from starling.lab.statistics import ratio_interval
 
 ENGINES = {
     "plain vLLM": {"env": {"VLLM_PLUGINS": ""}},
@@ -74,14 +74,8 @@ def interleave(
 def plot(figures: dict[str, dict[str, tuple[float, float, float]]], path: Path, baseline: str = "plain vLLM") -> None:
     """Plot workload -> engine -> (median, lower, upper) of its time divided by the baseline's."""
     with saved_figure(path, figsize=(7, 3)) as (_, axis):
-        labels = []
-        for workload, engines in figures.items():
-            for name, (median, lower, upper) in engines.items():
-                row = len(labels)
-                axis.errorbar(median, row, xerr=[[median - lower], [upper - median]], fmt="o", capsize=4, color="C0")
-                labels.append(f"{workload}\n{name}")
-        axis.axvline(1, color="grey", linewidth=0.8)
-        axis.set_yticks(range(len(labels)), labels, fontsize=8)
+        of_each = ((f"{workload}\n{name}", ratio) for workload, of in figures.items() for name, ratio in of.items())
+        plot_ratios(axis, dict(of_each))
         axis.set_xlabel(f"time over {baseline}'s (median, 95 % interval)")
 
 
@@ -96,9 +90,7 @@ def main() -> None:
         workload: {name: ratio_interval(runs[plain], times) for name, times in runs.items() if name != plain}
         for workload, runs in seconds.items()
     }
-    table = Table(title="time over plain vLLM's")
-    for column in ("workload", "engine", "median", "95 % interval"):
-        table.add_column(column)
+    table = numbers_table("time over plain vLLM's", ("workload", "engine", "median", "95 % interval"))
     for workload, engines in figures.items():
         for name, (median, lower, upper) in engines.items():
             table.add_row(workload, name, f"{median:.3f}", f"{lower:.3f} to {upper:.3f}")

@@ -17,16 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import operator
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import ENGINE, LOGPROBS, QUERY_TOKENS, TASKS, answers_of, evaluation, loss_ratios, plans
-from benchmarks.report import saved_figure, write_json
+from benchmarks.accuracy import ENGINE, QUERY_TOKENS, TASKS, evaluation, loss_ratios, plans, run_eval
+from benchmarks.report import markdown_table, saved_figure, write_json
+from starling.lab.evaluation.comparison import ALL
 from starling.lab.evaluation.plans import DENSE
-from starling.lab.evaluation.statistics import ALL
-from starling.lab.evaluation.store import RESULTS, read_answers
 
 FOLDER = Path(__file__).resolve().parent / "out" / "dense_heads"
 PARTS = (8, 16)
@@ -81,15 +78,14 @@ def shown(name: str, length: int) -> tuple[str, str]:
 def markdown(results: list[dict[str, Any]]) -> str:
     """A row for each plan, and for each result the plan's work, loss and points; docs/dense-heads.md has some."""
     plans = sorted({shown(name, length_of(result)) for result in results for name in result["plans"]}, key=order)
-    rows = [["plan"], ["---"], *([", ".join(plan)] for plan in plans)]
+    head, rows = ["plan"], [[", ".join(plan)] for plan in plans]
     for result in results:
         dense = next(cell["dense_score"] for cell in result["cells"] if cell["task"] == ALL)
         of = {shown(name, length_of(result)): row for name, row in result["plans"].items()}
         title = f"{result['model']}, {length_of(result):,} tokens, {result['prompts']} prompts"
-        column = [f"{title}, dense scores {100 * dense:.0f}", "---"]
-        column += [cell_of(of[plan]) if plan in of else "" for plan in plans]
-        rows = [[*row, cell] for row, cell in zip(rows, column, strict=True)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        head.append(f"{title}, dense scores {100 * dense:.0f}")
+        rows = [[*row, cell_of(of[plan]) if plan in of else ""] for row, plan in zip(rows, plans, strict=True)]
+    return markdown_table(head, rows)
 
 
 def cell_of(row: dict[str, Any]) -> str:
@@ -186,15 +182,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     names = named_plans(args.length, args.few)
     if args.adapter is not None:
         names, serve = with_and_without(names), ["--star-adapter", str(args.adapter), *serve]
-    command = [str(Path(sys.executable).with_name("starling")), "eval", str(args.model)]
-    command += ["--tasks", args.tasks, "--lengths", str(args.length), "--prompts-per-cell", str(args.prompts_per_cell)]
-    command += [argument for name in names for argument in ("--plan", name)]
-    command += ["--logprobs", str(LOGPROBS), "--out", str(folder), *ENGINE, *serve]
-    code = subprocess.run(command).returncode
-    if code:
-        sys.exit(code)
-    results = json.loads((folder / "results.json").read_text())
-    answers = answers_of(results["setup"], read_answers(folder / RESULTS, (folder / RESULTS).read_bytes().splitlines()))
+    server = [str(args.model), *ENGINE, *serve]
+    results, answers = run_eval(server, names, args.tasks, args.length, args.prompts_per_cell, folder)
     return evaluation(results) | {
         "model": args.model.name,
         "query_tokens": QUERY_TOKENS,

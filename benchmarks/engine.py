@@ -10,14 +10,54 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
-class Engine:
+class Child:
+    """A process that reads requests and writes responses, each as a line of JSON. It stops on exit.
+
+    Args:
+        name: says in messages what runs in it.
+        options: of Popen.
+
+    Attributes:
+        ready: what it writes once it is ready.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], **options: Any) -> None:
+        self.name = name
+        self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+
+    def __enter__(self) -> Self:
+        self.ready = self._read()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.child.stdin is not None
+        self.child.stdin.close()
+        self.child.wait(60)
+
+    def ask(self, **fields: Any) -> dict[str, Any]:
+        """The response to a request (raises RuntimeError: the process ended)."""
+        assert self.child.stdin is not None
+        self.child.stdin.write(json.dumps(fields) + "\n")
+        self.child.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.child.stdout is not None
+        line = self.child.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process of {self.name} ended with exit code {self.child.wait(60)}")
+        return json.loads(line)
+
+
+class Engine(Child):
     """The engine starts on entry and stops on exit.
 
     Args:
@@ -25,9 +65,6 @@ class Engine:
         env: additional environment of the engine's process.
         timed_attention: whether to time the attention layers too.
         arguments: of vllm.LLM.
-
-    Attributes:
-        cache_tokens: how many tokens the KV cache holds, as vLLM reports it.
     """
 
     def __init__(
@@ -40,24 +77,14 @@ class Engine:
     ):
         llm = {"model": str(model), "enforce_eager": True, "enable_prefix_caching": False} | arguments
         job = json.dumps({"llm": llm, "timed_attention": timed_attention})
-        self.child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.engine", job],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            # Timing the attention layers sends a function to the workers. vLLM allows that with this variable only.
-            env=os.environ | QUIET | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} | (env or {}),
-        )
+        # Timing the attention layers sends a function to the workers. vLLM allows that with this variable only.
+        environment = os.environ | QUIET | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} | (env or {})
+        super().__init__("the engine", [sys.executable, "-m", "benchmarks.engine", job], cwd=ROOT, env=environment)
 
-    def __enter__(self) -> Engine:
-        self.cache_tokens: int = self._read()["cache_tokens"]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self.child.stdin is not None
-        self.child.stdin.close()
-        self.child.wait(60)
+    @property
+    def cache_tokens(self) -> int:
+        """How many tokens the KV cache holds, as vLLM reports it."""
+        return self.ready["cache_tokens"]
 
     def generate(
         self,
@@ -79,26 +106,11 @@ class Engine:
         Raises:
             RuntimeError: the engine's process ended.
         """
-        return self._request(
-            batch=[ids], extra_args=extra_args or None, max_tokens=max_tokens, cpu_attention=cpu_attention
-        )
+        return self.ask(batch=[ids], extra_args=extra_args or None, max_tokens=max_tokens, cpu_attention=cpu_attention)
 
     def generate_batch(self, batch: list[list[int]], max_tokens: int) -> dict[str, Any]:
         """As ``generate``, for prompts that arrive at once; ``token_ids`` are those of the first prompt."""
-        return self._request(batch=batch, extra_args=None, max_tokens=max_tokens, cpu_attention=None)
-
-    def _request(self, **fields: Any) -> dict[str, Any]:
-        assert self.child.stdin is not None
-        self.child.stdin.write(json.dumps(fields) + "\n")
-        self.child.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self.child.stdout is not None
-        line = self.child.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the engine process ended with exit code {self.child.wait(60)}")
-        return json.loads(line)
+        return self.ask(batch=batch, extra_args=None, max_tokens=max_tokens, cpu_attention=None)
 
 
 def time_attention(worker: Any) -> None:

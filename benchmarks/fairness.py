@@ -22,14 +22,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from benchmarks.engine import QUIET
 from benchmarks.random_llama import make_random_llama
 from benchmarks.report import (
     legend_below,
+    numbers_table,
     plot_two_times,
-    ratio_interval,
     read_json,
     saved_figure,
     write_json,
@@ -37,6 +36,7 @@ from benchmarks.report import (
 )
 from benchmarks.star_ttft import ENGINE, QUERY_TOKENS, RANDOM_LLAMA
 from starling.features.fairness.core import PrefillLimiter
+from starling.lab.statistics import ratio_interval
 
 STEP = ENGINE["max_num_batched_tokens"]
 SHORT, EVERY_SECONDS = 128, 0.83  # not a multiple of a step's time
@@ -177,9 +177,8 @@ def label(result: dict[str, Any]) -> str:
 
 
 def show(result: dict[str, Any]) -> None:
-    table = Table(title=f"{label(result)}: seconds, and tokens of long prompts per second")
-    for column in ("scheduling", "short TTFT median", "max", "decode pause median", "p99", "tokens/s"):
-        table.add_column(column, justify="right")
+    columns = ("scheduling", "short TTFT median", "max", "decode pause median", "p99", "tokens/s")
+    table = numbers_table(f"{label(result)}: seconds, and tokens of long prompts per second", columns)
     for name, row in result["rows"].items():
         values = [f"{row[key]:.3f}" for key in list(row)[:4]]
         table.add_row(name, *values, f"{row['long_tokens_per_second']:.0f}")

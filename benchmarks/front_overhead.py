@@ -30,13 +30,14 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from benchmarks.engine import QUIET
 from benchmarks.random_llama import make_tiny_llama
-from benchmarks.report import ratio_interval, saved_figure, write_json
+from benchmarks.report import saved_figure, write_json
 from benchmarks.streaming_clients import PROMPT, time_streams
 from examples.server import free_ports
 from starling.engine_ext.serving.cli.serve import start_front
 from starling.engine_ext.serving.cli.serve_args import parse, refuse_open_plaintext
 from starling.engine_ext.serving.grpc.addresses import NO_ADMIN
 from starling.engine_ext.start import plugin
+from starling.lab.statistics import ratio_interval
 
 IN_PROCESS, GRPC, HTTP = WAYS = ("in process", "gRPC", "HTTP")
 MODEL = "tiny"

@@ -21,12 +21,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from benchmarks.block_positions import MARK, OWN, make_documents, prompt
 from benchmarks.engine import Engine
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import plot_medians, ratios_over, saved_figure, write_json
+from benchmarks.report import numbers_table, plot_medians, ratios_over, saved_figure, write_json
 from benchmarks.star_ttft import ENGINE, QUERY_TOKENS, RANDOM_LLAMA
 
 HEAD_TOKENS, RETRIEVED = 256, 8
@@ -121,9 +120,7 @@ def main() -> None:
         seconds, sources = measure(model, folder, prompts)
     title = f"random Llama, 2 layers, float32, {RETRIEVED} of {args.documents} documents of {args.tokens:,} tokens"
     over = ratios_over(seconds, DENSE)
-    table = Table(title=title)
-    for column in ("documents", "TTFT s (median)", "dense over it", "tokens from"):
-        table.add_column(column, justify="right")
+    table = numbers_table(title, ("documents", "TTFT s (median)", "dense over it", "tokens from"))
     for name, values in seconds.items():
         ratio = f"{1 / over[name]['median']:.1f}x" if name in over else ""
         found = ", ".join(f"{kind} {tokens:,}" for kind, tokens in sources.get(name, {}).items() if tokens)

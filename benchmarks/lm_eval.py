@@ -13,19 +13,19 @@ import json
 import shutil
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prometheus_client.parser import text_string_to_metric_families
+import httpx
 
 from benchmarks.accuracy import ENGINE, QUERY_TOKENS, plans
 from benchmarks.engine import ROOT
-from benchmarks.report import write_json
+from benchmarks.report import markdown_table, write_json
+from benchmarks.soak.target import series_sum
 from starling.lab.evaluation.plans import DENSE, Plan, parse_plan
 from starling.lab.evaluation.server_process import served
-from starling.lab.evaluation.statistics import bootstrap
+from starling.lab.statistics import bootstrap
 
 PROGRAM = ROOT / "build" / "lm-eval" / "bin" / "lm_eval"
 FOLDER = ROOT / "benchmarks" / "out" / "lm_eval"
@@ -66,14 +66,8 @@ def harness_command(
 
 def star_requests(base_url: str) -> float:
     """How many requests the server has run with Star Attention."""
-    with urllib.request.urlopen(f"{base_url}/metrics", timeout=60) as response:
-        families = text_string_to_metric_families(response.read().decode())
-    samples = [sample for family in families for sample in family.samples]
-    return sum(
-        sample.value
-        for sample in samples
-        if sample.name == "starling:requests_total" and sample.labels["attention"] == "star"
-    )
+    text = httpx.get(f"{base_url}/metrics", timeout=60).text
+    return series_sum(text, 'starling:requests_total{[^}]*attention="star"[^}]*}')
 
 
 def read_samples(out: Path, task: str, length: int) -> dict[str, tuple[float, str]]:
@@ -112,15 +106,14 @@ def make_cell(
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
     """The table of docs/star-accuracy.md: a row for each task and plan of each run."""
-    lines = ["| task, prompts | plan | dense | difference [95 %] |", "| --- | --- | --- | --- |"]
+    rows = []
     for result in results:
         for cell in result["cells"]:
             mean, low, high = (100 * cell["difference"][name] for name in ("mean", "low", "high"))
-            lines.append(
-                f"| `{cell['task']}`, {cell['prompts']} | `{cell['plan'].removesuffix(f',Q={QUERY_TOKENS}')}` | "
-                f"{100 * cell['dense_score']:.0f} % | {mean:+.0f} [{low:+.0f}, {high:+.0f}] |"
-            )
-    return "\n".join(lines)
+            plan, dense = cell["plan"].removesuffix(f",Q={QUERY_TOKENS}"), f"{100 * cell['dense_score']:.0f} %"
+            difference = f"{mean:+.0f} [{low:+.0f}, {high:+.0f}]"
+            rows.append([f"`{cell['task']}`, {cell['prompts']}", f"`{plan}`", dense, difference])
+    return markdown_table(["task, prompts", "plan", "dense", "difference [95 %]"], rows)
 
 
 def measure(

@@ -41,10 +41,11 @@ from benchmarks.rag_prompts import (
     question_of,
     training_prompts,
 )
-from benchmarks.report import RESULTS, ratio_interval, saved_figure, write_json
+from benchmarks.report import RESULTS, saved_figure, write_json
 from examples.completions import Answer, Completions
 from examples.server import serving
 from examples.stdlib_documents import Index, make_documents
+from starling.lab.statistics import ratio_interval
 
 MAX_TOKENS = 16
 DENSE, DOCUMENTS = "dense", "documents"

@@ -14,8 +14,8 @@ from typing import Any
 from benchmarks import default_plan, fairness, routing
 from benchmarks.agents import __main__ as agents_main
 from benchmarks.report import OUT, RESULTS
-from starling.lab.evaluation.figure import figure_png
-from starling.lab.evaluation.statistics import Cell
+from starling.lab.evaluation.comparison import Cell
+from starling.lab.evaluation.report import figure_png
 
 
 def draw_cells(result: dict[str, Any], path: Path) -> None:

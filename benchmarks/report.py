@@ -8,14 +8,17 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from rich.console import Console
+from rich.table import Table
 
+from starling.lab.machine import cpu_facts
+from starling.lab.statistics import ratio_interval
 from starling.vllm_compat.versions import vllm_version
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -30,8 +33,7 @@ ORIGIN = ("machine", "date", "note")
 
 def machine() -> dict[str, Any]:
     """The processor, its family and model number, its cores, and the versions of Python, vLLM and torch."""
-    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
-    found = {name.strip(): value.strip() for name, _, value in lines}
+    found = cpu_facts()
     return {
         "processor": found.get("model name", "unknown"),
         "family_model": [found.get("cpu family"), found.get("model")],
@@ -47,21 +49,6 @@ def origin() -> dict[str, Any]:
     found = {"machine": machine(), "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
     note = os.environ.get("BENCHMARKS_NOTE")
     return found | ({"note": note} if note else {})
-
-
-def median_ratio(baseline: Sequence[float], other: Sequence[float]) -> float:
-    """Median of baseline / other over pairs of adjacent runs."""
-    return statistics.median(first / second for first, second in zip(baseline, other, strict=True))
-
-
-def ratio_interval(
-    baseline: Sequence[float], other: Sequence[float], *, draws: int = 10_000
-) -> tuple[float, float, float]:
-    """(median, lower, upper) of other / baseline over interleaved pairs: a 95 % bootstrap interval, fixed seed."""
-    ratios = np.asarray(other) / np.asarray(baseline)
-    drawn = np.random.default_rng(0).choice(ratios, (draws, len(ratios)))
-    lower, upper = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
-    return float(np.median(ratios)), float(lower), float(upper)
 
 
 def ratios_over(times: Mapping[str, Sequence[float]], ours: str) -> dict[str, dict[str, float]]:
@@ -87,11 +74,64 @@ def plot_medians(axis: Any, times: Mapping[str, Sequence[float]], digits: str) -
     axis.invert_yaxis()
 
 
-def mean_ratio(values: np.ndarray, baseline: np.ndarray) -> list[float]:
-    """[ratio, lower, upper] of the means of paired values: a 95 % bootstrap interval over pairs, fixed seed."""
-    drawn = np.random.default_rng(0).integers(0, len(baseline), (10_000, len(baseline)))
-    ratios = values[drawn].mean(1) / baseline[drawn].mean(1)
-    return [float(values.mean() / baseline.mean()), *(float(bound) for bound in np.quantile(ratios, [0.025, 0.975]))]
+def report_medians(
+    name: str,
+    title: str,
+    seconds: Mapping[str, Mapping[str, Sequence[float]]],
+    ours: Mapping[str, str],
+    titles: Mapping[str, str],
+    *,
+    digits: str,
+    figsize: tuple[float, float],
+    **others: Any,
+) -> None:
+    """Print, write and draw the median seconds of each configuration of several measurements, and ratios over ours.
+
+    Args:
+        name: of the result.
+        seconds: measurement -> configuration -> seconds of interleaved runs.
+        ours: measurement -> the configuration that the others are divided by.
+        titles: measurement -> its title.
+        digits: the format of a number.
+        others: other fields of the result.
+    """
+    table = numbers_table(title, ("measurement", "configuration", "s (median)", "over ours"))
+    ratios = {measurement: ratios_over(times, ours[measurement]) for measurement, times in seconds.items()}
+    for measurement, times in seconds.items():
+        for configuration, values in times.items():
+            over = ratios[measurement].get(configuration)
+            ratio = f"{over['median']:.2f}x" if over else ""
+            table.add_row(titles[measurement], configuration, f"{statistics.median(values):{digits}}", ratio)
+    Console().print(table)
+    path = write_json(name, {"title": title, **others, "seconds": seconds, "over_ours": ratios})
+    with saved_figure(path.with_suffix(".png"), len(seconds), figsize=figsize) as (figure, axes):
+        for axis, (measurement, times) in zip(axes, seconds.items(), strict=True):
+            plot_medians(axis, times, digits)
+            axis.set_title(titles[measurement], fontsize=9)
+        figure.suptitle(title, fontsize=10)
+    print(path)
+
+
+def plot_ratios(axis: Any, ratios: Mapping[str, tuple[float, float, float]]) -> None:
+    """Draw (median, lower, upper) of each ratio, the first one on top, and a line at 1."""
+    for row, (median, lower, upper) in enumerate(ratios.values()):
+        axis.errorbar(median, row, xerr=[[median - lower], [upper - median]], fmt="o", capsize=4, color="C0")
+    axis.axvline(1, color="grey", linewidth=0.8)
+    axis.set_yticks(range(len(ratios)), list(ratios), fontsize=8)
+    axis.invert_yaxis()
+
+
+def numbers_table(title: str, columns: Iterable[str]) -> Table:
+    """A table of numbers for the terminal."""
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def read_json(name: str) -> dict[str, Any]:

@@ -15,11 +15,11 @@ docs/star-accuracy.md shows.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import random
 import sys
 import tempfile
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 
 from benchmarks.engine import ROOT
 from benchmarks.random_llama import byte_tokenizer
-from benchmarks.report import write_json
+from benchmarks.report import markdown_table, write_json
+from starling.lab.evaluation.client import Client
 from starling.lab.evaluation.plans import DENSE, Plan
 from starling.lab.evaluation.server_process import served
 
@@ -180,30 +181,18 @@ def make_plans(num_tokens: int) -> list[Plan]:
     ]
 
 
-def ask(base_url: str, model: str, ids: list[int], plan: Plan) -> tuple[int, dict[str, Any]]:
-    """The token that the model says after a prompt, and the plan that the server reports."""
-    body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "return_token_ids": True}
-    data = json.dumps(body | {"vllm_xargs": plan.options}).encode()
-    request = urllib.request.Request(f"{base_url}/v1/completions", data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=3600) as response:
-        (token,) = json.load(response)["choices"][0]["token_ids"]
-        return token, json.loads(response.headers["x-starling-plan"])
-
-
-def measure(base_url: str, model: str, num_tokens: int, plan: Plan) -> dict[str, Any]:
+async def measure(client: Client, num_tokens: int, plan: Plan) -> dict[str, Any]:
     """Ask for each key. The context is computed once: later questions find it in the prefix cache.
 
     Raises:
-        ValueError: star did not run.
+        ServerError: star did not run.
     """
     ids, needles = make_context(num_tokens)
     expected, agreed, wrong, sizes = 0, 0, [], None
     for needle in needles:
-        token, reported = ask(base_url, model, [*ids[:-1], needle.key], plan)
-        if (reported["attention"] == "dense") != plan.is_dense:
-            raise ValueError(f"{plan.name}: the server reports {reported['attention']} attention")
-        sizes = None if plan.is_dense else reported
-        found, right = is_found(needle.position, sizes), token == needle.value
+        answer = await client.complete([*ids[:-1], needle.key], plan, 1)
+        sizes = None if plan.is_dense else answer.plan
+        found, right = is_found(needle.position, sizes), answer.token_ids == [needle.value]
         expected, agreed = expected + found, agreed + (found == right)
         wrong += [] if right else [needle.position]
     kept = ("block_size", "anchor_size", "overlap_size", "context_end", "keys_attended", "dense_keys")
@@ -221,18 +210,26 @@ def measure(base_url: str, model: str, num_tokens: int, plan: Plan) -> dict[str,
 
 def markdown(result: dict[str, Any]) -> str:
     """A table, whose right answers docs/star-accuracy.md has."""
-    lines = [
-        "| prompt tokens | plan | attention work | right answers | right by definition | questions as defined |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for row in result["rows"]:
         sizes = row["sizes"]
         work = 100 * sizes["keys_attended"] / sizes["dense_keys"] if sizes else 100
         of = row["questions"]
-        columns = (f"{row['tokens']:,}", row["plan"], f"{work:.0f} %", f"{row['right']} of {of}")
-        columns += (f"{row['expected_right']} of {of}", f"{row['as_expected']} of {of}")
-        lines.append(f"| {' | '.join(columns)} |")
-    return "\n".join(lines)
+        numbers = [f"{row[field]} of {of}" for field in ("right", "expected_right", "as_expected")]
+        rows.append([f"{row['tokens']:,}", row["plan"], f"{work:.0f} %", *numbers])
+    head = ("prompt tokens", "plan", "attention work", "right answers", "right by definition", "questions as defined")
+    return markdown_table(head, rows)
+
+
+async def measure_all(base_url: str, lengths: list[int]) -> list[dict[str, Any]]:
+    """A row for each length and plan."""
+    rows = []
+    async with Client(base_url, timeout=3600) as client:
+        for length in lengths:
+            for plan in make_plans(length):
+                rows.append(await measure(client, length, plan))
+                print(rows[-1], flush=True)
+    return rows
 
 
 def main() -> int:
@@ -247,16 +244,11 @@ def main() -> int:
     longest = max(args.lengths) + 1
     options = ["--dtype", "float32", "--max-model-len", str(longest), "--kv-cache-memory-bytes", str(1 << 30)]
     options += ["--enforce-eager", "--block-size", "128", "--max-num-batched-tokens", "2048", "--star", "off"]
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         model = str(make_retrieval_model(Path(folder) / "retrieval", longest))
         log = ROOT / "benchmarks" / "out" / "retrieval" / "server.log"
         with served(model, [*options, "--served-model-name", "retrieval", *args.serve], log) as base_url:
-            for length in args.lengths:
-                for plan in make_plans(length):
-                    rows.append(measure(base_url, "retrieval", length, plan))
-                    print(rows[-1], flush=True)
-    result = {"rows": rows}
+            result = {"rows": asyncio.run(measure_all(base_url, args.lengths))}
     path = write_json("retrieval", result)
     print(markdown(result))
     print(f"written to {path}")

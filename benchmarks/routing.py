@@ -34,9 +34,10 @@ from rich.table import Table
 
 from benchmarks.gateway_process import DOCUMENT_ROUTER, SMG, VLLM_ROUTER, gateway_before, is_installed
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import ratio_interval, saved_figure, write_json
+from benchmarks.report import saved_figure, write_json
 from benchmarks.soak.target import series_sum
 from examples.server import Server, free_ports, serving
+from starling.lab.statistics import ratio_interval
 from starling.v1 import admin_pb2, admin_pb2_grpc
 
 DOCUMENTS, RETRIEVED, TOPICS, MARK = 100, 8, 5, "|"

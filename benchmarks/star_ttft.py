@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from benchmarks.engine import ROOT, Engine
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import median_ratio, saved_figure, write_json
+from benchmarks.report import numbers_table, saved_figure, write_json
 from starling.config.head_scores import HeadScores
 from starling.config.star import StarOptions, parse_options
 from starling.features.dense_heads.model_heads import KNOWN
+from starling.lab.statistics import median_ratio
 from starling.scheduler.star.counts import dense_keys, keys_attended
 from starling.scheduler.star.decide import decide
 from starling.scheduler.star.facts import EngineFacts, PromptFacts
@@ -105,9 +105,8 @@ def measure(
 
 
 def show(title: str, results: list[dict]) -> None:
-    table = Table(title=title)
-    for column in ("tokens", "configuration", "B", "TTFT s", "speed-up", "attention speed-up", "keys ratio"):
-        table.add_column(column, justify="right")
+    columns = ("tokens", "configuration", "B", "TTFT s", "speed-up", "attention speed-up", "keys ratio")
+    table = numbers_table(title, columns)
     for result in results:
         for row in result["rows"]:
             table.add_row(

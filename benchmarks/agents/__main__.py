@@ -21,7 +21,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from benchmarks.agents.cost import Machine
 from benchmarks.agents.live import FACTOR, play_all
@@ -29,7 +28,7 @@ from benchmarks.agents.live import SETTINGS as LIVE
 from benchmarks.agents.simulator import SETTINGS, STEP, play
 from benchmarks.agents.trace import Shape, make_trace, summary
 from benchmarks.engine import QUIET
-from benchmarks.report import legend_below, plot_two_times, saved_figure, write_json
+from benchmarks.report import legend_below, numbers_table, plot_two_times, saved_figure, write_json
 
 COLUMNS = {
     "first_token_p50": "first token p50",
@@ -44,9 +43,7 @@ COLUMNS = {
 
 
 def show(rows: dict[str, dict[str, Any]]) -> None:
-    table = Table(title="seconds")
-    for column in ("scheduling", *COLUMNS.values()):
-        table.add_column(column, justify="right")
+    table = numbers_table("seconds", ("scheduling", *COLUMNS.values()))
     for name, row in rows.items():
         table.add_row(name, *(f"{row[key]:.3g}" for key in COLUMNS))
     Console().print(table)

@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from benchmarks.attamba.shapes import Shape, make_models, parse_shape
 from benchmarks.engine import Engine
-from benchmarks.report import OUT, write_json
+from benchmarks.report import OUT, saved_figure, write_json
 from starling.attention_backends.attamba.cache import model_specs
 from starling.engine_ext.start import plugin
 from starling.lab.doctor.command import num_pages_held
@@ -88,22 +88,15 @@ def engine_tokens(model: Path, length: int, step: int) -> int:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Plot the reported and the allowed tokens of each row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(8, 0.8 + 0.3 * len(rows)))
-    labels = [f"{row['model']}, {row['max_model_len']:,} per request, steps of {row['step']:,}" for row in rows]
-    colours = ["grey" if row["model"] == "transformer" else "C0" for row in rows]
-    axis.barh(labels, [row["reported"] for row in rows], color=colours)
-    axis.plot([row["allowed"] for row in rows], labels, "k|", markersize=12, label="allowed by the bytes")
-    axis.set_xscale("log")
-    axis.invert_yaxis()
-    axis.set_xlabel("tokens in a KV cache of 1 GiB, bfloat16")
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with saved_figure(path, figsize=(8, 0.8 + 0.3 * len(rows))) as (_, axis):
+        labels = [f"{row['model']}, {row['max_model_len']:,} per request, steps of {row['step']:,}" for row in rows]
+        colours = ["grey" if row["model"] == "transformer" else "C0" for row in rows]
+        axis.barh(labels, [row["reported"] for row in rows], color=colours)
+        axis.plot([row["allowed"] for row in rows], labels, "k|", markersize=12, label="allowed by the bytes")
+        axis.set_xscale("log")
+        axis.invert_yaxis()
+        axis.set_xlabel("tokens in a KV cache of 1 GiB, bfloat16")
+        axis.legend(fontsize=8)
 
 
 def main() -> None:

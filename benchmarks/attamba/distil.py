@@ -23,16 +23,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from benchmarks.attamba.from_transformer import (
-    Llama,
-    Method,
-    pass_through,
-    positive_direction,
-    token_windows,
-)
-from benchmarks.report import mean_ratio, write_json
+from benchmarks.attamba.from_transformer import Llama, Method, pass_through, positive_direction, token_windows
+from benchmarks.report import write_json
 from examples.attamba_model import chunk_offset, join_chunks, split_chunks
 from examples.package_text import TRAIN
+from starling.lab.statistics import mean_ratio
 
 RUNS = Path(__file__).resolve().parents[2] / "build" / "attamba_distil"
 WINDOW, LENGTH, LENGTHS = 32, 1024, (1024, 2048)

@@ -26,10 +26,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from benchmarks.attamba.quality_tables import table
-from benchmarks.report import mean_ratio, write_json
+from benchmarks.report import markdown_table, write_json
 from examples.attamba_model import AttambaConfig, Mixer, chunk_offset, split_chunks, visible_mask
 from examples.package_text import VALIDATION, read_packages
+from starling.lab.statistics import mean_ratio
 
 WINDOW = 32
 ROWS = 256
@@ -287,7 +287,7 @@ def main() -> None:
     print(result["initialisation"], flush=True)
     lengths = {n: measure(model, tokenizer, token_windows(tokenizer, args.windows, n)) for n in args.lengths}
     rows = [[method.name, *(f"{lengths[n][method.name]['bits_per_byte']:.3f}" for n in lengths)] for method in METHODS]
-    print(table(["bits per byte", *(f"{n:,} tokens" for n in lengths)], rows))
+    print(markdown_table(["bits per byte", *(f"{n:,} tokens" for n in lengths)], rows))
     print(write_json("attamba_from_transformer", result | {"windows": args.windows, "bits": lengths}))
 
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from benchmarks.report import mean_ratio
 from examples.attamba_model import load_attamba
 from examples.stdlib_text import Text
 from examples.train_attamba import validation_windows
+from starling.lab.statistics import mean_ratio
 
 CONTEXTS, TAIL = (256, 512), 128
 """The last TAIL tokens of each window are also predicted from sequences of these lengths, to see what context gains."""

@@ -6,13 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import saved_figure
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+from benchmarks.report import markdown_table, saved_figure
 
 
 def percent(ratio: float) -> str:
@@ -47,7 +41,7 @@ def recall_tables(result: dict[str, Any]) -> list[str]:
         for pair, by_distance in result["differences"].items()
     ]
     columns = [f"D = {distance}" for distance in distances]
-    return [table([*MODEL_HEAD, *columns], accuracies), table(["difference", *columns], differences)]
+    return [markdown_table([*MODEL_HEAD, *columns], accuracies), markdown_table(["difference", *columns], differences)]
 
 
 def with_seeds(by_distance: dict[str, Any]) -> Iterable[tuple[dict[str, Any], list[float]]]:
@@ -75,16 +69,16 @@ def text_tables(result: dict[str, Any]) -> list[str]:
         for name, row in rows.items()
     ]
     return [
-        table([*MODEL_HEAD, *first["bits_per_byte"]], bits),
-        table(["bits, % over", "positions", "mean", "95 % over windows", "95 % over seeds"], ratios),
-        table(["model", *(f"context {pair}, %" for pair in first["context"])], context),
+        markdown_table([*MODEL_HEAD, *first["bits_per_byte"]], bits),
+        markdown_table(["bits, % over", "positions", "mean", "95 % over windows", "95 % over seeds"], ratios),
+        markdown_table(["model", *(f"context {pair}, %" for pair in first["context"])], context),
     ]
 
 
 def tables(result: dict[str, Any]) -> str:
     """All tables of a result."""
     parts = recall_tables(result["recall"]) if "recall" in result else []
-    return "\n".join([*parts, *(text_tables(result["text"]) if "text" in result else [])])
+    return "\n\n".join([*parts, *(text_tables(result["text"]) if "text" in result else [])])
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

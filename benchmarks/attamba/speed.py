@@ -24,7 +24,8 @@ from rich.table import Table
 
 from benchmarks.attamba.shapes import Shape, make_models, parse_shape
 from benchmarks.engine import Engine
-from benchmarks.report import OUT, ratio_interval, write_json
+from benchmarks.report import OUT, plot_ratios, saved_figure, write_json
+from starling.lab.statistics import ratio_interval
 
 MODELS = ("transformer", "attamba")
 STEPS = 24  # decode steps, timed together
@@ -73,21 +74,10 @@ def many_requests(engines: dict[str, Engine], rounds: int) -> Seconds:
 
 def plot(figures: dict[str, tuple[float, float, float]], path: Path) -> None:
     """Plot (median, lower, upper) of the ratio by workload."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(8, 0.6 + 0.4 * len(figures)))
-    for row, (median, lower, upper) in enumerate(figures.values()):
-        axis.errorbar(median, row, xerr=[[median - lower], [upper - median]], fmt="o", capsize=4, color="C0")
-    axis.axvline(1, color="grey", linewidth=0.8)
-    axis.set_xscale("log", base=2)
-    axis.set_yticks(range(len(figures)), list(figures))
-    axis.invert_yaxis()
-    axis.set_xlabel("time of the transformer / time of Attamba, 95 % interval")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with saved_figure(path, figsize=(8, 0.6 + 0.4 * len(figures))) as (_, axis):
+        plot_ratios(axis, figures)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("time of the transformer / time of Attamba, 95 % interval")
 
 
 def main() -> None:

@@ -20,9 +20,10 @@ from rich.table import Table
 
 from benchmarks.engine import Engine
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import OUT, ratio_interval, write_json
+from benchmarks.report import OUT, plot_ratios, saved_figure, write_json
 from benchmarks.star_ttft import ENGINE, RANDOM_LLAMA
 from starling.attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS
+from starling.lab.statistics import ratio_interval
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 STAR = {"star": "on", "star_block_size": 2048}
@@ -61,23 +62,10 @@ def run(dtype: str, tokens: int, context: int, steps: int, rounds: int) -> dict[
 
 
 def plot(figures: dict[str, dict[str, tuple[float, float, float]]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(8, 3))
-    labels = []
-    for dtype, workloads in figures.items():
-        for workload, (median, lower, upper) in workloads.items():
-            error = [[median - lower], [upper - median]]
-            axis.errorbar(median, len(labels), xerr=error, fmt="o", capsize=4, color="C0")
-            labels.append(f"{workload}, {dtype}")
-    axis.axvline(1, color="grey", linewidth=0.8)
-    axis.set_yticks(range(len(labels)), labels, fontsize=8)
-    axis.set_xlabel("vLLM's op over Starling's (median, 95 % interval): more is faster")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with saved_figure(path, figsize=(8, 3)) as (_, axis):
+        of_each = ((f"{workload}, {dtype}", ratio) for dtype, of in figures.items() for workload, ratio in of.items())
+        plot_ratios(axis, dict(of_each))
+        axis.set_xlabel("vLLM's op over Starling's (median, 95 % interval): more is faster")
 
 
 def main() -> None:

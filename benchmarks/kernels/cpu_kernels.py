@@ -24,10 +24,11 @@ from rich.progress import track
 from rich.table import Table
 from vllm import _custom_ops as ops
 
-from benchmarks.report import OUT, median_ratio, write_json
+from benchmarks.report import OUT, saved_figure, write_json
 from starling.attention_backends.kernels.contract import Layout, Operands, as_fp8
 from starling.attention_backends.kernels.cpu.attention import built_op, paged_attention
 from starling.attention_backends.kernels.cpu.selection import Processor, select_op
+from starling.lab.statistics import median_ratio
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -173,24 +174,17 @@ def show(results: list[dict[str, Any]], bandwidth: dict[str, float], threads: in
 
 
 def plot(results: list[dict[str, Any]], threads: int, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(8, 0.2 * len(results) + 1))
-    names = [row["case"] for row in results]
-    colours = ["C0" if row["chosen"] == "starling" else "C7" for row in results]
-    axis.barh(names, [row["median_ratio"] for row in results], color=colours)
-    axis.axvline(1, color="black", linewidth=0.8)
-    axis.invert_yaxis()
-    axis.margins(y=0.01)
-    axis.tick_params(axis="y", labelsize=7)
-    axis.set_xlabel(
-        f"vLLM's time over Starling's, median, {threads} thread(s); grey: `select_op` selects vLLM's", fontsize=8
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    with saved_figure(path, figsize=(8, 0.2 * len(results) + 1)) as (_, axis):
+        names = [row["case"] for row in results]
+        colours = ["C0" if row["chosen"] == "starling" else "C7" for row in results]
+        axis.barh(names, [row["median_ratio"] for row in results], color=colours)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.invert_yaxis()
+        axis.margins(y=0.01)
+        axis.tick_params(axis="y", labelsize=7)
+        axis.set_xlabel(
+            f"vLLM's time over Starling's, median, {threads} thread(s); grey: `select_op` selects vLLM's", fontsize=8
+        )
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.attention.bias import causal_lower_right
 
-from benchmarks.report import write_json
+from benchmarks.report import saved_figure, write_json
 from starling.attention_backends.kernels.contract import Operands
 from starling.attention_backends.kernels.triton import decode as triton_decode
 from starling.attention_backends.kernels.triton import prefill as triton_prefill
@@ -124,26 +124,19 @@ def show(result: dict[str, Any]) -> None:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4.2), sharey=True)
-    panels = (("decode", "fraction of a copy's bandwidth"), ("prefill", "fraction of a matrix product's rate"))
-    for axis, (name, label) in zip(axes, panels, strict=True):
-        lengths = [row["keys"] for row in result[name]]
-        for kernel, legend in (("triton", "Triton, paged"), ("sdpa", "SDPA, contiguous")):
-            axis.plot(lengths, [row[f"{kernel}_share"] for row in result[name]], marker="o", label=legend)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
-        axis.set_ylim(bottom=0)
-        axis.set_xlabel("keys")
-        axis.set_title(f"{name}: {label}", fontsize=10)
-    axes[0].legend()
-    figure.suptitle(result["device"], fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with saved_figure(path, 1, 2, figsize=(9, 4.2), sharey=True) as (figure, axes):
+        panels = (("decode", "fraction of a copy's bandwidth"), ("prefill", "fraction of a matrix product's rate"))
+        for axis, (name, label) in zip(axes, panels, strict=True):
+            lengths = [row["keys"] for row in result[name]]
+            for kernel, legend in (("triton", "Triton, paged"), ("sdpa", "SDPA, contiguous")):
+                axis.plot(lengths, [row[f"{kernel}_share"] for row in result[name]], marker="o", label=legend)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
+            axis.set_ylim(bottom=0)
+            axis.set_xlabel("keys")
+            axis.set_title(f"{name}: {label}", fontsize=10)
+        axes[0].legend()
+        figure.suptitle(result["device"], fontsize=10)
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ from benchmarks.dense_cost import ARGUMENTS, WORKLOADS, plot
 from benchmarks.engine import Engine
 from benchmarks.kv_shift.random_model import TINY_LLAMA, make_random_kv_shift
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import OUT, ratio_interval, write_json
+from benchmarks.report import OUT, write_json
+from starling.lab.statistics import ratio_interval
 
 SIZES = {
     "hidden_size": 512,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.engine import ROOT, Engine
+from benchmarks.engine import ROOT, Child, Engine
 from benchmarks.llama_cpp.gguf_files import original, to_bf16
 from benchmarks.report import saved_figure, write_json
 from examples import make_demo_model, make_eval_model
@@ -50,36 +49,16 @@ class Way(Protocol):
         """{"first_token_seconds", "decode_tokens_per_second", "token_ids"} of a prompt that was not seen before."""
 
 
-class LlamaCpp:
+class LlamaCpp(Child):
     """A process of benchmarks/llama_cpp/job.py, which starts on entry and stops on exit."""
 
     def __init__(self, model: Path, cpus: list[int]) -> None:
         job = {"model": str(model), "cpus": cpus, "context": CONTEXT, "batch": STEP_TOKENS}
         job |= {"micro_batch": MICRO_BATCH, "flash_attention": True}
-        command = [str(PYTHON), str(Path(__file__).with_name("job.py")), json.dumps(job)]
-        self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __enter__(self) -> LlamaCpp:
-        self.about = self._read()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self.child.stdin is not None
-        self.child.stdin.close()
-        self.child.wait(60)
-
-    def _read(self) -> dict[str, Any]:
-        assert self.child.stdout is not None
-        line = self.child.stdout.readline()
-        if not line:
-            raise RuntimeError(f"llama.cpp's process ended with exit code {self.child.wait(60)}")
-        return json.loads(line)
+        super().__init__("llama.cpp", [str(PYTHON), str(Path(__file__).with_name("job.py")), json.dumps(job)])
 
     def run(self, ids: list[int], new: int) -> dict[str, Any]:
-        assert self.child.stdin is not None
-        self.child.stdin.write(json.dumps({"ids": ids, "max_tokens": new + 1}) + "\n")
-        self.child.stdin.flush()
-        response = self._read()
+        response = self.ask(ids=ids, max_tokens=new + 1)
         seconds = response["seconds"] - response["first_token_seconds"]
         return {
             "first_token_seconds": response["first_token_seconds"],
@@ -133,7 +112,7 @@ def ways(model: str, cpus: list[int]) -> Iterator[tuple[dict[str, Way], dict[str
                 BF16: bf16,
                 QUANTISED: small,
             },
-            bf16.about,
+            bf16.ready,
         )
 
 

@@ -24,9 +24,11 @@ from benchmarks.approximations import MaskedAttention, interval, load
 from benchmarks.engine import ROOT
 from benchmarks.repair.kv import Answered, answered, dense_heads_kv, dense_kv, deviation, document_kv, document_mask
 from benchmarks.repair.selection import RULES, Facts, Rule, Work, choose, documents_work, pages_of
-from benchmarks.report import mean_ratio, saved_figure, write_json
+from benchmarks.report import markdown_table, saved_figure, write_json
 from starling.config.head_scores import HeadScores, read_scores
 from starling.lab.evaluation.document_prompts import DocumentPrompt, Encoder, make_prompt
+from starling.lab.models import kl_at_each
+from starling.lab.statistics import mean_ratio
 
 TASK_NAMES = ("code", "nth_note", "moves", "vt", "niah_multikey_2", "niah_multivalue", "association")
 HEADS = 0.1
@@ -62,7 +64,7 @@ class Outcome:
 def outcome(found: Answered, dense: Answered, prompt: DocumentPrompt, work: Work) -> Outcome:
     expected, whole = torch.tensor(prompt.answer), documents_work(prompt)
     return Outcome(
-        kl=float((dense.logprobs.exp() * (dense.logprobs - found.logprobs)).sum(-1).mean()),
+        kl=float(kl_at_each(dense.logprobs, found.logprobs).mean()),
         logprob=float(found.logprobs[torch.arange(len(expected)), expected].mean()),
         right=bool((found.logprobs.argmax(-1) == expected).all()),
         tokens=work.tokens / whole.tokens,
@@ -207,7 +209,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     shares = sorted({share for name, share in rows if name in RULES})
     columns = ["no repair", *(f"{100 * share:.0f} % of the pages" for share in shares)]
     title = f"{result['model']}, {result['prompts']} prompts"
-    lines = [f"| {' | '.join([title, *columns, 'tokens', 'keys', 'right'])} |", f"|{' --- |' * (len(columns) + 4)}"]
+    lines = []
     for name in dict.fromkeys(name for name, _ in rows):
         of_name = {share: row for (other, share), row in rows.items() if other == name}
         last = of_name.get(GATE_SHARE) or next(iter(of_name.values()))
@@ -216,8 +218,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         cells = [of_name.get(share) for share in (0.0, *shares)]
         texts = ["{:.2f} [{:.2f}, {:.2f}]".format(*row["loss_left"]) if row else "" for row in cells]
         work = [f"{100 * last[field]:.0f} %" for field in ("tokens", "keys", "right")]
-        lines.append(f"| {' | '.join([name, *texts, *work])} |")
-    return "\n".join(lines)
+        lines.append([name, *texts, *work])
+    return markdown_table([title, *columns, "tokens", "keys", "right"], lines)
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:

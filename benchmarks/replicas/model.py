@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.report import read_json
+from benchmarks.report import numbers_table, read_json
 from starling.scheduler.star.assignment import ReplicaState, assign_blocks, completion_time
 
 REPLICAS = (1, 2, 4, 8, 16, 31)
@@ -137,9 +136,8 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     console = Console(width=120)
     result = read_json("star_replicas")
-    table = Table(title="Two replicas: predicted from one, and measured")
-    for column in ("tokens", "transport", "n/B", "one", "predicted", "measured", "error"):
-        table.add_column(column, justify="right")
+    columns = ("tokens", "transport", "n/B", "one", "predicted", "measured", "error")
+    table = numbers_table("Two replicas: predicted from one, and measured", columns)
     for row in result.get("rows", []):  # none where nothing was measured yet
         predicted = predict(measured_prompt(row, result["kv_bytes_per_token"]), 2).seconds
         one, two = statistics.median(row["seconds_on_one"]), statistics.median(row["seconds_on_two"])
@@ -148,9 +146,8 @@ def main() -> None:
     console.print(table)
     for gbit in (100, 10):
         title = f"On paper: Llama-3.1-8B, bfloat16, 1M tokens, B = 32k, 400 TFLOP/s, {gbit} Gbit/s links"
-        table = Table(title=title)
-        for column in ("replicas", "blocks one after another", "prefill", "moved", "transfer", "total", "speed-up"):
-            table.add_column(column, justify="right")
+        columns = ("replicas", "blocks one after another", "prefill", "moved", "transfer", "total", "speed-up")
+        table = numbers_table(title, columns)
         for row in paper_table(paper_prompt(LLAMA_8B, 2**20, 32, flops=400e12, gbit=gbit)):
             table.add_row(*row)
         console.print(table)

@@ -20,10 +20,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from benchmarks.replicas.server import SHARED_MEMORY, TCP, completion_request, counters, two_replicas
-from benchmarks.report import saved_figure, write_row
+from benchmarks.report import numbers_table, saved_figure, write_row
 from benchmarks.star_ttft import QUERY_TOKENS
 from examples.server import Server
 
@@ -85,9 +84,8 @@ def measure(server: Server, length: int, repeats: int, transport: str) -> dict[s
 
 
 def show(row: dict[str, Any]) -> None:
-    table = Table(title=f"{row['tokens']:,} tokens over two replicas, one core each, {row['transport']}")
-    for column in ("", "first token", "a token after", "MB before the first", "kB a token after"):
-        table.add_column(column, justify="right")
+    columns = ("", "first token", "a token after", "MB before the first", "kB a token after")
+    table = numbers_table(f"{row['tokens']:,} tokens over two replicas, one core each, {row['transport']}", columns)
     for way, figures in row["ways"].items():
         table.add_row(
             way,

@@ -26,9 +26,10 @@ from rich.table import Table
 
 from benchmarks.replicas.model import error, measured_prompt, predict
 from benchmarks.replicas.server import SHARED_MEMORY, TCP, completion_request, counters, two_replicas
-from benchmarks.report import median_ratio, saved_figure, write_row
+from benchmarks.report import saved_figure, write_row
 from benchmarks.star_ttft import QUERY_TOKENS, RANDOM_LLAMA
 from examples.server import Server
+from starling.lab.statistics import median_ratio
 
 NAME = "star_replicas"
 BLOCKS = (8, 16, 32)

@@ -21,15 +21,14 @@ from typing import Any
 import numpy as np
 
 from starling.config.head_scores import HeadScores
-from starling.lab.calibration.gated_model import CalibrationError
-from starling.lab.calibration.integrated_gradients import ANSWER_TOKENS, ScoredPrompt
+from starling.lab.calibration.gated_model import ANSWER_TOKENS, ScoredPrompt
+from starling.lab.evaluation.client import Client, naming, refuse_key
 from starling.lab.evaluation.commands.measuring import SERVE_KEY_ENV
-from starling.lab.evaluation.completions_client import Client, naming
-from starling.lab.evaluation.connection import refuse_key
 from starling.lab.evaluation.plans import DENSE, Plan
-from starling.lab.evaluation.runner import check_same_plan, same_plan
+from starling.lab.evaluation.runner import score_tokens
 from starling.lab.evaluation.server_process import served
-from starling.lab.evaluation.statistics import kl_divergence
+from starling.lab.models import ModelError
+from starling.lab.statistics import kl_divergence
 
 SWEEPS, RIDGE = 200, 0.1
 SECONDS = 3600.0  # that an answer may take: a large model's first may wait for its compilation
@@ -122,7 +121,7 @@ async def divergences(
     ids = list(prompt.token_ids)
     answer = list(prompt.answer_ids) or (await client.complete(ids, DENSE, ANSWER_TOKENS)).token_ids
     if not answer:
-        raise CalibrationError("the model gives no answer")
+        raise ModelError("the model gives no answer")
     options: dict[str, str | int] = {
         "star": "on",
         "star_block_size": f"n/{blocks}",
@@ -131,16 +130,9 @@ async def divergences(
 
     async def top(plan: Plan) -> list[dict[int, float]]:
         """The most probable tokens at each place of the answer."""
-        found, server_plan = [], None
-        for place, token in enumerate(answer[:ANSWER_TOKENS]):
-            known = [*ids, *answer[:place]]
-            scored = await client.score_token(known, same_plan(plan, server_plan, len(known)) if place else plan, token)
-            if server_plan is None:
-                server_plan = scored.plan
-                refuse_other_sizes(plan, server_plan or {}, len(ids), blocks)
-            check_same_plan(plan, server_plan, scored.plan)
-            found.append(scored.top_logprobs or {})
-        return found
+        scored = await score_tokens(client, ids, plan, answer[:ANSWER_TOKENS])
+        refuse_other_sizes(plan, scored[0].plan or {}, len(ids), blocks)
+        return [one.score.top for one in scored if one.score is not None]
 
     def with_dense_heads(count: int) -> Plan:
         return Plan(f"{count} dense heads", options | {"star_dense_heads": f"{count / num_heads:.6f}"})
@@ -153,9 +145,9 @@ async def divergences(
 
 
 def refuse_other_sizes(plan: Plan, server_plan: dict[str, Any], num_tokens: int, blocks: int) -> None:
-    """Refuse (CalibrationError) blocks without an overlap, as the server makes them where its pages are too large."""
+    """Refuse (ModelError) blocks without an overlap, as the server makes them where its pages are too large."""
     if not plan.is_dense and not server_plan.get("overlap_size"):
-        raise CalibrationError(
+        raise ModelError(
             f"n/{blocks} of {num_tokens} tokens is refused: the server's KV pages are too large for it, so that its "
             f"blocks of {server_plan.get('block_size')} tokens have no overlap. Allowed: longer --lengths, fewer "
             "--blocks, or the server's --block-size 32"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 
 from starling.lab.evaluation.prompt_options import Length, PromptOptions, without_secrets
@@ -15,8 +14,6 @@ OF_METHOD = {"gradient": ("steps",), "ablation": ("orders", "groups")}
 
 CHOSEN_HERE = ("--additional-config", "--api-key", "--config", "--revision", "--served-model-name", "--tokenizer")
 """Options of a server by which it would have another model or tokenizer, other star options or another key."""
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class CalibrationOptions(PromptOptions):

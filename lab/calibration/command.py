@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,27 +14,16 @@ from rich.console import Console
 from rich.progress import Progress
 
 from starling.config.head_scores import HeadScores
-from starling.features.dense_heads.model_heads import checkpoint_digest, checkpoint_folder
-from starling.lab.calibration.calibration_options import DTYPES, CalibrationOptions
-from starling.lab.calibration.found import Found, part_of, replace_text
-from starling.lab.calibration.gated_model import CalibrationError, GatedModel
-from starling.lab.calibration.integrated_gradients import ScoredPrompt
-from starling.lab.calibration.scorers import AblationScorer, GradientScorer
-from starling.lab.evaluation.commands.measuring import (
-    FAILED,
-    INTERRUPTED,
-    UNUSABLE,
-    comma,
-    make_console,
-    make_prompts,
-    progress_bars,
-    signals_as_interrupt,
-)
-from starling.lab.evaluation.completions_client import ServerError
+from starling.features.dense_heads.model_heads import checkpoint_digest
+from starling.lab.calibration.calibration_options import CalibrationOptions
+from starling.lab.calibration.gated_model import GatedModel, ScoredPrompt
+from starling.lab.calibration.scorers import AblationScorer, Found, GradientScorer, part_of, replace_text
+from starling.lab.command_line import add_options, given_options, make_console, progress_bars, run_command
+from starling.lab.evaluation.commands.measuring import make_prompts
 from starling.lab.evaluation.prompt_options import parse_options
-from starling.lab.evaluation.server_process import StartError
 from starling.lab.evaluation.tasks import GROUPS, TASKS
 from starling.lab.evaluation.tokenizer import LocalTokenizer
+from starling.lab.models import DTYPES, find_model
 
 COMMAND = "starling calibrate"
 DEFAULT_TASKS = ("vt", "niah_multikey_2", "niah_multivalue", "fwe", "moves", "association", "nth_note", "code")
@@ -56,56 +44,32 @@ def make_parser() -> argparse.ArgumentParser:
         "interrupted; the same command then goes on. See docs/dense-heads.md.",
         allow_abbrev=False,
     )
-    fields = CalibrationOptions.model_fields
-
-    def add(name: str, **keywords: Any) -> None:
-        field = fields[name]
-        shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        text = f"{field.description} (default: {shown})".replace(" (default: )", "").replace(" (default: None)", "")
-        parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **({"help": text} | keywords))
-
     parser.add_argument(
         "model", metavar="MODEL", help="a folder with the model, or its name where the hub's cache has it"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file of the scores, JSON")
     tasks = f"of {', '.join((*GROUPS, *TASKS))} (default: {','.join(DEFAULT_TASKS)}, unless --prompts is given)"
-    add("tasks", type=comma, metavar="A,B", help=tasks)
-    add("lengths", type=comma, metavar="N,M")
-    add("method", choices=("gradient", "ablation"))
-    for name in ("prompts_per_cell", "prompt_seed", "max_tokens", "curve_prompts", "blocks", "query_tokens"):
-        add(name, type=int, metavar="N")
-    for name in ("steps", "orders", "groups"):
-        add(name, type=int, metavar="N")
-    add("prompts", type=Path, metavar="FILE")
-    add("prompt_format", choices=("chat", "text"))
-    add("device", metavar="DEVICE")
-    add("dtype", choices=("auto", *DTYPES))
+    add_options(parser, CalibrationOptions, {"serve_options"}, tasks={"help": tasks})
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
     """Score the heads; returns the exit code: 0, 1 where a server failed, 2 for unusable arguments, or 130."""
     args, serve_options = make_parser().parse_known_args(argv)
-    console = make_console()
-    try:
-        values = {name: value for name, value in vars(args).items() if name in CalibrationOptions.model_fields}
+    part = part_of(args.out)
+
+    def calibrated() -> int:
+        values = given_options(args, CalibrationOptions) | {"serve_options": tuple(serve_options)}
         if "tasks" not in values and "prompts" not in values:
             values["tasks"] = DEFAULT_TASKS
-        options = parse_options(CalibrationOptions, values | {"serve_options": tuple(serve_options)})
-        with signals_as_interrupt():
-            calibrate(args.model, options, args.out, console)
-    except (ValueError, OSError) as error:
-        print(f"{COMMAND}: error: {error}", file=sys.stderr)
-        return UNUSABLE
-    except (ServerError, StartError) as error:
-        print(f"{COMMAND}: error: {error}\nThe same command goes on from there.", file=sys.stderr)
-        return FAILED
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        part = part_of(args.out)
-        kept = f"The scores so far are in {part}: the same command goes on." if part.exists() else "Nothing is scored."
-        print(f"{COMMAND}: interrupted\n{kept}", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+        calibrate(args.model, parse_options(CalibrationOptions, values), args.out, make_console())
+        return 0
+
+    def resume() -> str:
+        kept = f"The scores so far are in {part}: the same command goes on from there."
+        return kept if part.exists() else "Nothing is scored."
+
+    return run_command(COMMAND, calibrated, resume, (ValueError, OSError))
 
 
 def calibrate(name: str, options: CalibrationOptions, out: Path, console: Console) -> None:
@@ -115,11 +79,7 @@ def calibrate(name: str, options: CalibrationOptions, out: Path, console: Consol
         ValueError: the model or a prompt can't be used.
         ServerError, StartError: with --method ablation.
     """
-    folder = checkpoint_folder(name, None)
-    if folder is None:
-        hint = " (MODEL comes before the options of a server)" if options.serve_options else ""
-        reason = f"it is no folder, and the hub's cache has no such model{hint}"
-        raise CalibrationError(f"MODEL={name!r} is refused: {reason}")
+    folder = find_model(name, " (MODEL comes before the options of a server)" if options.serve_options else "")
     if not out.parent.is_dir():
         raise ValueError(f"--out {out} is refused: the folder {out.parent} does not exist")
     log = out.with_name(f"{out.name}.log")

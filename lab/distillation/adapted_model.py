@@ -20,19 +20,14 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache
-from transformers.masking_utils import sdpa_mask
+from transformers import DynamicCache
 
-from starling.lab.plan_attention import attention_by_plan, recomputed
+from starling.lab.models import ModelError, attention_by_plan, load_model, recomputed
 from starling.scheduler.star.plan import StarPlan
 
 NAME = "starling_distilled"
 NO_TURNS = "documents need a model whose layers turn keys by one rotary embedding with fixed frequencies"
 _numbers = count()
-
-
-class DistilError(ValueError):
-    """A model or a prompt with which no adapter can be trained."""
 
 
 @dataclass(frozen=True)
@@ -89,32 +84,24 @@ class AdaptedModel:
         recompute: whether the backward pass computes each layer again, which takes less memory and a third more time.
 
     Raises:
-        DistilError: Transformers can't load it, or its attention is not causal over one cache.
+        ModelError: Transformers can't load it, or its attention is not causal over one cache.
     """
 
     def __init__(self, folder: Path, device: str, dtype: torch.dtype, config: Any, recompute: bool) -> None:
         from peft import get_peft_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        name = f"{NAME}_{next(_numbers)}"  # for Transformers, an attention has a name and no model
-        AttentionInterface.register(name, self._attend)
-        AttentionMaskInterface.register(name, sdpa_mask)
-        try:
-            base: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation=name, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # whatever Transformers makes of a user's files
-            raise DistilError(f"{folder} can't be loaded by Transformers: {error}") from None
         self.device, self.dtype = torch.device(device), dtype
         self.rows: Rows | None = None
         self.seen = torch.empty(0, 0, dtype=torch.bool)
+        # For Transformers, an attention has a name and no model.
+        base = load_model(folder, self.device, dtype, f"{NAME}_{next(_numbers)}", self._attend)
         self.decoder = base.get_decoder()
         self.head = base.get_output_embeddings()
-        base.to(self.device).eval().requires_grad_(requires_grad=False)
         try:
             self.model: Any = get_peft_model(base, config)
         except ValueError as error:
-            raise DistilError(f"{folder} gets no adapter: {error}") from None
+            raise ModelError(f"{folder} gets no adapter: {error}") from None
         if dtype == torch.bfloat16:
             adapted: list[Any] = [each for each in self.model.modules() if isinstance(each, BaseTunerLayer)]
             for module in adapted:
@@ -128,7 +115,7 @@ class AdaptedModel:
         """Refuse a model whose keys can't be turned, as documents need it.
 
         Raises:
-            DistilError: its keys are not turned by one rotary embedding, by angles that grow with the position.
+            ModelError: its keys are not turned by one rotary embedding, by angles that grow with the position.
         """
         try:
             attention = self.decoder.layers[0].self_attn
@@ -139,9 +126,9 @@ class AdaptedModel:
             right = self._turned(attention, key, first + then)
             moved = not torch.allclose(right, key, atol=1e-3 * scale)
         except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-            raise DistilError(f"{NO_TURNS}: {error}") from None
+            raise ModelError(f"{NO_TURNS}: {error}") from None
         if not (moved and torch.allclose(found, right, atol=1e-3 * scale)):
-            raise DistilError(NO_TURNS)
+            raise ModelError(NO_TURNS)
 
     def load(self, folder: Path) -> None:
         """Take the weights of the adapter in a folder, in PEFT's format, of this one's rank and layers."""
@@ -204,7 +191,7 @@ class AdaptedModel:
     ) -> tuple[torch.Tensor, None]:
         rows = self.rows
         if options.get("softcap") or options.get("s_aux") is not None or options.get("sliding_window"):
-            raise DistilError("the attention of this model has a window, a cap of its scores, or sinks")
+            raise ModelError("the attention of this model has a window, a cap of its scores, or sinks")
         attend = partial(scaled_dot_product_attention, scale=options.get("scaling"), enable_gqa=True)
         if rows is None:  # it answers
             return attend(query, key, value, attn_mask=self.seen).transpose(1, 2), None

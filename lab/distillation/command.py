@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -19,25 +17,26 @@ from rich.console import Console
 from rich.progress import Progress
 
 from starling.config.adapter import DISTILLED, PURPOSES, VERSION
-from starling.features.dense_heads.model_heads import checkpoint_digest, checkpoint_folder
-from starling.lab.distillation.adapted_model import AdaptedModel, DistilError
-from starling.lab.distillation.distil_options import DTYPES, DistilOptions
-from starling.lab.distillation.own_prompts import OWN, read_prompts, with_answers
+from starling.features.dense_heads.model_heads import checkpoint_digest
+from starling.lab.command_line import add_options, given_options, make_console, progress_bars, run_command
+from starling.lab.distillation.adapted_model import AdaptedModel
+from starling.lab.distillation.distil_options import GIB, DistilOptions, needed_bytes
 from starling.lab.distillation.training import DENSE_SHARE, HeldOut, Training, plan_for
-from starling.lab.distillation.training_memory import GIB, needed_bytes
-from starling.lab.distillation.training_prompts import FUNCTIONS, TEXT, TaskPrompts, with_recalls
-from starling.lab.evaluation.commands.measuring import (
-    INTERRUPTED,
-    UNUSABLE,
-    comma,
-    make_console,
-    progress_bars,
-    signals_as_interrupt,
+from starling.lab.distillation.training_prompts import (
+    FUNCTIONS,
+    OWN,
+    TEXT,
+    TRAINED_TASKS,
+    TaskPrompts,
+    read_prompts,
+    with_answers,
+    with_recalls,
 )
 from starling.lab.evaluation.document_prompts import DocumentPrompt, Encoder, Style
 from starling.lab.evaluation.prompt_options import parse_options
 from starling.lab.evaluation.store import RESULTS, locked
 from starling.lab.evaluation.tasks import GROUPS, TASKS
+from starling.lab.models import DTYPES, ModelError, find_model
 from starling.scheduler.star.plan import StarPlan
 
 COMMAND = "starling distil"
@@ -66,64 +65,36 @@ def make_parser() -> argparse.ArgumentParser:
         "goes on. See docs/adapter.md.",
         allow_abbrev=False,
     )
-    fields = DistilOptions.model_fields
-
-    def add(name: str, flag: str | None = None, **keywords: Any) -> None:
-        field = fields[name]
-        shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        text = f"{field.description} (default: {shown})".replace(" (default: None)", "")
-        flag = flag or f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, **({"help": text} | keywords))
-
     parser.add_argument(
         "model", metavar="MODEL", help="a folder with the model, or its name where the hub's cache has it"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of the adapter")
-    add("purposes", "--for", type=comma, metavar="A,B")
-    tasks = (
-        f"of {', '.join((*GROUPS, *TASKS))} (default: {','.join(fields['tasks'].default)}, unless --prompts is given)"
-    )
-    add("tasks", type=comma, metavar="A,B", help=tasks)
-    add("start", type=Path, metavar="DIR")
-    add("prompts", type=Path, metavar="FILE")
-    add("segments", metavar="TEXT")
-    for name in ("answer_tokens", "tokens", "questions", "steps", "batch", "rank", "held_out", "evaluations", "seed"):
-        add(name, type=int, metavar="N")
-    add("learning_rate", type=float, metavar="RATE")
-    add("modules", type=comma, metavar="A,B")
-    add("device", metavar="DEVICE")
-    add("dtype", choices=("auto", *DTYPES))
-    add("recompute", choices=("auto", "on", "off"))
+    tasks = f"of {', '.join((*GROUPS, *TASKS))} (default: {','.join(TRAINED_TASKS)}, unless --prompts is given)"
+    add_options(parser, DistilOptions, purposes={"flag": "--for"}, tasks={"help": tasks})
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
     """Train an adapter; returns the exit code: 0, 2 for unusable arguments, or 130."""
     args = make_parser().parse_args(argv)
-    console = make_console()
-    try:
-        values = {name: value for name, value in vars(args).items() if name in DistilOptions.model_fields}
-        options = parse_options(DistilOptions, values)
-        with signals_as_interrupt(), locked(args.out):
-            distil(args.model, options, args.out, console)
-    except (ValueError, OSError) as error:
-        print(f"{COMMAND}: error: {error}", file=sys.stderr)
-        return UNUSABLE
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print(f"{COMMAND}: interrupted\nThe same command goes on from the last measurement.", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+
+    def distilled() -> int:
+        options = parse_options(DistilOptions, given_options(args, DistilOptions))
+        with locked(args.out):
+            distil(args.model, options, args.out, make_console())
+        return 0
+
+    resume = "The same command goes on from the last measurement."
+    return run_command(COMMAND, distilled, lambda: resume, (ValueError, OSError))
 
 
 def distil(name: str, options: DistilOptions, out: Path, console: Console) -> None:
     """Train an adapter of a model, and write it to a folder (raises ValueError: model or prompts are unusable)."""
-    folder = checkpoint_folder(name, None)
-    if folder is None:
-        raise DistilError(f"MODEL={name!r} is refused: it is no folder, and the hub's cache has no such model")
+    folder = find_model(name)
     try:
         from peft import LoraConfig
     except ImportError:
-        raise DistilError(NO_PEFT) from None
+        raise ModelError(NO_PEFT) from None
     from transformers import AutoTokenizer
 
     checkpoint = checkpoint_digest(folder)
@@ -210,7 +181,7 @@ def own_cases(
     count = min(options.held_out * len(options.tasks), max(len(found) // 5, 1))
     held, trained = found[:count], found[count:]
     if not trained:
-        raise DistilError(
+        raise ModelError(
             f"prompts={str(options.prompts)!r} is refused: it has questions about the same documents alone. Allowed: "
             "two prompts or more"
         )
@@ -244,7 +215,7 @@ def sometimes_dense(case: Case, options: DistilOptions, number: int) -> Trained:
 
 
 def train(training: Training, evaluations: int, store: Callable[[], None], progress: Progress) -> None:
-    """Train until the last step, or until the held-out loss falls no more (raises DistilError)."""
+    """Train until the last step, or until the held-out loss falls no more (raises ModelError)."""
     bar = progress.add_task("steps", total=training.steps, completed=training.step)
     borders = {round(training.steps * number / evaluations) for number in range(1, evaluations + 1)} - {0}
     if not training.curve:

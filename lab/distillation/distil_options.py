@@ -1,4 +1,4 @@
-"""The options of `starling distil`."""
+"""The options of `starling distil`, and how much memory a training with them takes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from transformers import AutoConfig
 
 from starling.config.adapter import AdapterError, Purpose, read_adapter
 from starling.lab.distillation.training_prompts import TRAINED_TASKS
@@ -15,7 +16,6 @@ from starling.lab.evaluation.prompt_options import CommandOptions
 from starling.lab.evaluation.prompts import read_own_prompts
 from starling.lab.evaluation.tasks import choose_tasks
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 MULTIPLIES_BFLOAT16 = ("amx_bf16", "avx512_bf16")
 """Of torch's names of what a CPU can: those with which bfloat16 takes a half of float32's time or less."""
 
@@ -24,6 +24,10 @@ MODULES = {
     "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
 """Words of --modules, and the linear layers that they stand for."""
+GIB = 2**30
+QUESTION_TOKENS = 64
+COPIES_OF_LOGITS = 6
+"""Of float32, which the loss and its gradients have at the same time."""
 
 
 class DistilOptions(CommandOptions):
@@ -135,3 +139,21 @@ class DistilOptions(CommandOptions):
         if self.prompts is not None:
             values["prompts_sha256"] = hashlib.sha256(self.prompts.read_bytes()).hexdigest()
         return values | {"dtype": self.chosen_dtype}
+
+
+def needed_bytes(folder: Path, options: DistilOptions, *, recompute: bool) -> int:
+    """Bytes of weights, of what the gradients need of each layer, and of log-probabilities; about.
+
+    Args:
+        folder: of the model.
+        recompute: whether layers are computed again, so that one layer's activations are there at a time.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    size = 2 if options.chosen_dtype == "bfloat16" else 4
+    tails = options.questions * QUESTION_TOKENS
+    rows = options.tokens + tails
+    of_layer = rows * (14 * config.hidden_size + 6 * config.intermediate_size) * (size + 2)
+    layers = of_layer + rows * config.hidden_size * size * config.num_hidden_layers
+    kept = layers if recompute else of_layer * config.num_hidden_layers
+    return weights + kept + tails * config.vocab_size * 4 * COPIES_OF_LOGITS

@@ -20,8 +20,9 @@ import torch
 
 from starling.config.adapter import Purpose
 from starling.config.star import StarOptions
-from starling.lab.distillation.adapted_model import AdaptedModel, DistilError, make_rows
+from starling.lab.distillation.adapted_model import AdaptedModel, make_rows
 from starling.lab.evaluation.document_prompts import DocumentPrompt
+from starling.lab.models import ModelError, kl_at_each
 from starling.scheduler.star.decide import decide
 from starling.scheduler.star.facts import EngineFacts, PromptFacts
 from starling.scheduler.star.plan import StarPlan
@@ -50,7 +51,7 @@ def document_plan(prompt: DocumentPrompt) -> StarPlan:
     """The plan of a prompt's documents as an engine with pages of PAGE tokens makes it, without padding.
 
     Raises:
-        DistilError: it has none.
+        ModelError: it has none.
     """
     segments = (*prompt.starts, len(prompt.context))
     plan = _plan(prompt, StarOptions(mode="on", segments=segments), 1)
@@ -58,7 +59,7 @@ def document_plan(prompt: DocumentPrompt) -> StarPlan:
 
 
 def star_plan(prompt: DocumentPrompt, rng: Random) -> StarPlan:
-    """A plan of star blocks, with an overlap or with A = B (raises DistilError)."""
+    """A plan of star blocks, with an overlap or with A = B (raises ModelError)."""
     sizes: dict[str, Any] = {"block_size": f"n/{rng.choice(STAR_BLOCKS)}"}
     if rng.random() < 0.5:
         sizes["overlap_size"] = 0
@@ -69,12 +70,12 @@ def _plan(prompt: DocumentPrompt, options: StarOptions, page_size: int) -> StarP
     ids = [*prompt.context, *prompt.question]
     decision = decide(StarOptions(), options, PromptFacts(len(ids), ids), EngineFacts(page_size))
     if decision.plan is None:
-        raise DistilError(f"a prompt of {len(ids)} tokens has no plan: {decision.why}. Allowed: longer prompts")
+        raise ModelError(f"a prompt of {len(ids)} tokens has no plan: {decision.why}. Allowed: longer prompts")
     return decision.plan
 
 
 def plan_for(purpose: Purpose, prompt: DocumentPrompt, rng: Random) -> StarPlan:
-    """The plan of a prompt for one of an adapter's purposes (raises DistilError)."""
+    """The plan of a prompt for one of an adapter's purposes (raises ModelError)."""
     return document_plan(prompt) if purpose == "documents" else star_plan(prompt, rng)
 
 
@@ -111,7 +112,7 @@ def losses(model: AdaptedModel, prompt: DocumentPrompt, plan: StarPlan | None, *
     with torch.no_grad():
         dense = model.log_probs(make_rows(prompt.context, tails, None), adapter=False)
     found = model.log_probs(make_rows(prompt.context, tails, plan), adapter=adapter)
-    kl = (dense.exp() * (dense - found)).sum(-1).split([len(tail) for tail in tails])
+    kl = kl_at_each(dense, found).split([len(tail) for tail in tails])
     at_answers = [each[-len(asked.answer) :].mean() for each, asked in zip(kl, prompt.asked, strict=True)]
     is_recall = torch.tensor([asked.is_recall for asked in prompt.asked], device=found.device)
     return Losses(torch.stack([each.mean() for each in kl]), torch.stack(at_answers), is_recall)
@@ -197,7 +198,7 @@ class Training:
         """Train on the next prompts; returns the loss.
 
         Raises:
-            DistilError: the loss is no finite number.
+            ModelError: the loss is no finite number.
         """
         began = time.monotonic()
         share = min(1.0, (self.step + 1) / WARM_UP_STEPS) * (0.5 + 0.5 * math.cos(math.pi * self.step / self.steps))
@@ -210,7 +211,7 @@ class Training:
             loss.backward()
             total += float(loss.detach())
         if not math.isfinite(total):
-            raise DistilError(f"the loss of step {self.step + 1} is {total}: try a lower --learning-rate")
+            raise ModelError(f"the loss of step {self.step + 1} is {total}: try a lower --learning-rate")
         torch.nn.utils.clip_grad_norm_(self.model.parameters, MAX_NORM)
         self.optimizer.step()
         self.step += 1

@@ -16,15 +16,51 @@ from typing import Any, TextIO
 
 from starling.engine_ext.serving.cli.installation import installation, print_report
 from starling.engine_ext.serving.cli.start_checks import refuse_mistakes
-from starling.lab.doctor.attention_report import attention_backend, attention_op, cuda_graphs
-from starling.lab.doctor.machine_facts import machine
-from starling.lab.doctor.unprofiled_memory import decode_step, unprofiled_memory
-from starling.lab.doctor.verdict import verdict
+from starling.lab.command_line import UNUSABLE
+from starling.lab.doctor.attention_report import (
+    attention_backend,
+    attention_op,
+    cuda_graphs,
+    decode_step,
+    unprofiled_memory,
+)
+from starling.lab.machine import describe_gpus
 from starling.scheduler.star.independence import FULL_ATTENTION, HYBRID
 from starling.vllm_compat import versions
 from starling.vllm_compat.config import hybrid_page_size, kv_cache_capacity, page_size_before_start, plain_message
 
-UNUSABLE = 2
+OK, REFUSED = 0, 1
+
+
+def verdict(report: dict[str, Any]) -> tuple[list[str], int]:
+    """(lines, exit code): REFUSED where the server refuses a prompt of the length that was asked about."""
+    problem = report["installation"]["problem"]
+    if problem is not None:
+        return [f"Starling does nothing here: {problem}"], OK
+    if "model" not in report:
+        vllm = report["installation"]["vllm"]
+        return [f"vLLM {vllm} is supported; starling doctor MODEL --prompt-tokens N says what a prompt costs"], OK
+    if report["star_refused"]:
+        star = f"star: not with this model and these options: {'; '.join(report['star_refused'])}"
+    else:
+        star = "star: available; --prompt-tokens N says what it saves"
+    prompt = report.get("prompt")
+    if prompt is None:
+        return [star], OK
+    tokens = f"{prompt['tokens']:,} tokens"
+    if prompt["tokens"] >= prompt["max_model_len"]:
+        room = f"the model has {prompt['max_model_len']:,} for prompt and output (max_model_len)"
+        return [f"{tokens}: refused, {room}"], REFUSED
+    if report["star_refused"]:
+        return [star], OK
+    ratio = prompt["attention_work_dense_over_star"]
+    if prompt["plan_with_star_on"]["attention"] != "star":
+        return [f"star: no less attention work at {tokens}: {prompt['plan_with_star_on']['why']}"], OK
+    saved = f"star: {ratio:.1f} times less attention work at {tokens}"
+    lines = [f"{saved}; loss on your model: not measured, run starling advise"]
+    if prompt["by_default"] == "dense":
+        lines.append(f"by default such a prompt is dense: {prompt['why']}")
+    return lines, OK
 
 
 def run(argv: Sequence[str]) -> int:
@@ -53,7 +89,7 @@ def run(argv: Sequence[str]) -> int:
         print(f"starling doctor: error: {error}", file=sys.stderr)
         return UNUSABLE
     with reserved_output() as output:
-        report: dict[str, Any] = {"machine": machine(), "installation": installation()}
+        report: dict[str, Any] = {"machine": describe_gpus(), "installation": installation()}
         if args.model is not None:
             try:
                 report |= examine(args.model, serve_options, args.prompt_tokens)

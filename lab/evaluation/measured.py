@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from starling.lab.evaluation.statistics import Interval
+from starling.lab.statistics import Interval
 from starling.scheduler.star.plan import StarPlan
 
 FILE = Path(__file__).with_name("measured.json")

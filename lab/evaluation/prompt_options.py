@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from starling.lab.evaluation.plans import Plan, parse_plan, with_dense
 from starling.lab.evaluation.prompts import Format, read_own_prompts
-from starling.lab.evaluation.tasks import Task, choose_tasks
+from starling.lab.evaluation.tasks import GROUPS, TASKS, Task, choose_tasks
 
 SETUP_VERSION = 1
 DEFAULT_MAX_TOKENS = 128
@@ -38,14 +38,16 @@ class PromptOptions(CommandOptions):
     subcommand: ClassVar[str]
     """Of `starling`, which has these options."""
 
-    tasks: tuple[str, ...] = Field((), description="tasks by name, or groups")
+    tasks: tuple[str, ...] = Field((), description=f"of {', '.join((*GROUPS, *TASKS))}; niah: all niah_...")
     lengths: tuple[Length, ...] = Field((4096,), min_length=1, description="tokens of a prompt and its answer")
     prompts_per_cell: int = Field(20, ge=1, description="prompts of each task and length")
-    prompts: Path | None = Field(None, description="the user's own prompts, in place of tasks")
+    prompts: Path | None = Field(None, description="your own prompts as JSONL, in place of tasks")
     max_tokens: int = Field(
-        DEFAULT_MAX_TOKENS, ge=1, description="of answers to the user's own prompts; tasks have their own"
+        DEFAULT_MAX_TOKENS, ge=1, description="of answers to your own prompts; tasks have their own"
     )
-    prompt_format: Format = Field("chat", description="chat: with the model's chat template; text: without")
+    prompt_format: Format = Field(
+        "chat", description="how tasks are sent: chat, with the model's chat template, or text"
+    )
     prompt_seed: int = Field(0, description="of the tasks' prompts")
 
     @property
@@ -112,7 +114,7 @@ class EvalOptions(PromptOptions):
 
     subcommand = "eval"
     plans: tuple[str, ...] = Field((), description="plans beside dense")
-    logprobs: int = Field(0, ge=0, description="tokens of the answer at which the distributions are compared")
+    logprobs: int = Field(0, ge=0, description="also compare distributions at N tokens of the answer")
 
     @property
     def all_plans(self) -> list[Plan]:

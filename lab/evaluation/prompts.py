@@ -200,37 +200,47 @@ async def example_tokens(example: Example, prompt_format: Format, tokenizer: Tok
     return chat + await tokenizer.tokenize(example.answer_prefix)
 
 
-def read_own_prompts(path: Path) -> list[tuple[int, OwnPrompt]]:
-    """(line number, prompt) of each line of a JSONL file that is not empty.
+def read_json_lines(path: Path, option: str, allowed: str) -> list[tuple[int, Any]]:
+    """(line number, value) of each line of a JSONL file that is not empty.
 
     A line ends at a line feed alone: JSON may hold the other characters that Unicode ends lines with.
 
+    Args:
+        option: that names the file.
+        allowed: what its lines may be, for messages.
+
     Raises:
-        ValueError: the file can't be read, has no prompt, or a line is not a prompt; with the line's number.
+        ValueError: the file can't be read, has no line, or a line is not JSON; with the line's number.
     """
     try:
         if path.exists() and not path.is_file():
             raise OSError("it is not a regular file, and it is read several times. Allowed: a file")
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompts={str(path)!r} can't be read: {error}") from None
+        raise ValueError(f"{option}={str(path)!r} can't be read: {error}") from None
     if text.lstrip().startswith("["):
-        raise ValueError(f"prompts={str(path)!r} is refused: it is one JSON array. Allowed: {LINES}")
-    prompts = []
+        raise ValueError(f"{option}={str(path)!r} is refused: it is one JSON array. Allowed: {allowed}")
+    values = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            prompts.append((number, read_line(line, f"{path}, line {number}")))
-    if not prompts:
-        raise ValueError(f"prompts={str(path)!r} is refused: the file has no prompt")
-    return prompts
+            try:
+                values.append((number, json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                reason = f"it is not JSON that can be read: {error}"
+                raise ValueError(f"{path}, line {number}: {reason}. Allowed: {allowed}") from None
+    if not values:
+        raise ValueError(f"{option}={str(path)!r} is refused: the file has no {option.removesuffix('s')}")
+    return values
 
 
-def read_line(line: str, place: str) -> OwnPrompt:
+def read_own_prompts(path: Path) -> list[tuple[int, OwnPrompt]]:
+    """(line number, prompt) of each line of the user's file (raises ValueError: a line is not a prompt)."""
+    lines = read_json_lines(path, "prompts", LINES)
+    return [(number, as_own_prompt(value, f"{path}, line {number}")) for number, value in lines]
+
+
+def as_own_prompt(value: Any, place: str) -> OwnPrompt:
     """The prompt of a line; ``place`` names it in the message of a ValueError for a line that is none."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: it is not JSON that can be read: {error}. Allowed: {LINES}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{place}: it is no object. Allowed: {LINES}")
     try:

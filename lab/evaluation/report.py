@@ -1,12 +1,16 @@
-"""The results: a JSON file with a version, tables in the terminal, and one HTML file that needs no other file."""
+"""The results: JSON with a version, tables in the terminal, a figure, and one HTML file that needs no other file."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
+from importlib.util import find_spec
 from itertools import zip_longest
+from pathlib import Path
 from string import Template
 from typing import Any, Literal
 
@@ -14,13 +18,30 @@ from pydantic import BaseModel, ConfigDict
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
-from starling.lab.evaluation.depth import DepthCell
-from starling.lab.evaluation.statistics import ALL, Cell, Interval, Pair
+from starling.lab.evaluation.comparison import ALL, Cell, Pair
+from starling.lab.statistics import Interval
 
+WORDS = {"B": "blocks of", "A": "anchor", "O": "overlap", "H": "dense heads", "Q": "query", "S": "documents at"}
+"""Parts of a plan's name (lab/evaluation/plans.py), in words."""
 VERSION = 1
 NUM_EXAMPLES = 10
 TOO_HARD = 0.1  # a score of dense below which the summary warns
 LEAST_PROMPTS = 10  # for a verdict: the interval of fewer ones leaves out what they happen not to have
+COLUMNS = (
+    *("task", "length", "plan", "sizes", "prompts"),
+    *("dense", "score", "difference [95 %]", "same answer", "attention work"),
+)
+LEFT_COLUMNS = ("task", "depth", "plan", "sizes", "result")
+DEPTH_COLUMNS = ("depth", "length", "plan", "prompts", "dense", "score", "difference [95 %]")
+ABOUT_RESULTS = (
+    'Each prompt was answered with dense attention and with each plan by the same server. "Sizes" are those of the '
+    "plan in tokens, as the server reported them: B of a star block, A of the anchor, O of the overlap, and a range "
+    "where prompts had different ones. A score is RULER's, from 0 to 100 %. Differences are in points, with 95 % "
+    'bootstrap intervals over prompts. "Attention work" counts the query-key pairs of the prefill, as a share of '
+    "dense's. An interval covers the chance in drawing these prompts, and nothing else: other tasks and texts can "
+    "differ."
+)
+LOGPROB_COLUMNS = ("log-probability [95 %]", "top-1", "KL")
 
 
 class DifferentAnswer(BaseModel):
@@ -48,7 +69,7 @@ class Report(BaseModel):
     Attributes:
         version: of this format. A field that is removed or changes its meaning raises it.
         created: UTC, ISO 8601.
-        setup: what was measured (``options.EvalOptions.setup``).
+        setup: what was measured (``EvalOptions.setup``).
         command: repeats the evaluation.
         server: base URL, model, max_model_len, version of vLLM.
     """
@@ -62,7 +83,7 @@ class Report(BaseModel):
     command: str
     server: dict[str, Any]
     cells: list[Cell]
-    depths: list[DepthCell] = []
+    depths: list[Cell] = []
     different: list[DifferentAnswer]
 
 
@@ -133,23 +154,6 @@ def nats(change: Interval | None) -> str:
     return f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]" if change else ""
 
 
-COLUMNS = (
-    *("task", "length", "plan", "sizes", "prompts"),
-    *("dense", "score", "difference [95 %]", "same answer", "attention work"),
-)
-LEFT_COLUMNS = ("task", "depth", "plan", "sizes", "result")
-DEPTH_COLUMNS = ("depth", "length", "plan", "prompts", "dense", "score", "difference [95 %]")
-ABOUT_RESULTS = (
-    'Each prompt was answered with dense attention and with each plan by the same server. "Sizes" are those of the '
-    "plan in tokens, as the server reported them: B of a star block, A of the anchor, O of the overlap, and a range "
-    "where prompts had different ones. A score is RULER's, from 0 to 100 %. Differences are in points, with 95 % "
-    'bootstrap intervals over prompts. "Attention work" counts the query-key pairs of the prefill, as a share of '
-    "dense's. An interval covers the chance in drawing these prompts, and nothing else: other tasks and texts can "
-    "differ."
-)
-LOGPROB_COLUMNS = ("log-probability [95 %]", "top-1", "KL")
-
-
 def table_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
     """(columns, rows) as texts; the columns of --logprobs only where they were measured."""
     with_logprobs = any(cell.kl is not None for cell in cells)
@@ -176,16 +180,17 @@ def table_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-def depth_rows(depths: Sequence[DepthCell]) -> tuple[list[str], list[list[str]]]:
+def depth_rows(depths: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
     """(columns, rows) of the table by depth as texts."""
     with_logprobs = any(cell.logprob_difference for cell in depths)
     columns = [*DEPTH_COLUMNS, *(LOGPROB_COLUMNS[:1] if with_logprobs else ())]
     rows = []
     for cell in depths:
         length = f"{cell.length:,}" if cell.length else ""
-        scores = [percent(cell.dense_score), percent(cell.score), points(cell.difference)]
+        difference = points(cell.difference) if cell.difference else ""
+        scores = [percent(cell.dense_score), percent(cell.score), difference]
         change = [nats(cell.logprob_difference)] if with_logprobs else []
-        rows.append([cell.depth, length, cell.plan, str(cell.prompts), *scores, *change])
+        rows.append([cell.depth or "", length, cell.plan, str(cell.prompts), *scores, *change])
     return columns, rows
 
 
@@ -216,6 +221,16 @@ def terminal_table(
     for row, is_bold in zip_longest(rows, bold):
         table.add_row(*map(escape_markup, row), style="bold" if is_bold else None)
     return table
+
+
+def write_files(folder: Path, files: Mapping[str, str | bytes | None]) -> str:
+    """Write files of results, and delete those that are None, of an earlier run; returns a line that names the rest."""
+    for name, content in files.items():
+        if content is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return f"written to {folder}: {', '.join(name for name, content in files.items() if content is not None)}"
 
 
 def html_report(report: Report, figure: bytes | None) -> str:
@@ -288,3 +303,103 @@ def html_example(example: DifferentAnswer) -> str:
         parts.insert(1, ("Expected", "\n".join(example.references)))
     shown = "".join(f"<dt>{escape(name)}</dt><dd><pre>{escape(text)}</pre></dd>" for name, text in parts)
     return f"<h3>{escape(example.prompt)}, {escape(example.plan)}{scores}</h3><dl>{shown}</dl>"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one part of the figure shows.
+
+    Attributes:
+        label: of the horizontal axis.
+        equal: where a plan that equals dense would be.
+        values: of the cells; an interval without width has no bar.
+    """
+
+    title: str
+    label: str
+    equal: float
+    values: list[tuple[Cell, Interval]]
+
+
+def make_panels(cells: Sequence[Cell]) -> list[Panel]:
+    """Differences of scores; and for prompts without references the KL, or the share of equal answers without it."""
+    scored: list[tuple[Cell, Interval]] = []
+    equal: list[tuple[Cell, Interval]] = []
+    apart: list[tuple[Cell, Interval]] = []
+    for cell in cells:
+        if cell.difference is None:
+            continue
+        if cell.against_reference:
+            scored.append((cell, scaled(cell.difference, 100, 0)))
+        elif cell.kl is not None:
+            apart.append((cell, Interval(mean=cell.kl, low=cell.kl, high=cell.kl)))
+        else:  # dense's score is 1
+            equal.append((cell, scaled(cell.difference, 100, 100)))
+    panels = [
+        Panel(
+            "Scores with star blocks, beside dense attention", "points above or below dense; 95 % intervals", 0, scored
+        ),
+        Panel("Answers that are dense attention's", "same answer as dense, %; 95 % intervals", 100, equal),
+        Panel("How far probabilities are from dense attention's", "KL, nats for each token; 0: equal", 0, apart),
+    ]
+    return [panel for panel in panels if panel.values]
+
+
+def scaled(interval: Interval, factor: float, offset: float) -> Interval:
+    return Interval(**{name: offset + factor * value for name, value in interval})
+
+
+def figure_png(cells: Sequence[Cell]) -> bytes | None:
+    """The figure as PNG; None without matplotlib, or without a star plan."""
+    panels = make_panels(cells)
+    if not panels or find_spec("matplotlib") is None:
+        return None
+    from matplotlib.figure import Figure
+
+    heights = [1.5 + 0.22 * len(panel.values) + 0.22 * len(rows_of(panel)) for panel in panels]
+    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
+    parts = figure.subplots(len(panels), squeeze=False, height_ratios=heights)
+    for panel, axes in zip(panels, parts[:, 0], strict=True):
+        draw(panel, axes)
+    output = io.BytesIO()
+    figure.savefig(output, format="png", dpi=110)
+    return output.getvalue()
+
+
+def rows_of(panel: Panel) -> list[tuple[str, int | None]]:
+    """The tasks and lengths of a panel."""
+    return list(dict.fromkeys((cell.task, cell.length) for cell, _ in panel.values))
+
+
+def draw(panel: Panel, axes: Any) -> None:
+    """Draw a panel into matplotlib's axes."""
+    rows = rows_of(panel)
+    plans = list(dict.fromkeys(cell.plan for cell, _ in panel.values))
+    for number, plan in enumerate(plans):
+        found = [(rows.index((cell.task, cell.length)), value) for cell, value in panel.values if cell.plan == plan]
+        heights = [row + 0.8 * (number + 0.5) / len(plans) - 0.4 for row, _ in found]
+        means = [value.mean for _, value in found]
+        bars = [[value.mean - value.low for _, value in found], [value.high - value.mean for _, value in found]]
+        has_bars = any(value.low < value.high for _, value in found)
+        axes.errorbar(means, heights, xerr=bars if has_bars else None, fmt="o", capsize=3, label=in_words(plan))
+    axes.axvline(panel.equal, color="black", linewidth=1)
+    axes.set_yticks(range(len(rows)), [f"{task} {length:,}" if length else task for task, length in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_title(panel.title)
+    axes.set_xlabel(panel.label)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.6 / len(rows) - 0.05), frameon=False)
+
+
+def in_words(plan: str) -> str:
+    """The name of a plan as a legend shows it: "blocks of 512, anchor 64, overlap 448"."""
+    parts = []
+    for part in plan.split(","):
+        name, _, value = ("B", "=", part) if part.startswith("n/") else part.partition("=")
+        if name == "B" and value.startswith("n/"):
+            parts.append(f"blocks of 1/{value.removeprefix('n/')} of the prompt")
+        elif part == "O=0":
+            parts.append("no overlap")
+        else:
+            parts.append(f"{WORDS[name]} {value}" if name in WORDS else part)
+    return ", ".join(parts)

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from starling.lab.evaluation.completions_client import Client, Completion, ServerError, naming
+from starling.lab.evaluation.client import Client, Completion, ServerError, naming
 from starling.lab.evaluation.plans import DENSE, Plan, with_dense
 from starling.lab.evaluation.prompts import Prompt
-from starling.lab.evaluation.store import Answer, Store, TokenScore, answer_key
+from starling.lab.evaluation.store import Answer, Store, answer_key
 
 PLAN_NUMBERS = {
     "block_size": "star_block_size",
@@ -108,7 +108,7 @@ async def ask(server: Client, prompt: Prompt, plan: Plan, key: str, num_logprobs
     if num_logprobs:
         if followed is None:
             raise ServerError("--logprobs needs a server that returns token ids (return_token_ids): a vLLM server")
-        scored = await score_tokens(server, prompt, plan, followed[:num_logprobs], output)
+        scored = await score_tokens(server, prompt.token_ids, plan, followed[:num_logprobs], output)
         output = output or scored[0]
     assert output is not None
     return Answer(
@@ -119,23 +119,19 @@ async def ask(server: Client, prompt: Prompt, plan: Plan, key: str, num_logprobs
         finish_reason=output.finish_reason,
         token_ids=output.token_ids,
         server_plan=output.plan,
-        scores=[token_score(completion) for completion in scored],
+        scores=[completion.score for completion in scored if completion.score is not None],
     )
 
 
-def token_score(completion: Completion) -> TokenScore:
-    assert completion.logprob is not None and completion.top_logprobs is not None
-    return TokenScore(logprob=completion.logprob, top=completion.top_logprobs)
-
-
 async def score_tokens(
-    server: Client, prompt: Prompt, plan: Plan, followed: Sequence[int], output: Completion | None
+    server: Client, token_ids: Sequence[int], plan: Plan, followed: Sequence[int], output: Completion | None = None
 ) -> list[Completion]:
     """The log-probabilities at each token of an answer.
 
     The first request computes the prompt, and the others, all at once, find it in the prefix cache.
 
     Args:
+        token_ids: of the prompt.
         followed: the tokens of the answer.
         output: of the same prompt and plan; None: none was asked for.
 
@@ -144,7 +140,7 @@ async def score_tokens(
     """
 
     async def score(position: int, output: Completion | None) -> Completion:
-        ids = [*prompt.token_ids, *followed[:position]]
+        ids = [*token_ids, *followed[:position]]
         same = plan if output is None else same_plan(plan, output.plan, len(ids))
         found = await server.score_token(ids, same, followed[position])
         check_same_plan(plan, (output or found).plan, found.plan)

@@ -16,13 +16,14 @@ from pathlib import Path
 import httpx
 
 from starling.config.plain_text import plain
-from starling.lab.evaluation.completions_client import ServerError
+from starling.lab.command_line import CommandFailed
+from starling.lab.evaluation.client import ServerError
 
 START_SECONDS, STOP_SECONDS = 1800, 60
 CHOSEN_HERE = ("--host", "--port", "--uds", "--ssl-keyfile", "--ssl-certfile")
 
 
-class StartError(Exception):
+class StartError(CommandFailed):
     """The server did not start, or ended before the measurement did."""
 
 

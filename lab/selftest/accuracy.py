@@ -5,12 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from starling.lab.selftest.engine_run import COUNTERS
+from starling.lab.selftest.engine_run import environment_of_engines, run_python
 from starling.lab.selftest.result import Check, Result, Skip
 
 TASKS = "niah_multikey_1,vt,moves,nth_note"
@@ -50,20 +48,15 @@ def measure_accuracy(model: str, length: int, prompts: int, folder: Path, serve_
     """By how many points of 100 the answers under a star plan score below those under dense attention.
 
     Raises:
-        RuntimeError: `starling eval` fails; the message has the last lines that it printed.
+        EngineError: `starling eval` fails; the message has the last lines that it printed.
     """
     prompt_format = format_of(model)
     if prompt_format is None:
         return Skip(NO_TOKENIZER)
-    program = [sys.executable, "-m", "starling.engine_ext.serving.cli.ended_with_parent", str(os.getpid())]
-    command = [*program, "eval", model, *serve_options]
-    command += ["--tasks", TASKS, "--lengths", str(length), "--prompts-per-cell", str(prompts), "--plan", PLAN]
-    command += ["--prompt-format", prompt_format, "--concurrency", "4", "--out", str(folder)]
-    environment = {name: value for name, value in os.environ.items() if name not in COUNTERS}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
-    if done.returncode:
-        printed = "\n".join((done.stdout + done.stderr).strip().splitlines()[-12:])
-        raise RuntimeError(f"starling eval ended with {done.returncode}:\n{printed}")
+    arguments = ["-m", "starling.engine_ext.serving.cli.ended_with_parent", str(os.getpid()), "eval", model]
+    arguments += [*serve_options, "--tasks", TASKS, "--lengths", str(length), "--prompts-per-cell", str(prompts)]
+    arguments += ["--plan", PLAN, "--prompt-format", prompt_format, "--concurrency", "4", "--out", str(folder)]
+    run_python("starling eval", arguments, TIMEOUT, environment_of_engines())
     return cost(json.loads((folder / "results.json").read_text(encoding="utf-8")))
 
 

@@ -12,8 +12,17 @@ from rich.console import Console
 from rich.markup import escape
 
 from starling.config.entry import CHOICES, GPU_ATTENTION
-from starling.lab.selftest.result import NO_GPU, Outcome, Verdict, exit_code, judge
-from starling.lab.selftest.selftest_report import Report, ReportError, figure
+from starling.lab.selftest.result import (
+    NO_GPU,
+    Outcome,
+    Report,
+    ReportError,
+    Verdict,
+    count_verdicts,
+    exit_code,
+    figure,
+    judge,
+)
 
 if TYPE_CHECKING:
     from starling.lab.selftest.engine_checks import Engines
@@ -45,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    from starling.lab.selftest.machine import describe_machine, has_gpu
+    from starling.lab.machine import describe_machine, has_gpu
     from starling.lab.selftest.suite import make_suite
 
     console, gpu = Console(highlight=False, soft_wrap=True), has_gpu()
@@ -96,7 +105,5 @@ def format_outcome(outcome: Outcome) -> str:
 
 def summary(outcomes: Sequence[Outcome], gpu: bool) -> str:
     """The last line: how many checks have each verdict, and what was not checked."""
-    counts = ", ".join(
-        f"{sum(outcome.verdict is verdict for outcome in outcomes)} {verdict.value}" for verdict in Verdict
-    )
+    counts = count_verdicts(outcomes)
     return counts if gpu else f"{counts}. No GPU was found: nothing of the CUDA path was checked."

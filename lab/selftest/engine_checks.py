@@ -6,18 +6,18 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from starling.attention_backends.star.reference import star_mask
-from starling.config.entry import ENTRY
+from starling.config.entry import ENTRY, GPU_ATTENTION
 from starling.lab.selftest import check_prompts as p
-from starling.lab.selftest.engine_run import EngineRun, Feature
+from starling.lab.selftest.engine_run import Batches, EngineError, EngineRun, Feature
+from starling.lab.selftest.kernels import rms
 from starling.lab.selftest.model import alternating_scores, reference_logprobs, reference_refusal
-from starling.lab.selftest.paged import rms
 from starling.lab.selftest.result import Check, Result, Skip
 
 GAP = 1.5  # of star's distance from the reference to dense's
@@ -25,6 +25,11 @@ TURNED_GAP = 4.0  # where a query is turned twice, by angles that are rounded tw
 NOISE = 8.0  # of dense's RMS gap: four deviations of a difference of two tokens in two runs
 HEADS, DOCUMENTS = "dense heads", "documents"
 FP8_CAPABILITY = (8, 9)
+NO_DOCUMENTS = "blocks with positions of their own are refused with an fp8 KV cache"
+SYNC_CHECK = {"VLLM_GPU_SYNC_CHECK": "error"}
+JIT_MONITOR = {"jit_monitor_mode": "error"}
+NOT_LOOKED_FOR = "no GPU: vLLM looks for both on a GPU only"
+READS_LENGTHS = "xformers makes its masks on the host, from lengths that it reads from the GPU"
 
 
 @dataclass(frozen=True)
@@ -263,9 +268,6 @@ def check_heads_beside(engines: Engines) -> Result | Skip:
     return result if cached else Result(math.nan, 0, result.unit, f"{detail}: some expected")
 
 
-NO_DOCUMENTS = "blocks with positions of their own are refused with an fp8 KV cache"
-
-
 def check_documents(engines: Engines, bound: float = TURNED_GAP) -> Result | Skip:
     """The RMS gap to the reference of documents with positions of their own, over dense's gap to its reference.
 
@@ -331,3 +333,57 @@ def check_cached(engines: Engines, warm: str, cold: str) -> Result:
     result = judge_tokens([output], expected, engines.noise(), f"{cached} of {p.LENGTH} prompt tokens cached")
     enough = cached > before_edit and not expected[0]["cached"]
     return result if enough else Result(math.nan, 0, result.unit, f"{result.detail}: more than {before_edit} expected")
+
+
+def bare(batches: Batches) -> Batches:
+    """The same prompts without log-probabilities, for which vLLM itself waits."""
+    return {
+        name: [prompt | {"bare": True, "prompt_logprobs": False} for prompt in batch] for name, batch in batches.items()
+    }
+
+
+def steady(run: EngineRun) -> EngineRun:
+    """An engine as ``run``, which fails if a step waits for the GPU or compiles a kernel."""
+    features = {name: Feature(feature.options, bare(feature.batches)) for name, feature in run.features.items()}
+    return EngineRun(run.engine | JIT_MONITOR, bare(run.batches), run.env | SYNC_CHECK, features)
+
+
+def without_starling(run: EngineRun, plain: EngineRun) -> EngineRun:
+    """A plain engine with the prompts of an activated one, dense: its steps are as wide."""
+    batches = {
+        name: [{field: value for field, value in prompt.items() if field != "star"} for prompt in batch]
+        for name, batch in run.all_batches.items()
+    }
+    return replace(plain, batches=batches)
+
+
+def steady_checks(name: str, plain: EngineRun, ours: EngineRun, gpu: bool) -> list[Check]:
+    """The check of the setting that ``name`` describes.
+
+    Args:
+        plain: an engine without Starling.
+        ours: an activated engine.
+    """
+    title = f"{name}: no waiting and no compilation"
+    if not gpu:
+        return [Check(title, functools.partial(Skip, NOT_LOOKED_FOR))]
+    if ours.engine["additional_config"][ENTRY].get(GPU_ATTENTION) == "xformers":
+        return [Check(title, functools.partial(Skip, READS_LENGTHS))]
+    return [Check(title, functools.partial(check_steady, steady(without_starling(ours, plain)), steady(ours)))]
+
+
+def check_steady(plain: EngineRun, ours: EngineRun) -> Result | Skip:
+    """Run all batches of an engine that fails if a step waits or compiles (raises EngineError then).
+
+    It is skipped where plain vLLM fails with the same prompts, or where the model can't have star plans.
+    """
+    refusal = ours.refusal()
+    if refusal is not None:
+        return Skip(refusal)
+    try:
+        plain.result()
+    except EngineError as error:
+        return Skip(f"plain vLLM fails: {str(error).splitlines()[-1]}")
+    batches = ours.result()["batches"]
+    tokens = sum(len(output["token_ids"]) for batch in batches.values() for output in batch["outputs"])
+    return Result(tokens, None, "tokens", f"{len(batches)} batches")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,18 +138,47 @@ def run_engine(job: dict[str, Any], env: dict[str, str]) -> dict[str, Any]:
     Raises:
         EngineError: the process fails, or takes longer than ``TIMEOUT`` seconds.
     """
-    inherited = {name: value for name, value in os.environ.items() if name not in COUNTERS}
     with tempfile.TemporaryDirectory(prefix="starling-selftest-") as folder:
         path = Path(folder) / "job.json"
         path.write_text(json.dumps(job))
-        command = [sys.executable, "-m", "starling.lab.selftest.engine", str(path)]
-        environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | inherited | QUIET | ONE_PROCESS | env
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
-        except subprocess.TimeoutExpired as error:
-            raise EngineError(f"the engine did not finish in {TIMEOUT} seconds") from error
-    lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
-    if done.returncode or not lines:
-        printed = "\n".join((done.stdout + done.stderr).strip().splitlines()[-12:])
-        raise EngineError(f"the engine's process ended with {done.returncode}:\n{printed}")
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment_of_engines() | QUIET | ONE_PROCESS | env
+        return read_result(
+            "the engine's process", ["-m", "starling.lab.selftest.engine", str(path)], TIMEOUT, environment
+        )
+
+
+def environment_of_engines() -> dict[str, str]:
+    """This process's environment, without the folders that its own metrics are in."""
+    return {name: value for name, value in os.environ.items() if name not in COUNTERS}
+
+
+def run_python(what: str, arguments: Sequence[str], timeout: float, env: Mapping[str, str]) -> str:
+    """The standard output of a process of this Python.
+
+    Args:
+        what: says in messages what runs in it.
+        timeout: seconds.
+
+    Raises:
+        EngineError: it fails, with the last lines that it printed, or takes too long.
+    """
+    try:
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=timeout, env=env)
+    except subprocess.TimeoutExpired as error:
+        raise EngineError(f"{what} did not finish in {timeout} seconds") from error
+    if done.returncode:
+        raise EngineError(f"{what} ended with {done.returncode}:\n{last_lines(done.stdout + done.stderr)}")
+    return done.stdout
+
+
+def read_result(what: str, arguments: Sequence[str], timeout: float, env: Mapping[str, str]) -> dict[str, Any]:
+    """What a process prints behind ``RESULT``, as JSON; as ``run_python``, also where it prints no result."""
+    printed = run_python(what, arguments, timeout, env)
+    lines = [line for line in printed.splitlines() if line.startswith(RESULT)]
+    if not lines:
+        raise EngineError(f"{what} ended without a result:\n{last_lines(printed)}")
     return json.loads(lines[-1].removeprefix(RESULT))
+
+
+def last_lines(printed: str) -> str:
+    return "\n".join(printed.strip().splitlines()[-12:])

@@ -1,22 +1,24 @@
-"""Times without a bound: of the first token, dense and star, and of a token, plain, activated and behind documents."""
+"""Measurements without a bound: times of the first token and of each token, CUDA graphs, and memory of the GPU."""
 
 from __future__ import annotations
 
 import functools
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from starling.config.entry import ENTRY
 from starling.lab.selftest.check_prompts import QUERY, WITH_DOCUMENTS, make_prompt
-from starling.lab.selftest.engine_checks import DOCUMENTS, HEADS
-from starling.lab.selftest.engine_run import Batches, EngineRun, Feature
+from starling.lab.selftest.engine_checks import DOCUMENTS, HEADS, Engines
+from starling.lab.selftest.engine_run import Batches, EngineRun, Feature, by_mode
 from starling.lab.selftest.model import alternating_scores
 from starling.lab.selftest.result import Check, Result, Skip
-from starling.lab.selftest.usage import usage_checks
 
+NO_GRAPHS = "no GPU: a CPU has no CUDA graphs"
+NO_PROFILE = "no GPU: vLLM makes no memory profile on a CPU"
+FULL = "FULL"
 LENGTHS = {True: (32_768, 131_072), False: (4_096,)}  # by whether there is a GPU
 DECODED, DECODE_PROMPT, RUNS = 32, 512, 6  # the fastest run counts, as other programs slow the others down
 DECODE_LENGTH = DECODE_PROMPT + DECODED
@@ -48,14 +50,6 @@ def lengths_within(lengths: Sequence[int], max_length: int) -> dict[int, int | N
         fits = length if length < max_length else (max_length - 1) // STEP * STEP
         found[length] = fits if fits >= SHORTEST and fits not in found.values() else None
     return found
-
-
-@dataclass(frozen=True)
-class SpeedEngines:
-    """The engines whose times are compared: of vLLM alone, and one that is activated for HEADS and DOCUMENTS."""
-
-    plain: EngineRun
-    ours: EngineRun
 
 
 def speed_checks(
@@ -98,8 +92,8 @@ def speed_checks(
     features = {name: feature for name, feature in features.items() if feature.batches}
     activated = engine | {"additional_config": {ENTRY: dict(starling)}}
     batches = decodes | prefill_batches(vocabulary, measured, {"dense": None, "star": 0})
-    engines = SpeedEngines(
-        EngineRun(engine, decodes | plain_documents), EngineRun(activated, batches, features=features)
+    engines = Engines(
+        model, EngineRun(engine, decodes | plain_documents), EngineRun(activated, batches, features=features)
     )
     limit = f"the model takes {max_length:,} tokens at most"
     checks = [prefill_check(engines, length, fits, limit, note) for length, fits in lengths.items()]
@@ -160,7 +154,7 @@ def document_batches(vocabulary: int, lengths: Sequence[int], gpu: bool, max_len
     return batches
 
 
-def prefill_check(engines: SpeedEngines, wanted: int, length: int | None, limit: str, note: str = "") -> Check:
+def prefill_check(engines: Engines, wanted: int, length: int | None, limit: str, note: str = "") -> Check:
     """The measurement of a prompt's first token.
 
     Args:
@@ -176,7 +170,7 @@ def prefill_check(engines: SpeedEngines, wanted: int, length: int | None, limit:
     return Check(name, functools.partial(measure_ttft, engines, length, (shortened, note)))
 
 
-def document_check(engines: SpeedEngines, batch: str) -> Check:
+def document_check(engines: Engines, batch: str) -> Check:
     """The measurement of a batch of prompts with documents: of the first token where their order is another one."""
     if batch == REORDERED:
         return Check(
@@ -188,7 +182,7 @@ def document_check(engines: SpeedEngines, batch: str) -> Check:
     )
 
 
-def measure_ttft(engines: SpeedEngines, length: int, notes: Iterable[str]) -> Result:
+def measure_ttft(engines: Engines, length: int, notes: Iterable[str]) -> Result:
     """Seconds to the first token of a prompt of ``length`` tokens; ``notes`` end the detail."""
     (dense,), (star,) = engines.ours.outputs(f"dense {length}"), engines.ours.outputs(f"star {length}")
     details = [f"dense {dense['ttft']:.3g} s, {dense['ttft'] / star['ttft']:.2f} times star's; block of n/8"]
@@ -199,7 +193,7 @@ def measure_ttft(engines: SpeedEngines, length: int, notes: Iterable[str]) -> Re
     return Result(star["ttft"], None, "s", "; ".join([*details, *filter(None, notes)]))
 
 
-def measure_decode(engines: SpeedEngines) -> Result:
+def measure_decode(engines: Engines) -> Result:
     ours, plains = (
         min(1000 * engine.outputs(f"decode {run}")[0]["seconds_per_token"] for run in range(RUNS))
         for engine in (engines.ours, engines.plain)
@@ -207,7 +201,7 @@ def measure_decode(engines: SpeedEngines) -> Result:
     return Result(ours, None, "ms", f"plain vLLM {plains:.3g} ms, after {DECODE_PROMPT} tokens, fastest of {RUNS} runs")
 
 
-def measure_reordered(engines: SpeedEngines) -> Result | Skip:
+def measure_reordered(engines: Engines) -> Result | Skip:
     """Seconds to the first token of cached documents in another order, and of the same prompt with dense attention."""
     refusal = engines.ours.refusal(DOCUMENTS)
     if refusal is not None:
@@ -217,7 +211,7 @@ def measure_reordered(engines: SpeedEngines) -> Result | Skip:
     return Result(ours["ttft"], None, "s", detail)
 
 
-def measure_documents(engines: SpeedEngines, batch: str) -> Result | Skip:
+def measure_documents(engines: Engines, batch: str) -> Result | Skip:
     """Milliseconds between two tokens of a prompt with documents, and of the same prompt with dense attention."""
     refusal = engines.ours.refusal(DOCUMENTS)
     if refusal is not None:
@@ -227,3 +221,56 @@ def measure_documents(engines: SpeedEngines, batch: str) -> Result | Skip:
         for engine in (engines.ours, engines.plain)
     )
     return Result(ours, None, "ms", f"plain vLLM, dense {plains:.3g} ms")
+
+
+def usage_checks(plain: EngineRun, ours: EngineRun, batches: Mapping[str, Sequence[str]], gpu: bool) -> list[Check]:
+    """The measurements of an activated engine, beside those of plain vLLM.
+
+    Args:
+        plain: an engine without Starling.
+        batches: what prompts are -> batches of decodes, which both engines have. Kinds without batches have no check.
+    """
+    checks = []
+    for kind, names in batches.items():
+        if names:
+            graphs = functools.partial(measure_graphs, ours, plain, kind, names)
+            title = f"speed: steps in full CUDA graphs, {kind}"
+            checks.append(Check(title, graphs if gpu else functools.partial(Skip, NO_GRAPHS)))
+    memory = functools.partial(measure_memory, ours, plain)
+    return [*checks, Check("speed: memory of the GPU", memory if gpu else functools.partial(Skip, NO_PROFILE))]
+
+
+def measure_graphs(ours: EngineRun, plain: EngineRun, kind: str, batches: Sequence[str]) -> Result | Skip:
+    """The share of an engine's steps that ran in full CUDA graphs, and of plain vLLM's with the same prompts."""
+    refusal = ours.refusal(kind)
+    if refusal is not None:
+        return Skip(refusal)
+    found, plains = ours.graphs(batches), plain.graphs(batches)
+    detail = f"{found.total()} steps: {by_mode(found)}; plain vLLM {100 * full_share(plains):.3g} %"
+    return Result(100 * full_share(found), None, "%", detail)
+
+
+def full_share(steps: Counter[str]) -> float:
+    return steps[FULL] / max(steps.total(), 1)
+
+
+def measure_memory(ours: EngineRun, plain: EngineRun) -> Result | Skip:
+    """GiB that the batches took at most beside what was allocated before them, on the rank that took most."""
+    refusal = ours.refusal()
+    if refusal is not None:
+        return Skip(refusal)
+    ranks = ours.result()["memory"]["end"]
+    reserved, requested, profiled = (
+        max(rank[name] for rank in ranks) / 2**30 for name in ("reserved", "requested", "profiled")
+    )
+    detail = (
+        f"vLLM's profile has {profiled:.3g} GiB for it, plain vLLM takes {taken(plain):.3g} GiB; "
+        f"torch has reserved {reserved:.3g} GiB in all, of {requested:.3g} GiB that vLLM may take"
+    )
+    return Result(taken(ours), None, "GiB", detail)
+
+
+def taken(run: EngineRun) -> float:
+    memory = run.result()["memory"]
+    ranks = zip(memory["start"], memory["end"], strict=True)
+    return max(end["peak"] - start["allocated"] for start, end in ranks) / 2**30

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
-import subprocess
-import sys
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +16,6 @@ import torch
 from starling.config.entry import GPU_ATTENTION
 from starling.lab.selftest.accuracy import accuracy_check
 from starling.lab.selftest.check_prompts import LONGEST
-from starling.lab.selftest.engine import RESULT
 from starling.lab.selftest.engine_checks import (
     FP8_CAPABILITY,
     Engines,
@@ -27,14 +24,14 @@ from starling.lab.selftest.engine_checks import (
     judge_tokens,
     make_engines,
     settings,
+    steady_checks,
 )
-from starling.lab.selftest.engine_run import EngineRun
+from starling.lab.selftest.engine_run import EngineRun, read_result
 from starling.lab.selftest.kernels import kernel_checks
 from starling.lab.selftest.model import TINY, make_config, make_model, max_length, timed_shape, vocabulary
 from starling.lab.selftest.result import Check, Result, Skip
 from starling.lab.selftest.speed import speed_checks
 from starling.lab.selftest.star_rows import row_checks
-from starling.lab.selftest.steady import steady_checks
 from starling.lab.selftest.tiles import tile_checks
 
 MOVE_SECONDS = 300
@@ -159,15 +156,10 @@ def judge_pages(source: str, reader: str) -> Result:
     """Count the pages that differ between two processes, one on each of two devices; the detail has GB/s.
 
     Raises:
-        RuntimeError: the pages can't be read; the message has the last lines that were printed.
+        EngineError: the pages can't be read; the message has the last lines that were printed.
     """
-    command = [sys.executable, "-m", "starling.lab.selftest.moved_pages", source, reader]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=MOVE_SECONDS)
-    lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
-    if done.returncode or not lines:
-        printed = "\n".join((done.stdout + done.stderr).strip().splitlines()[-12:])
-        raise RuntimeError(f"the process that reads the pages ended with {done.returncode}:\n{printed}")
-    found = json.loads(lines[-1].removeprefix(RESULT))
+    arguments = ["-m", "starling.lab.selftest.moved_pages", source, reader]
+    found = read_result("the process that reads the pages", arguments, MOVE_SECONDS, os.environ)
     speed = found["bytes"] / 1e9 / found["seconds"]
     detail = f"{found['bytes'] / 2**30:.3g} GiB of scattered pages in {found['seconds']:.3g} s, {speed:.3g} GB/s"
     return Result(found["different"], 0, "pages that differ", detail)

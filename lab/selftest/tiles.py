@@ -13,8 +13,8 @@ import torch
 from starling.attention_backends.kernels.contract import Sizes
 from starling.attention_backends.kernels.ranges import RangeTable, TokenRanges, make_range_table
 from starling.attention_backends.kernels.rotary import Rotation
+from starling.lab.machine import has_gpu
 from starling.lab.selftest.kernels import NO_GPU
-from starling.lab.selftest.machine import has_gpu
 from starling.lab.selftest.result import Check, Result, Skip
 
 if TYPE_CHECKING:

@@ -8,10 +8,9 @@ import torch
 from benchmarks.random_llama import make_random_llama
 from starling.config.head_scores import HeadScores
 from starling.lab.calibration.ablation import served_order
-from starling.lab.calibration.gated_model import GatedModel
-from starling.lab.calibration.integrated_gradients import ANSWER_TOKENS, Case, ScoredPrompt
-from starling.lab.evaluation.completions_client import TOP_LOGPROBS
-from starling.lab.evaluation.statistics import kl_divergence
+from starling.lab.calibration.gated_model import ANSWER_TOKENS, Case, GatedModel, ScoredPrompt
+from starling.lab.evaluation.client import TOP_LOGPROBS
+from starling.lab.statistics import kl_divergence
 
 pytestmark = pytest.mark.engine
 

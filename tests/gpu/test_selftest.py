@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from starling.lab.selftest.machine import has_gpu
+from starling.lab.machine import has_gpu
 from starling.lab.selftest.result import Verdict, judge
 from starling.lab.selftest.suite import make_suite
 

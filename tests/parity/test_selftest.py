@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from starling.lab.selftest.machine import has_gpu
+from starling.lab.machine import has_gpu
 from tests.forks import COUNTERS
 from tests.parity.harness import cores
 

@@ -19,16 +19,15 @@ from rich.markup import escape
 from starling.config.entry import ENTRY
 from starling.config.quality import size_text, size_texts
 from starling.config.star import QUALITY_SIZES, num_blocks, parse_options
+from starling.lab.evaluation.client import Client
 from starling.lab.evaluation.commands import tune
-from starling.lab.evaluation.commands.measuring import connect, run_measurement
-from starling.lab.evaluation.completions_client import Client
+from starling.lab.evaluation.commands.measuring import add_target_options, connect, run_measurement
 from starling.lab.evaluation.plans import DENSE, Plan, parse_plan
 from starling.lab.evaluation.prompt_options import without_secrets
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.report import percent, points
-from starling.lab.evaluation.tuning.candidates import served_options, usable_candidates
-from starling.lab.evaluation.tuning.measures import Measure
-from starling.lab.evaluation.tuning.search_options import TuneOptions
+from starling.lab.evaluation.tuning.candidates import served_options
+from starling.lab.evaluation.tuning.search_options import Measure, TuneOptions
 from starling.lab.evaluation.tuning.tune_report import (
     TuneReport,
     Word,
@@ -63,14 +62,8 @@ def make_parser() -> argparse.ArgumentParser:
         "(docs/tune.md).",
         allow_abbrev=False,
     )
+    add_target_options(parser)
     add = parser.add_argument
-    add(
-        "serve",
-        nargs="?",
-        metavar="MODEL",
-        help="start `starling serve MODEL` for this command, and stop it",
-    )
-    add("--base-url", metavar="URL", help="a server that runs, in place of MODEL")
     add(
         "--prompts",
         type=Path,
@@ -107,7 +100,7 @@ async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequen
         ServerError, ValueError: as ``tune.search`` raises them.
     """
     budgets = [limit / 100 for limit in LIMITS.values()]
-    found = await tune.search(args, options, target, console, budgets, usable_candidates)
+    found = await tune.search(args, options, target, console, budgets, leave_out=True)
     tunings = dict(zip(LIMITS, found.tunings, strict=True))
     words = measured_words(tunings, options.chosen_measure)
     served = tune.served_arguments(args, target, found.model)

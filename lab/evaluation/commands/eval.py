@@ -10,21 +10,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from starling.lab.command_line import add_options, given_options
 from starling.lab.evaluation.commands.measuring import (
+    OUT_HELP,
     Measurement,
-    add_prompt_options,
     add_server_options,
     open_session,
     repeated,
     run_measurement,
 )
-from starling.lab.evaluation.depth import compare_depths
-from starling.lab.evaluation.figure import figure_png
+from starling.lab.evaluation.comparison import compare, compare_depths, make_pairs
 from starling.lab.evaluation.plans import ALLOWED as ALLOWED_PLANS
 from starling.lab.evaluation.prompt_options import EvalOptions, parse_options
-from starling.lab.evaluation.report import Report, html_report, summary, terminal_tables, worst
+from starling.lab.evaluation.report import Report, figure_png, html_report, summary, terminal_tables, worst, write_files
 from starling.lab.evaluation.runner import evaluate, key_of
-from starling.lab.evaluation.statistics import compare, make_pairs
 
 JSON_FILE, HTML_FILE, FIGURE_FILE = "results.json", "report.html", "differences.png"
 
@@ -39,10 +38,9 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_server_options(parser)
-    add = parser.add_argument
-    add("--plan", action="append", dest="plans", default=[], metavar="PLAN", help=f"repeatable: {ALLOWED_PLANS}")
-    add("--logprobs", type=int, metavar="N", default=0, help="also compare distributions at N tokens of the answer")
-    add_prompt_options(parser, EvalOptions.model_fields)
+    plans = {"flag": "--plan", "action": "append", "type": str, "metavar": "PLAN"}
+    add_options(parser, EvalOptions, plans=plans | {"help": f"repeatable: {ALLOWED_PLANS}"})
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=OUT_HELP)
     return parser
 
 
@@ -54,7 +52,7 @@ def run(argv: Sequence[str]) -> int:
 
 def prepare(args: argparse.Namespace) -> Measurement:
     """What the arguments ask for (raises ValueError for what can't be measured)."""
-    options = parse_options(EvalOptions, {name: getattr(args, name) for name in EvalOptions.model_fields})
+    options = parse_options(EvalOptions, given_options(args, EvalOptions))
     return partial(measure, args, options)
 
 
@@ -103,20 +101,16 @@ async def measure(args: argparse.Namespace, options: EvalOptions, target: Sequen
 
 def write(report: Report, folder: Path, console: Console) -> None:
     """Write JSON, figure and HTML, and print the table."""
-    (folder / JSON_FILE).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    (folder / FIGURE_FILE).unlink(missing_ok=True)  # of an earlier run
-    (figure, no_figure), written = figure_or_reason(report), [JSON_FILE, HTML_FILE]
-    if figure is not None:
-        (folder / FIGURE_FILE).write_bytes(figure)
-        written.append(FIGURE_FILE)
-    (folder / HTML_FILE).write_text(html_report(report, figure), encoding="utf-8")
+    figure, no_figure = figure_or_reason(report)
+    files = {JSON_FILE: report.model_dump_json(indent=1) + "\n", HTML_FILE: html_report(report, figure)}
+    written = write_files(folder, {**files, FIGURE_FILE: figure})
     for table in terminal_tables(report):
         console.print(table)
     for text in summary(report.cells):
         console.print(escape(text))
     if figure is None:
         console.print(escape(f"no figure: {no_figure}"))
-    console.print(f"written to {escape(str(folder))}: {', '.join(written)}")
+    console.print(escape(written))
 
 
 def figure_or_reason(report: Report) -> tuple[bytes | None, str]:

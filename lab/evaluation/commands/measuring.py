@@ -7,87 +7,49 @@ import asyncio
 import contextlib
 import os
 import re
-import signal
-import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
-from starling.lab.evaluation.completions_client import Client, ServerError, ServerFacts, naming
-from starling.lab.evaluation.connection import refuse_key
+from starling.lab.command_line import make_console, progress_bars, run_command
+from starling.lab.evaluation.client import Client, ServerFacts, naming, refuse_key
 from starling.lab.evaluation.prompt_options import PromptOptions, folder_setup
 from starling.lab.evaluation.prompts import Prompt, Tokenizer, distinct, own_prompt, read_own_prompts, task_prompts
-from starling.lab.evaluation.server_process import StartError, served
+from starling.lab.evaluation.server_process import served
 from starling.lab.evaluation.store import Store, check_setup, locked, stored_setup
-from starling.lab.evaluation.tasks import GROUPS, TASKS
 from starling.lab.evaluation.tokenizer import LocalTokenizer
 
-FAILED, UNUSABLE, INTERRUPTED = 1, 2, 130
-SPEED_SECONDS = 3600  # a long prompt takes minutes, and the time left is estimated from those of the last hour
 KEY_ENV, SERVE_KEY_ENV = "OPENAI_API_KEY", "VLLM_API_KEY"
 LOG_FILE = "server.log"
-WIDE = 250  # columns of a log, so that no row of a table is broken
-LINE_SECONDS = 60.0  # between two lines of progress in a log
+OUT_HELP = "folder of the results; a run that was ended goes on"
 
 Measurement = Callable[[Sequence[str], Console], Awaitable[int]]
 """(the arguments that name the server, console) -> exit code. The server runs, at ``args.base_url``."""
 
 
-def comma(text: str) -> tuple[str, ...]:
-    """The parts of a list with commas."""
-    return tuple(part.strip() for part in text.split(","))
+def add_target_options(parser: argparse.ArgumentParser) -> None:
+    """MODEL, or a server that runs."""
+    add, model_help = parser.add_argument, "start `starling serve MODEL` for this command, and stop it"
+    add("serve", nargs="?", metavar="MODEL", help=model_help)
+    add("--base-url", metavar="URL", help="a server that runs, such as http://localhost:8000, in place of MODEL")
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
-    """MODEL, or a server that runs."""
+    """MODEL, or a server that runs, and how it is asked."""
+    add_target_options(parser)
     add = parser.add_argument
-    add(
-        "serve",
-        nargs="?",
-        metavar="MODEL",
-        help="start `starling serve MODEL` for this command, and stop it",
-    )
-    add("--base-url", metavar="URL", help="a server that runs, such as http://localhost:8000")
     add("--model", metavar="NAME", help="the model's name on the server; needed where it has several")
     add("--api-key", metavar="KEY", help=f"of the server; default: the environment variable {KEY_ENV}")
     add("--tokenizer", metavar="FOLDER", help="the model's tokenizer, for a server without vLLM's /tokenize")
-
-
-def add_prompt_options(parser: argparse.ArgumentParser, fields: dict[str, FieldInfo]) -> None:
-    """Which prompts are measured, how, and where the results go.
-
-    Args:
-        fields: of the command's options, for their defaults.
-    """
-    add, format_help = parser.add_argument, "how tasks are sent: chat (default), with the chat template, or text"
-    add("--tasks", type=comma, metavar="A,B", help=f"of {', '.join((*GROUPS, *TASKS))}; niah: all niah_...")
-    add("--lengths", type=comma, metavar="N,M", help="tokens of prompt and answer: 4096")
-    add("--prompts-per-cell", type=int, metavar="N", help="of each task and length: 20")
-    add("--prompts", type=Path, metavar="FILE", help="your own prompts as JSONL, in place of tasks")
-    add("--max-tokens", type=int, metavar="N", help="of answers to your own prompts: 128")
-    add("--prompt-format", choices=("chat", "text"), help=format_help)
-    add("--prompt-seed", type=int, metavar="N", help="of the tasks' prompts: 0")
-    parser.set_defaults(**{name: fields[name].default for name in PromptOptions.model_fields})
     add("--concurrency", type=int, metavar="N", default=1, help="prompts at the same time: 1")
     add("--timeout", type=float, metavar="SECONDS", default=600, help="that an answer may take: 600")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of the results; a run that was ended goes on")
 
 
 def run_measurement(
@@ -104,69 +66,32 @@ def run_measurement(
         prepare: what the arguments ask for; it refuses (ValueError) what can be refused before a server starts.
 
     Returns:
-        The exit code of the measurement; 1 where a request or the server failed, 2 for unusable arguments, or 130.
+        The exit code of the measurement, or those of ``run_command``.
     """
     console = make_console()
-    resume = f"The answers so far are in {args.out}: the same command goes on from there."
-    try:
-        check_arguments(args, serve_options)
+
+    def run() -> int:
+        options = list(serve_options)
+        check_arguments(args, options)
         if args.serve is not None and args.tokenizer is not None:
-            serve_options = [*serve_options, "--tokenizer", args.tokenizer]  # an option of vLLM's too
+            options += ["--tokenizer", args.tokenizer]  # an option of vLLM's too
             args.tokenizer = None  # prompts are made with the server's
         measure = prepare(args)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(signals_as_interrupt())
-            stack.enter_context(locked(args.out))
+        with locked(args.out), contextlib.ExitStack() as stack:
             check_folder(args.out)
             if args.serve is not None:
                 log = args.out / LOG_FILE
                 with console.status(f"starting starling serve {escape(args.serve)} (log: {escape(str(log))})"):
-                    args.base_url = stack.enter_context(served(args.serve, serve_options, log))
-            target = [args.serve, *serve_options] if args.serve else ["--base-url", args.base_url]
+                    args.base_url = stack.enter_context(served(args.serve, options, log))
+            target = [args.serve, *options] if args.serve else ["--base-url", args.base_url]
 
             async def measured() -> int:
                 return await measure(target, console)
 
             return asyncio.run(measured())
-    except ValueError as error:
-        print(f"{command}: error: {error}", file=sys.stderr)
-        return UNUSABLE
-    except (ServerError, StartError, OSError) as error:
-        print(f"{command}: error: {error}\n{resume}", file=sys.stderr)
-        return FAILED
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print(f"{command}: interrupted\n{resume}", file=sys.stderr)
-        return INTERRUPTED
 
-
-@contextlib.contextmanager
-def signals_as_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the measurement as Ctrl-C does, so that its server is stopped.
-
-    Under nohup, SIGHUP is ignored, and stays so. What SIGINT does here makes no difference: a background job of a
-    script ignores it.
-    """
-
-    def interrupt(*_: object) -> None:
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            raise KeyboardInterrupt from None
-        loop.call_soon_threadsafe(cancel_tasks)  # an exception here would be one of the task that runs just now
-
-    def cancel_tasks() -> None:
-        for task in asyncio.all_tasks():
-            task.cancel()
-
-    numbers = [signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    resume = f"The answers so far are in {args.out}: the same command goes on from there."
+    return run_command(command, run, lambda: resume)
 
 
 def check_arguments(args: argparse.Namespace, serve_options: Sequence[str]) -> None:
@@ -297,38 +222,6 @@ async def checked_facts(client: Client, options: PromptOptions, star_plans: Sequ
     if options.prompts is None and facts.max_model_len is not None and longest > facts.max_model_len:
         raise ValueError(f"lengths={longest} is refused: the server's max_model_len is {facts.max_model_len}")
     return facts
-
-
-def make_console() -> Console:
-    """Standard output. A file or a pipe is wide: rich would take 80 columns, in which tables can't be read."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, WIDE)
-    return console
-
-
-class ProgressLines(Progress):
-    """A line of progress now and then in place of bars, for a log."""
-
-    printed = 0.0
-
-    def advance(self, task_id: TaskID, advance: float = 1) -> None:
-        super().advance(task_id, advance)
-        if time.monotonic() - self.printed >= LINE_SECONDS:
-            self.printed = time.monotonic()
-            task = self.tasks[task_id]
-            total = "" if task.total is None else f" of {task.total:g}"
-            left = "" if not task.time_remaining else f", {timedelta(seconds=task.time_remaining)} left"
-            self.console.print(f"{task.description}: {task.completed:g}{total}{left}")
-
-
-def progress_bars(console: Console) -> Progress:
-    """Bars with counts and the time left, or lines where standard output is no terminal."""
-    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    columns += [TimeRemainingColumn(), TextColumn("left")]
-    if not console.is_terminal:
-        return ProgressLines(console=console, disable=True)
-    return Progress(*columns, console=console, speed_estimate_period=SPEED_SECONDS)
 
 
 async def make_prompts(options: PromptOptions, tokenizer: Tokenizer, progress: Progress) -> list[Prompt]:

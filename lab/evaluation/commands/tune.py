@@ -16,10 +16,11 @@ from rich.markup import escape
 from starling.config.entry import ENTRY, STAR_ADAPTER, STAR_HEADS
 from starling.config.presets import PRESETS
 from starling.config.star import FIELD_OF, FIELDS, QUALITY_SIZES, flat_name
+from starling.lab.command_line import add_options, given_options
 from starling.lab.evaluation.commands.measuring import (
+    OUT_HELP,
     Measurement,
     Session,
-    add_prompt_options,
     add_server_options,
     open_session,
     repeated,
@@ -29,14 +30,12 @@ from starling.lab.evaluation.plans import DENSE, Plan
 from starling.lab.evaluation.prompt_options import parse_options, without_secrets
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.repeats import repeated_tokens
-from starling.lab.evaluation.report import terminal_table
+from starling.lab.evaluation.report import terminal_table, write_files
 from starling.lab.evaluation.runner import key_of
 from starling.lab.evaluation.server_process import option_name
 from starling.lab.evaluation.store import Answer
 from starling.lab.evaluation.tuning.candidates import Candidate, chosen_candidates, default_candidates
-from starling.lab.evaluation.tuning.halving import halves, measured_plans
-from starling.lab.evaluation.tuning.measures import MEASURES
-from starling.lab.evaluation.tuning.search_options import DEFAULT_LOGPROBS, TuneOptions
+from starling.lab.evaluation.tuning.search_options import TuneOptions
 from starling.lab.evaluation.tuning.tune_report import (
     COLUMNS,
     TuneReport,
@@ -49,13 +48,10 @@ from starling.lab.evaluation.tuning.tune_report import (
     summary,
     table_rows,
 )
-from starling.lab.evaluation.tuning.tuner import Trial, Tuner, Tuning, find_engine
+from starling.lab.evaluation.tuning.tuner import Trial, Tuner, Tuning, find_engine, halves, measured_plans
 
 Measure = Callable[[argparse.Namespace, TuneOptions, Sequence[str], Console], Awaitable[int]]
 """What a command does with its options, the target of its requests and a console; returns the exit code."""
-
-MakeCandidates = Callable[[Sequence[str], Sequence[Prompt], int, int], list[Candidate]]
-"""Names of plans, prompts, tokens of a page, KV heads with scores -> the candidates."""
 
 NOT_FOUND = 3
 CHOSEN_HERE = {
@@ -80,20 +76,10 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_server_options(parser)
-    add = parser.add_argument
-    add("--budget", type=float, required=True, metavar="POINTS", help="of mean loss, such as 2: 0.02 of a score")
-    add("--measure", choices=MEASURES, default="score", help="what a loss is: score; 100 points of logprob are 1 nat")
-    add("--logprobs", type=int, metavar="N", help=f"tokens for logprob and agreement to compare: {DEFAULT_LOGPROBS}")
-    add(
-        "--plan",
-        action="append",
-        dest="plans",
-        default=[],
-        metavar="PLAN",
-        help="a candidate in place of the default ones, such as n/8 or B=4096,A=128,O=1024; repeatable",
-    )
-    add("--query-tokens", type=int, metavar="Q", help="of the default candidates; default: 512, or half the prompt")
-    add_prompt_options(parser, TuneOptions.model_fields)
+    candidates = "a candidate in place of the default ones, such as n/8 or B=4096,A=128,O=1024; repeatable"
+    plans = {"flag": "--plan", "action": "append", "type": str, "metavar": "PLAN", "help": candidates}
+    add_options(parser, TuneOptions, plans=plans)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=OUT_HELP)
     return parser
 
 
@@ -115,7 +101,7 @@ def prepare(
         if option_name(option) in CHOSEN_HERE:
             raise ValueError(f"{option} is refused: the search chooses it. Allowed: {allowed}")
     refuse_star_entry(serve_options, allowed)
-    options = parse_options(TuneOptions, {name: getattr(args, name) for name in TuneOptions.model_fields})
+    options = parse_options(TuneOptions, given_options(args, TuneOptions))
     return partial(measure, args, options)
 
 
@@ -188,14 +174,15 @@ async def search(
     target: Sequence[str],
     console: Console,
     budgets: Sequence[float],
-    make_candidates: MakeCandidates = chosen_candidates,
+    *,
+    leave_out: bool = False,
 ) -> Found:
     """Make the prompts, and search for each budget with the same candidates and prompts.
 
     Args:
         target: the arguments that name the server, for the command in the report.
         budgets: of the mean loss; 1 is 100 points.
-        make_candidates: of the plans of the options, where they name some.
+        leave_out: plans of the options that can't be used.
 
     Raises:
         ServerError: a request failed.
@@ -209,7 +196,7 @@ async def search(
         options.refuse_few(len(prompts))
         page_size, kv_heads = await find_engine(session.client, prompts)
         if options.plans:
-            candidates = make_candidates(options.plans, prompts, page_size, kv_heads)
+            candidates = chosen_candidates(options.plans, prompts, page_size, kv_heads, leave_out=leave_out)
         else:
             candidates = default_candidates(prompts, page_size, options.query_tokens, kv_heads)
         halved = halves(prompts)
@@ -334,18 +321,13 @@ def write(report: TuneReport, folder: Path, served: Sequence[str], console: Cons
     Args:
         served: the model to serve, and further options of the server.
     """
-    (folder / CONFIG_FILE).unlink(missing_ok=True)  # of an earlier search with another budget
-    written = [JSON_FILE, HTML_FILE]
-    (folder / JSON_FILE).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    (folder / HTML_FILE).write_text(html_report(report, served), encoding="utf-8")
-    if report.chosen is not None and report.succeeded:
-        config = json.dumps(report.chosen.additional_config)
-        (folder / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-        written.append(CONFIG_FILE)
+    files = {JSON_FILE: report.model_dump_json(indent=1) + "\n", HTML_FILE: html_report(report, served)}
+    config = json.dumps(report.chosen.additional_config) + "\n" if report.chosen and report.succeeded else None
+    written = write_files(folder, {**files, CONFIG_FILE: config})
     title = f"Losses to dense in points of {report.measure}"
     console.print(terminal_table(title, COLUMNS, table_rows(report), wrap="result"))
     for text in summary(report):
         console.print(escape(text), soft_wrap=True)
     if report.succeeded:
         console.print(escape(how_to_serve(report, served)), soft_wrap=True)
-    console.print(f"written to {escape(str(folder))}: {', '.join(written)}")
+    console.print(escape(written))

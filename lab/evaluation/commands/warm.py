@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -34,20 +33,11 @@ from starling.config.warm_prompts import (
     message,
     tokens_found,
 )
-from starling.lab.evaluation.commands.measuring import (
-    FAILED,
-    INTERRUPTED,
-    LOG_FILE,
-    UNUSABLE,
-    add_server_options,
-    check_arguments,
-    connect,
-    make_console,
-    progress_bars,
-    signals_as_interrupt,
-)
-from starling.lab.evaluation.completions_client import Client, RequestRefused, ServerError
-from starling.lab.evaluation.server_process import StartError, served
+from starling.lab.command_line import FAILED, make_console, progress_bars, run_command
+from starling.lab.evaluation.client import Client, RequestRefused, ServerError
+from starling.lab.evaluation.commands.measuring import LOG_FILE, add_server_options, check_arguments, connect
+from starling.lab.evaluation.prompts import read_json_lines
+from starling.lab.evaluation.server_process import served
 
 LINE = '{"text": "..."}, a text in quotes, or for chats a message {"role": ..., "content": ...}'
 SAYS_CACHED = "--enable-prompt-tokens-details"
@@ -100,8 +90,6 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="HOW",
         help=f"how your requests have their documents: {FORMS}. Default: the server's --star-segments",
     )
-    add("--concurrency", type=int, metavar="N", default=1, help="documents at the same time: 1")
-    add("--timeout", type=float, metavar="SECONDS", default=600, help="that a document may take: 600")
     return parser
 
 
@@ -109,42 +97,30 @@ def run(argv: Sequence[str]) -> int:
     """Compute the documents; returns the exit code."""
     args, serve_options = make_parser().parse_known_args(argv)
     console = make_console()
-    try:
-        check_arguments(args, serve_options)
+
+    def warmed() -> int:
+        options = list(serve_options)
+        check_arguments(args, options)
         head, documents = read_head(args.head), read_documents(args.documents)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(signals_as_interrupt())
             if args.serve is not None:
-                if SAYS_CACHED not in serve_options:
-                    serve_options = [*serve_options, SAYS_CACHED]
+                options += [] if SAYS_CACHED in options else [SAYS_CACHED]
                 log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / LOG_FILE
                 with console.status(f"starting starling serve {escape(args.serve)}"):
-                    args.base_url = stack.enter_context(served(args.serve, serve_options, log))
+                    args.base_url = stack.enter_context(served(args.serve, options, log))
             done = asyncio.run(warm(args, head, documents, console))
-    except ValueError as error:
-        print(f"starling warm: error: {error}", file=sys.stderr)
-        return UNUSABLE
-    except (ServerError, StartError, OSError) as error:
-        print(f"starling warm: error: {error}", file=sys.stderr)
-        return FAILED
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print("starling warm: interrupted: the same command goes on from there", file=sys.stderr)
-        return INTERRUPTED
-    show(done, console)
-    return FAILED if done.failures else 0
+        show(done, console)
+        return FAILED if done.failures else 0
 
-
-def read_text(path: Path) -> str:
-    """The text of a file (raises ValueError: it can't be read)."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} can't be read: {error}") from None
+    return run_command("starling warm", warmed, lambda: "The same command goes on from there.")
 
 
 def read_head(path: Path | None) -> Message | None:
     """The message of a head; None: there is none (raises ValueError: it can't be read)."""
-    text = "" if path is None else read_text(path)
+    try:
+        text = "" if path is None else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"head={str(path)!r} can't be read: {error}") from None
     if not text:
         return None
     with contextlib.suppress(ValueError):
@@ -160,21 +136,14 @@ def is_message(value: Any) -> bool:
 def read_documents(path: Path) -> list[tuple[int, Message]]:
     """(line, message) of each document, equal ones once (raises ValueError: a line has no text)."""
     found: dict[str, tuple[int, Message]] = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if line.strip():
-            document = document_of(line, f"{path}, line {number}")
-            found.setdefault(json.dumps(document, sort_keys=True), (number, document))
-    if not found:
-        raise ValueError(f"{path} has no documents")
+    for number, value in read_json_lines(path, "documents", LINE):
+        document = document_of(value, f"{path}, line {number}")
+        found.setdefault(json.dumps(document, sort_keys=True), (number, document))
     return list(found.values())
 
 
-def document_of(line: str, where: str) -> Message:
-    """The message of a document, from its line."""
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}. Allowed: {LINE}.") from None
+def document_of(value: Any, where: str) -> Message:
+    """The message of a document, from the value of its line."""
     if is_message(value):
         return dict(value)
     text = value.get("text") if isinstance(value, dict) else value

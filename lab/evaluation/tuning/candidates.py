@@ -92,19 +92,19 @@ def make_candidate(plan: Plan, prompts: Sequence[Prompt], page_size: int, kv_hea
 
 
 def chosen_candidates(
-    texts: Sequence[str], prompts: Sequence[Prompt], page_size: int, kv_heads: int = 0
+    texts: Sequence[str], prompts: Sequence[Prompt], page_size: int, kv_heads: int = 0, *, leave_out: bool = False
 ) -> list[Candidate]:
-    """The candidates of --plan, the cheapest first (raises ValueError for one that can't be used)."""
-    return by_cost([make_candidate(parse_plan(text), prompts, page_size, kv_heads) for text in texts])
+    """The candidates of --plan, the cheapest first; of equal ones, the one that was made first.
 
+    Args:
+        leave_out: those that can't be used.
 
-def usable_candidates(
-    texts: Sequence[str], prompts: Sequence[Prompt], page_size: int, kv_heads: int = 0
-) -> list[Candidate]:
-    """As ``chosen_candidates``, without those that can't be used (raises ValueError where none can)."""
+    Raises:
+        ValueError: a candidate can't be used; with ``leave_out``, none can.
+    """
     found = []
     for text in texts:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError) if leave_out else contextlib.nullcontext():
             found.append(make_candidate(parse_plan(text), prompts, page_size, kv_heads))
     if not found:
         shortest = min(prompts, key=lambda prompt: len(prompt.token_ids))
@@ -113,7 +113,7 @@ def usable_candidates(
             f"tokens, and a page {page_size}. Allowed: longer prompts, a smaller --block-size of the server, or a "
             "smaller query"
         )
-    return by_cost(found)
+    return sorted(found, key=lambda candidate: round(candidate.cost, 12))
 
 
 def default_candidates(
@@ -144,11 +144,6 @@ def default_candidates(
         if length >= number * page_size:
             texts += [f"n/{number}{text}{query}" for text in (*heads, *halves, ",O=0")]
     found: dict[tuple[StarPlan, ...], Candidate] = {}
-    for candidate in usable_candidates(texts, prompts, page_size, kv_heads):
+    for candidate in chosen_candidates(texts, prompts, page_size, kv_heads, leave_out=True):
         found.setdefault(tuple(candidate.numbers.values()), candidate)
     return list(found.values())
-
-
-def by_cost(candidates: list[Candidate]) -> list[Candidate]:
-    """The cheapest first; of equal ones, the one that was made first."""
-    return sorted(candidates, key=lambda candidate: round(candidate.cost, 12))

@@ -1,32 +1,82 @@
-"""What a search for a plan measures, and what it must keep to."""
+"""What a search for a plan measures as the loss of a prompt, and what it must keep to."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 from pydantic import Field
 
+from starling.lab.evaluation.comparison import Pair, logprob_difference, top
 from starling.lab.evaluation.plans import DENSE, parse_plan, with_dense
 from starling.lab.evaluation.prompt_options import DEFAULT_MAX_TOKENS, PromptOptions
 from starling.lab.evaluation.prompts import read_own_prompts
-from starling.lab.evaluation.tuning.loss_bounds import LOSSLESS_DRAWS, least_prompts
-from starling.lab.evaluation.tuning.measures import MEASURES, Measure, MeasureName
+from starling.lab.statistics import LOSSLESS_DRAWS, least_prompts
 
+MeasureName = Literal["score", "logprob", "agreement"]
 SETUP_VERSION = 1
 DEFAULT_LOGPROBS = 8
 LEAST_PROMPTS = 10  # of a half, for losses without a largest one
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A loss, from a plan's answer and dense's; positive where the plan is worse.
+
+    Attributes:
+        name: for --measure.
+        meaning: of 100 points of mean loss.
+        loss: of one prompt.
+        worst: the largest loss that a prompt can have; None where there is none.
+        has_logprobs: whether the distributions along the answer are needed.
+    """
+
+    name: MeasureName
+    meaning: str
+    loss: Callable[[Pair], float]
+    worst: float | None
+    has_logprobs: bool
+
+    def assumed_worst(self, losses: Sequence[float]) -> float:
+        """The loss of the prompt that an upper bound adds: the worst, or else the largest that was seen."""
+        return max(*losses, 0.0) if self.worst is None else self.worst
+
+    def assumed_best(self, losses: Sequence[float]) -> float:
+        """The loss of the prompt that a lower bound adds: none, or the largest gain that was seen."""
+        return min(*losses, 0.0)
+
+
+def disagreement(pair: Pair) -> float:
+    """The share of the answer's tokens at which another token than dense's is the most probable."""
+    return float(np.mean([top(one) != top(two) for one, two in pair.positions]))
+
+
+MEASURES: dict[str, Measure] = {
+    measure.name: measure
+    for measure in (
+        Measure("score", "the whole score", lambda pair: -pair.difference, 1.0, False),
+        Measure("logprob", "1 nat for each token of the answer", lambda pair: -logprob_difference(pair), None, True),
+        Measure("agreement", "another most probable token everywhere", disagreement, 1.0, True),
+    )
+}
 
 
 class TuneOptions(PromptOptions):
     """The options of `starling tune` that decide what it finds."""
 
     subcommand = "tune"
-    budget: float = Field(gt=0, lt=100, description="points of mean loss that the plan may have")
-    measure: MeasureName = Field("score", description="what a loss is")
-    logprobs: int | None = Field(None, ge=1, description="tokens of the answer that logprob and agreement compare")
+    budget: float = Field(gt=0, lt=100, description="points of mean loss, such as 2: 0.02 of a score")
+    measure: MeasureName = Field("score", description="what a loss is; 100 points of logprob are 1 nat")
+    logprobs: int | None = Field(
+        None, ge=1, description=f"tokens of the answer that logprob and agreement compare: {DEFAULT_LOGPROBS}"
+    )
     plans: tuple[str, ...] = Field((), description="the candidates, in place of the default ones")
-    query_tokens: int | None = Field(None, ge=1, description="the query of the default candidates, in tokens")
+    query_tokens: int | None = Field(
+        None, ge=1, description="of the default candidates; default: 512, or half the prompt"
+    )
 
     @property
     def chosen_measure(self) -> Measure:

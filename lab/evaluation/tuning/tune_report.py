@@ -15,17 +15,10 @@ from pydantic import BaseModel, ConfigDict
 from starling.lab.evaluation.plans import parse_plan
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.report import html_page, html_table, percent, points
-from starling.lab.evaluation.statistics import Interval
 from starling.lab.evaluation.tuning.candidates import served_options
-from starling.lab.evaluation.tuning.loss_bounds import (
-    CONFIDENCE,
-    LOSSLESS_DRAWS,
-    lower_bound,
-    prompts_needed,
-    upper_bound,
-)
-from starling.lab.evaluation.tuning.measures import MEASURES, Measure, MeasureName
-from starling.lab.evaluation.tuning.tuner import Trial, Tuning
+from starling.lab.evaluation.tuning.search_options import MEASURES, Measure, MeasureName
+from starling.lab.evaluation.tuning.tuner import Tuning
+from starling.lab.statistics import CONFIDENCE, LOSSLESS_DRAWS, Interval, lower_bound, prompts_needed, upper_bound
 
 VERSION = 1
 COLUMNS = ("plan", "attention work", "prompts", "loss [95 %]", "result")
@@ -179,37 +172,30 @@ def candidate_results(tuning: Tuning, measure: Measure) -> list[CandidateResult]
     """A row for each candidate, the cheapest first."""
     rows, found = [], False
     for trial in tuning.trials:
-        rows.append(candidate_result(trial, tuning.chosen, found, measure))
+        loss = make_loss(trial.losses, measure) if trial.losses else None
+        outcome: Literal["chosen", "dropped", "not needed", "not shown"]
+        if trial.dropped_after is not None:
+            outcome, reason = "dropped", trial.reason
+        elif trial is tuning.chosen:
+            outcome, reason = "chosen", ""
+        elif tuning.chosen is not None and found:
+            outcome, reason = "not needed", f"{tuning.chosen.candidate.plan.name} costs no more"
+        else:
+            assert loss is not None
+            outcome, reason = "not shown", f"it may lose {100 * loss.high:.1f}"
         found = found or trial is tuning.chosen
+        rows.append(
+            CandidateResult(
+                plan=trial.candidate.plan.name,
+                options=trial.candidate.plan.options,
+                attended_keys=trial.candidate.cost,
+                loss=loss,
+                outcome=outcome,
+                dropped_after=trial.dropped_after,
+                reason=reason,
+            )
+        )
     return rows
-
-
-def candidate_result(trial: Trial, chosen: Trial | None, not_needed: bool, measure: Measure) -> CandidateResult:
-    """The row of a candidate.
-
-    Args:
-        not_needed: whether the chosen plan comes before it, and so costs no more.
-    """
-    plan, loss = trial.candidate.plan, make_loss(trial.losses, measure) if trial.losses else None
-    outcome: Literal["chosen", "dropped", "not needed", "not shown"]
-    if trial.dropped_after is not None:
-        outcome, reason = "dropped", trial.reason
-    elif trial is chosen:
-        outcome, reason = "chosen", ""
-    elif chosen is not None and not_needed:
-        outcome, reason = "not needed", f"{chosen.candidate.plan.name} costs no more"
-    else:
-        assert loss is not None
-        outcome, reason = "not shown", f"it may lose {100 * loss.high:.1f}"
-    return CandidateResult(
-        plan=plan.name,
-        options=plan.options,
-        attended_keys=trial.candidate.cost,
-        loss=loss,
-        outcome=outcome,
-        dropped_after=trial.dropped_after,
-        reason=reason,
-    )
 
 
 def make_chosen(

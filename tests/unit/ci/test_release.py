@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from starling.lab.selftest import command as selftest
-from starling.lab.selftest import selftest_report
+from starling.lab.selftest import result
 
 ROOT = Path(__file__).parents[3]
 
@@ -77,7 +77,7 @@ def test_an_index_gets_no_link_that_leads_nowhere_and_commands_that_install_from
 def test_the_self_test_has_the_options_of_the_release(release):
     """An option that it does not have ends it with 2, as a machine without a GPU does."""
     args = selftest.make_parser().parse_args(release.SELFTEST)
-    assert args.quick and str(args.report / selftest_report.JSON) == release.REPORT
+    assert args.quick and str(args.report / result.JSON) == release.REPORT
 
 
 def test_every_folder_of_the_checkout_with_modules_of_starling_is_in_the_package(release):

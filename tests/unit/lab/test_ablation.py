@@ -15,10 +15,11 @@ from starling.config.head_scores import read_scores
 from starling.engine_ext.serving.cli.main import main
 from starling.lab.calibration import scorers
 from starling.lab.calibration.ablation import divergences, fitted_scores, group_counts, random_orders
-from starling.lab.calibration.found import part_of
-from starling.lab.calibration.gated_model import CalibrationError, layers_of
-from starling.lab.calibration.integrated_gradients import ScoredPrompt
-from starling.lab.evaluation.completions_client import Completion, ServerError
+from starling.lab.calibration.gated_model import ScoredPrompt, layers_of
+from starling.lab.calibration.scorers import part_of
+from starling.lab.evaluation.client import Completion, ServerError
+from starling.lab.evaluation.store import TokenScore
+from starling.lab.models import ModelError
 
 HEADS = [(layer, head) for layer in range(6) for head in range(5)]
 TRUE = {(0, 3): 0.5, (2, 1): 0.3, (5, 4): 0.1}
@@ -108,7 +109,7 @@ def test_the_command_asks_a_server_for_each_order_and_goes_on_where_one_failed(f
     options = ["--orders", "3", "--groups", "2", "--max-num-seqs", "4", "--dtype", "float32"]
     servers.fails_at = 2
     assert run(folder, out, *options) == 1
-    assert "gone\nThe same command goes on" in capsys.readouterr().err
+    assert f"gone\nThe scores so far are in {part_of(out)}: the same command goes on" in capsys.readouterr().err
     assert list(json.loads(part_of(out).read_text())["values"]) == ["order 1 of 3", "order 2 of 3"]
     servers.fails_at = None
     assert run(folder, out, *options, "--quantization", "fp8") == 2
@@ -159,7 +160,7 @@ def test_the_layers_of_a_model_are_those_of_its_configuration(fields, found):
     text = SimpleNamespace(**fields)
     config = SimpleNamespace(get_text_config=lambda: text)
     if found is None:
-        with pytest.raises(CalibrationError, match="the model has no layers of full attention, but"):
+        with pytest.raises(ModelError, match="the model has no layers of full attention, but"):
             layers_of(config)
     else:
         assert layers_of(config) == found
@@ -173,7 +174,8 @@ class PlanningClient:
 
     async def score_token(self, token_ids, plan, token_id):
         numbers = {"block_size": 128, "anchor_size": 128, "dense_heads": 0.5, "context_end": 100}
-        return Completion("", None, [token_id], numbers | self.sizes, -0.1, {token_id: -0.1})
+        score = TokenScore(logprob=-0.1, top={token_id: -0.1})
+        return Completion("", None, [token_id], numbers | self.sizes, score)
 
     async def complete(self, token_ids, plan, max_tokens):
         return Completion("", None, [], None)
@@ -182,9 +184,9 @@ class PlanningClient:
 def test_blocks_without_an_overlap_are_refused():
     """The pages of vLLM's CPU servers have 128 tokens, so that n/16 of a short prompt would be the paper's plan."""
     prompt = ScoredPrompt("a", tuple(range(1024)), (1, 2))
-    with pytest.raises(CalibrationError, match=r"n/16 of 1024 tokens is refused.*blocks of 128 tokens have no overlap"):
+    with pytest.raises(ModelError, match=r"n/16 of 1024 tokens is refused.*blocks of 128 tokens have no overlap"):
         asyncio.run(divergences(PlanningClient(overlap_size=0), prompt, 16, 128, [0, 1], 4))
     assert asyncio.run(divergences(PlanningClient(overlap_size=32), prompt, 16, 128, [0, 1], 4)) == [0.0, 0.0]
     unanswered = ScoredPrompt("a", tuple(range(1024)), ())
-    with pytest.raises(CalibrationError, match="the model gives no answer"):
+    with pytest.raises(ModelError, match="the model gives no answer"):
         asyncio.run(divergences(PlanningClient(overlap_size=32), unanswered, 16, 128, [0, 1], 4))

@@ -13,8 +13,8 @@ from starling.config.head_scores import read_scores
 from starling.engine_ext.serving.cli.main import main
 from starling.features.dense_heads.model_heads import checkpoint_digest
 from starling.lab.calibration import command
-from starling.lab.calibration.gated_model import CalibrationError, GatedModel
-from starling.lab.calibration.integrated_gradients import Case, ScoredPrompt, divergence, make_plan
+from starling.lab.calibration.gated_model import Case, GatedModel, ScoredPrompt, make_plan
+from starling.lab.models import ModelError, kl_at_each
 from tests.parity.harness import reference_scores
 from tests.unit.masks import mask_of
 
@@ -73,7 +73,7 @@ def test_the_scores_of_a_prompt_sum_to_its_divergence(model):
 def test_a_divergence_is_the_mean_kl_of_its_places():
     dense, other = (torch.tensor(values).log_softmax(-1) for values in ([[0.0, 1.0], [2.0, 0.0]], [[0.0, 0.0]] * 2))
     expected = torch.nn.functional.kl_div(other, dense, log_target=True, reduction="batchmean")
-    assert float(divergence(dense, other)) == pytest.approx(float(expected))
+    assert float(kl_at_each(dense, other).mean()) == pytest.approx(float(expected))
 
 
 def test_a_prompt_without_an_answer_is_scored_at_the_models_own(model):
@@ -177,7 +177,7 @@ def test_what_cannot_be_measured_is_refused(folder, tmp_path, arguments, message
 def test_a_model_that_is_not_there_or_that_transformers_cannot_load_is_refused(tmp_path, capsys):
     assert main(["calibrate", str(tmp_path / "nothing"), "--out", str(tmp_path / "scores.json")]) == 2
     assert "it is no folder, and the hub's cache has no such model" in capsys.readouterr().err
-    with pytest.raises(CalibrationError, match="can't be loaded by Transformers"):
+    with pytest.raises(ModelError, match="can't be loaded by Transformers"):
         GatedModel(tmp_path, "cpu", torch.float32)
 
 

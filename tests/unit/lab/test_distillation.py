@@ -12,18 +12,21 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from benchmarks.random_llama import make_tiny_llama
-from starling.lab.distillation import command, training_memory
-from starling.lab.distillation.adapted_model import AdaptedModel, DistilError, make_rows
-from starling.lab.distillation.distil_options import DistilOptions
-from starling.lab.distillation.own_prompts import OWN, chat_segments, read_prompts, with_answers
+from starling.lab.distillation import command
+from starling.lab.distillation.adapted_model import AdaptedModel, ModelError, make_rows
+from starling.lab.distillation.distil_options import DistilOptions, needed_bytes
 from starling.lab.distillation.training import PATIENCE, HeldOut, Training, document_plan, losses, star_plan
 from starling.lab.distillation.training_prompts import (
     FUNCTIONS,
+    OWN,
     TEXT,
     TaskPrompts,
+    chat_segments,
     documented_functions,
     python_texts,
+    read_prompts,
     recalls,
+    with_answers,
 )
 from starling.lab.evaluation.document_prompts import SHAPES, Asked, DocumentPrompt, Encoder, Style
 from starling.lab.evaluation.tasks import TASKS
@@ -129,7 +132,7 @@ def test_a_loss_that_is_no_number_is_said(folder):
     training = training_of(folder, 10)
     with torch.no_grad():
         training.model.parameters[0].fill_(float("nan"))
-    with pytest.raises(DistilError, match=r"the loss of step 1 is nan: try a lower --learning-rate"):
+    with pytest.raises(ModelError, match=r"the loss of step 1 is nan: try a lower --learning-rate"):
         training.make_step()
 
 
@@ -255,7 +258,7 @@ def test_own_prompts_and_tasks_take_turns(encoder, tmp_path):
 
 def test_memory_grows_with_prompts_and_falls_with_layers_computed_again(folder):
     def needed(recompute: bool = False, **options) -> int:
-        return training_memory.needed_bytes(folder, DistilOptions(dtype="float32", **options), recompute=recompute)
+        return needed_bytes(folder, DistilOptions(dtype="float32", **options), recompute=recompute)
 
     assert needed(tokens=4096) > needed(tokens=1024) > needed(recompute=True, tokens=1024)
 
@@ -302,10 +305,10 @@ def test_a_model_whose_keys_are_not_turned_is_refused(folder, monkeypatch):
     model.check_turns()
     same = torch.ones(1, 3, 32), torch.zeros(1, 3, 32)
     monkeypatch.setattr(model.decoder.rotary_emb, "forward", lambda key, positions: same)
-    with pytest.raises(DistilError, match=r"one rotary embedding with fixed frequencies$"):
+    with pytest.raises(ModelError, match=r"one rotary embedding with fixed frequencies$"):
         model.check_turns()
     monkeypatch.setattr(model.decoder.rotary_emb, "forward", lambda key, positions, layer_type: same)
-    with pytest.raises(DistilError, match=r"one rotary embedding with fixed frequencies: "):
+    with pytest.raises(ModelError, match=r"one rotary embedding with fixed frequencies: "):
         model.check_turns()
 
 

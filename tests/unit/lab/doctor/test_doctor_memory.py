@@ -8,7 +8,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from benchmarks.random_llama import make_random_llama
 from starling.engine_ext.start import plugin
-from starling.lab.doctor import unprofiled_memory
+from starling.lab.doctor import attention_report
 from starling.lab.selftest.model import alternating_scores
 from tests.parity.harness import TINY
 
@@ -40,7 +40,7 @@ def test_what_takes_memory_that_vllm_has_not_seen(model, tmp_path, options, back
     config = EngineArgs(model=model, additional_config={"starling": options}).create_engine_config()
     config.device_config.device_type = "cuda"
     config.attention_config.backend = AttentionBackendEnum[backend] if backend else None
-    report = unprofiled_memory.unprofiled_memory(config)
+    report = attention_report.unprofiled_memory(config)
     assert says in report["why"]
     assert (report["bytes"] == 0) == (says == "star rows take no more")
-    assert (unprofiled_memory.MADE_WITH_THE_WEIGHTS in report["why"]) == ("star_segments" in options)
+    assert (attention_report.MADE_WITH_THE_WEIGHTS in report["why"]) == ("star_segments" in options)

@@ -6,8 +6,8 @@ import stat
 
 import pytest
 
-from starling.lab.doctor import machine_facts
-from starling.lab.doctor.verdict import verdict
+from starling.lab import machine
+from starling.lab.doctor.command import verdict
 
 GOOD = {"installation": {"problem": None, "vllm": "0.32.0"}}
 MODEL = GOOD | {"model": "m", "star_refused": []}
@@ -70,7 +70,7 @@ def test_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     rows = "0, NVIDIA H100 80GB HBM3, 81559, 81037, 570.124.06, 9.0\n1, NVIDIA GB10, [N/A], [N/A], 570.124.06, 12.1"
     smi(tmp_path, f"cat <<'END'\n{rows}\nEND")
-    found = machine_facts.machine()
+    found = machine.describe_gpus()
     assert found["gpus"] == [
         "0: NVIDIA H100 80GB HBM3, 79.6 GiB, 79.1 GiB free, compute capability 9.0",
         "1: NVIDIA GB10, [N/A], [N/A] free, compute capability 12.1",
@@ -82,12 +82,12 @@ def test_gpus(tmp_path, monkeypatch):
 def test_a_driver_that_does_not_work_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     smi(tmp_path, "exit 9")
-    (line,) = machine_facts.machine()["gpus"]
+    (line,) = machine.describe_gpus()["gpus"]
     assert line.startswith("nvidia-smi does not work: ") and "9" in line
 
 
 def test_a_machine_without_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert machine_facts.machine()["gpus"] == ["no NVIDIA GPU"]
+    assert machine.describe_gpus()["gpus"] == ["no NVIDIA GPU"]
     smi(tmp_path, "exit 0")
-    assert machine_facts.machine()["gpus"] == ["no NVIDIA GPU"]
+    assert machine.describe_gpus()["gpus"] == ["no NVIDIA GPU"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from starling.lab.evaluation import completions_client as client_module
+from starling.lab.evaluation import client as client_module
 
 
 @pytest.fixture

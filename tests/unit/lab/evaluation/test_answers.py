@@ -19,11 +19,10 @@ from contextlib import contextmanager
 import pytest
 
 from starling.config.plain_text import plain
-from starling.lab.evaluation import completions_client as client_module
+from starling.lab.evaluation import client as client_module
 from starling.lab.evaluation import server_process
-from starling.lab.evaluation.answers import MAX_ANSWER_BYTES
+from starling.lab.evaluation.client import MAX_ANSWER_BYTES, MAX_MESSAGE, Client, ServerError
 from starling.lab.evaluation.commands import eval as eval_command
-from starling.lab.evaluation.completions_client import MAX_MESSAGE, Client, ServerError
 from tests.unit.lab.evaluation.fake_server import listening, served
 
 MIB = 2**20

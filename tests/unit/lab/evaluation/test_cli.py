@@ -8,9 +8,9 @@ from importlib import util
 import pytest
 
 from starling.engine_ext.serving.cli.main import main
-from starling.lab.evaluation import figure, server_process
+from starling.lab import command_line
+from starling.lab.evaluation import report, server_process
 from starling.lab.evaluation.commands import eval as cli
-from starling.lab.evaluation.commands import measuring
 from starling.lab.evaluation.report import Report
 from tests.unit.lab.evaluation.eval_runs import TASKS, Page, evaluate, knows
 from tests.unit.lab.evaluation.fake_server import MAX_MODEL_LEN, served
@@ -81,7 +81,7 @@ def test_the_html_report_escapes_texts_and_loads_nothing(tmp_path):
 
 
 def test_a_run_without_matplotlib_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(figure, "find_spec", lambda name: None)
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
     with served(answer=knows) as fake:
         assert evaluate(fake, tmp_path) == 0
     assert "no figure: it needs matplotlib (vllm-starling's extra `bench`)" in capsys.readouterr().out
@@ -265,7 +265,7 @@ def test_a_log_has_whole_rows_and_lines_of_progress_in_place_of_bars(tmp_path, m
         output = capsys.readouterr().out
         assert [line for line in output.splitlines() if "difference [95 %]" in line and "attention work" in line]
         assert "answers: 1 of 24" not in output and "left" not in output
-        monkeypatch.setattr(measuring, "LINE_SECONDS", 0.0)
+        monkeypatch.setattr(command_line, "LINE_SECONDS", 0.0)
         assert evaluate(fake, tmp_path / "again") == 0
     output = capsys.readouterr().out
     assert all(f"answers: {number} of 24" in output for number in range(1, 25)) and "prompts: 4 of 4" in output

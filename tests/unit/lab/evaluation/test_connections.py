@@ -13,10 +13,9 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
-from starling.lab.evaluation import completions_client as client_module
+from starling.lab.evaluation import client as client_module
 from starling.lab.evaluation import server_process
-from starling.lab.evaluation.completions_client import Client, ServerError
-from starling.lab.evaluation.connection import is_this_machine
+from starling.lab.evaluation.client import Client, ServerError, is_this_machine
 from starling.lab.evaluation.server_process import StartError
 from starling.lab.evaluation.server_process import served as serving
 from tests.unit.lab.evaluation.fake_server import listening, served

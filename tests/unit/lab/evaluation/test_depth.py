@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from starling.lab.evaluation.depth import THIRDS, compare_depths, third
+from starling.lab.evaluation.comparison import THIRDS, compare, compare_depths, make_pairs, third
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.report import Report, depth_rows, html_report, terminal_tables
-from starling.lab.evaluation.statistics import Interval, bootstrap, compare, make_pairs
 from starling.lab.evaluation.store import Answer, TokenScore
+from starling.lab.statistics import Interval, bootstrap
 
 
 def prompt(name: str, depth: float | None, length: int = 10) -> Prompt:

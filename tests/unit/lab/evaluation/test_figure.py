@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from starling.lab.evaluation.figure import figure_png, in_words, make_panels
-from starling.lab.evaluation.statistics import Cell, Interval
+from starling.lab.evaluation.comparison import Cell
+from starling.lab.evaluation.report import figure_png, in_words, make_panels
+from starling.lab.statistics import Interval
 
 
 def cell(against_reference: bool, kl: float | None = None, plan: str = "n/8") -> Cell:

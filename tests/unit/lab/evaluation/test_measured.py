@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from starling.lab.evaluation.measured import MeasuredLoss, closest, read_measured
-from starling.lab.evaluation.statistics import Interval
+from starling.lab.statistics import Interval
 from starling.scheduler.star.plan import StarPlan
 
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from starling.lab.evaluation.comparison import Cell, compare, make_pairs, score
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.report import overall, summary, table_rows, worst
-from starling.lab.evaluation.scoring import score
-from starling.lab.evaluation.statistics import Cell, Interval, bootstrap, compare, kl_divergence, make_pairs
 from starling.lab.evaluation.store import Answer, TokenScore
+from starling.lab.statistics import Interval, bootstrap, kl_divergence
 
 STAR_PLAN = {"attention": "star", "keys_attended": 1, "dense_keys": 4}
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from starling.lab.evaluation.comparison import score
 from starling.lab.evaluation.prompts import NEAR, fit, task_prompts
-from starling.lab.evaluation.scoring import score
 from starling.lab.evaluation.tasks import GROUPS, TASKS, choose_tasks
 from starling.lab.evaluation.tasks.associations import ASSOCIATIONS
 from starling.lab.evaluation.tasks.words import prose, pseudo_words

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from starling.lab.evaluation import completions_client as client_module
+from starling.lab.evaluation import client as client_module
 from starling.lab.evaluation.commands import eval as cli
 from starling.lab.evaluation.report import Report
 from starling.lab.evaluation.tokenizer import LocalTokenizer

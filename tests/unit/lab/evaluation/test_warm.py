@@ -124,11 +124,12 @@ def test_a_document_that_is_refused_is_named_and_the_others_go_on(tmp_path, caps
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        (["not json"], "docs.jsonl, line 1: Expecting value"),
+        (["not json"], "docs.jsonl, line 1: it is not JSON that can be read: Expecting value"),
         (['"fine"', '{"title": "x"}'], "docs.jsonl, line 2: there is no text"),
         (['{"text": ""}'], "line 1: there is no text"),
         (["3"], "line 1: there is no text"),
-        ([""], "has no documents"),
+        ([""], "the file has no document"),
+        (['"one\u2028line"', "3"], "line 2: there is no text"),
     ],
 )
 def test_a_wrong_file_is_refused_before_anything_is_sent(tmp_path, capsys, lines, says):
@@ -142,7 +143,7 @@ def test_a_wrong_file_is_refused_before_anything_is_sent(tmp_path, capsys, lines
 def test_a_file_that_is_not_there_is_refused(tmp_path, capsys):
     with served() as fake:
         assert warm.run(["--base-url", fake.url, "--documents", str(tmp_path / "none.jsonl")]) == 2
-    assert "none.jsonl can't be read" in capsys.readouterr().err
+    assert "none.jsonl' can't be read" in capsys.readouterr().err
 
 
 def test_a_server_without_starling_is_refused(tmp_path, capsys):

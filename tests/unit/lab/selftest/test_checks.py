@@ -15,20 +15,10 @@ from vllm.engine.arg_utils import EngineArgs
 from starling.attention_backends.kernels.cpu import fallback
 from starling.features.replicas import network
 from starling.lab.selftest import check_prompts as p
-from starling.lab.selftest import (
-    engine_checks,
-    engine_run,
-    kernels,
-    model,
-    moved_pages,
-    speed,
-    star_rows,
-    steady,
-    suite,
-)
+from starling.lab.selftest import engine_checks, engine_run, kernels, model, moved_pages, speed, star_rows, suite
 from starling.lab.selftest.engine_checks import Setting, judge_tokens, settings
 from starling.lab.selftest.engine_run import EngineError, EngineRun
-from starling.lab.selftest.paged import DECODE, MIXED, make_operands
+from starling.lab.selftest.kernels import DECODE, MIXED, make_operands
 from starling.lab.selftest.result import Check, Skip, Verdict, judge
 
 
@@ -296,7 +286,7 @@ def test_prompts_whose_times_are_measured_are_shortened_to_what_the_model_takes(
 
 def test_a_shortened_prompt_says_so_and_one_that_is_left_out_says_why():
     timed = SimpleNamespace(outputs=lambda name: [{"ttft": 1.0}], refusal=lambda feature: "no dense heads")
-    timed = speed.SpeedEngines(timed, timed)
+    timed = speed.Engines("a model", timed, timed)
     assert speed.prefill_check(timed, 4096, 4096, "a limit").run().detail.endswith("block of n/8")
     shorter = speed.prefill_check(timed, 4096, 3072, "the model takes 4,096 tokens at most")
     assert shorter.name == "speed: first token of 3,072 tokens, star"
@@ -322,17 +312,19 @@ class Engine:
 
 
 def test_a_step_that_waits_or_compiles_fails_the_check_unless_plain_vllm_does_too():
-    assert steady.check_steady(Engine(), Engine()).measured == 6
+    assert engine_checks.check_steady(Engine(), Engine()).measured == 6
     with pytest.raises(EngineError, match="synchronizing"):
-        steady.check_steady(Engine(), Engine(error="a synchronizing call"))
-    assert steady.check_steady(Engine(error="a call"), Engine(error="a call")) == Skip("plain vLLM fails: a call")
-    assert steady.check_steady(Engine(), Engine(refused="no star")) == Skip("no star")
+        engine_checks.check_steady(Engine(), Engine(error="a synchronizing call"))
+    assert engine_checks.check_steady(Engine(error="a call"), Engine(error="a call")) == Skip(
+        "plain vLLM fails: a call"
+    )
+    assert engine_checks.check_steady(Engine(), Engine(refused="no star")) == Skip("no star")
 
 
 def test_engines_that_may_not_wait_are_told_so_and_ask_for_no_logprobs(tmp_path):
     """vLLM takes both settings: the one as an argument of an engine, the other as a variable."""
     run = engine_run.EngineRun({"model": str(tmp_path)}, {"one": [{"ids": [1], "prompt_logprobs": True}]}, {"A": "1"})
-    strict = steady.steady(run)
+    strict = engine_checks.steady(run)
     assert EngineArgs(**strict.engine).jit_monitor_mode == "error"
     assert (
         strict.env == {"A": "1", "VLLM_GPU_SYNC_CHECK": "error"} and "VLLM_GPU_SYNC_CHECK" in envs.environment_variables
@@ -347,14 +339,15 @@ def activated(**options) -> EngineRun:
 
 
 def test_a_plain_engine_that_may_not_wait_has_steps_of_the_same_width():
-    dense = steady.without_starling(activated(), EngineRun({"model": "a"}, {"off": []}))
+    dense = engine_checks.without_starling(activated(), EngineRun({"model": "a"}, {"off": []}))
     assert dense.engine == {"model": "a"}
     assert dense.batches == {"star": 3 * [{"ids": [1]}], "documents": [{"ids": [2]}]}
 
 
 @pytest.mark.parametrize(
-    ("gpu", "attention", "why"), [(False, "vllm", steady.NO_GPU), (True, "xformers", steady.READS_LENGTHS)]
+    ("gpu", "attention", "why"),
+    [(False, "vllm", engine_checks.NOT_LOOKED_FOR), (True, "xformers", engine_checks.READS_LENGTHS)],
 )
 def test_nothing_is_looked_for_without_a_gpu_or_where_kernels_need_the_host(gpu, attention, why):
-    (check,) = steady.steady_checks("a setting", EngineRun({}, {}), activated(gpu_attention=attention), gpu)
+    (check,) = engine_checks.steady_checks("a setting", EngineRun({}, {}), activated(gpu_attention=attention), gpu)
     assert check.run() == Skip(why) and check.name == "a setting: no waiting and no compilation"

@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from starling.engine_ext.serving.cli import main
+from starling.lab import machine
 from starling.lab.selftest import command as selftest
-from starling.lab.selftest import machine, suite
+from starling.lab.selftest import suite
 from starling.lab.selftest.result import Check, Result, Skip, Verdict, exit_code, judge
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from starling.engine_ext.serving.cli import ended_with_parent
 from starling.lab.evaluation.commands.eval import make_parser
 from starling.lab.evaluation.tasks import TASKS
-from starling.lab.selftest import accuracy, model, speed, suite, usage
+from starling.lab.selftest import accuracy, model, speed, suite
 from starling.lab.selftest.engine_run import EngineRun
 from starling.lab.selftest.result import Skip
 from starling.vllm_compat.engine_readings import count_graphs, gpu_memory
@@ -56,7 +57,7 @@ def engine(steps: dict[str, int], peak: int) -> EngineRun:
 
 def test_graphs_and_memory_of_an_activated_engine_are_shown_beside_those_of_plain_vllm():
     plain, ours = engine({"FULL": 31, "NONE": 1}, 52), engine({"PIECEWISE": 24, "FULL": 8}, 54)
-    checks = usage.usage_checks(plain, ours, {"star": ["decode"], "documents": []}, gpu=True)
+    checks = speed.usage_checks(plain, ours, {"star": ["decode"], "documents": []}, gpu=True)
     graphs, taken = (check.run() for check in checks)
     assert (graphs.measured, graphs.unit) == (25, "%")
     assert graphs.detail == "32 steps: 24 PIECEWISE + 8 FULL; plain vLLM 96.9 %"
@@ -67,8 +68,8 @@ def test_graphs_and_memory_of_an_activated_engine_are_shown_beside_those_of_plai
 
 
 def test_without_a_gpu_nothing_of_it_is_measured():
-    checks = usage.usage_checks(engine({}, 0), engine({}, 0), {"star": ["decode"]}, gpu=False)
-    assert [check.run() for check in checks] == [Skip(usage.NO_GRAPHS), Skip(usage.NO_PROFILE)]
+    checks = speed.usage_checks(engine({}, 0), engine({}, 0), {"star": ["decode"]}, gpu=False)
+    assert [check.run() for check in checks] == [Skip(speed.NO_GRAPHS), Skip(speed.NO_PROFILE)]
 
 
 @pytest.mark.parametrize(
@@ -112,9 +113,9 @@ def test_accuracy_is_what_starling_eval_says_and_its_options_are_those_of_starli
     def run(command, **options):
         called.append(command)
         (tmp_path / "results.json").write_text(json.dumps(RESULTS))
-        return SimpleNamespace(returncode=0)
+        return SimpleNamespace(returncode=0, stdout="")
 
-    monkeypatch.setattr(accuracy.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(accuracy, "format_of", lambda name: "text")
     check = accuracy.accuracy_check("a model", 8192, True, tmp_path, "TRITON_ATTN", None)
     result = check.run()

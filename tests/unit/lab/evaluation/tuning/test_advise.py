@@ -12,8 +12,8 @@ import pytest
 from starling.config.entry import parse_config
 from starling.lab.evaluation.commands.advise import LIMITS, advice, document_advice, measured_speed, measured_words, run
 from starling.lab.evaluation.plans import parse_plan
-from starling.lab.evaluation.tuning.candidates import Candidate, usable_candidates
-from starling.lab.evaluation.tuning.measures import MEASURES
+from starling.lab.evaluation.tuning.candidates import Candidate, chosen_candidates
+from starling.lab.evaluation.tuning.search_options import MEASURES
 from starling.lab.evaluation.tuning.tune_report import Chosen, Closest, Loss, Word
 from starling.lab.evaluation.tuning.tuner import Trial, Tuning
 from tests.unit.lab.evaluation.fake_server import served
@@ -174,9 +174,9 @@ def test_times_that_are_no_better_are_no_gain():
 
 def test_a_plan_that_prompts_are_too_short_for_is_left_out():
     prompts = [SimpleNamespace(name=f"line {number}", token_ids=[number] * 600) for number in range(2)]
-    assert [one.plan.name for one in usable_candidates(["n/4", "n/8"], prompts, 128)] == ["n/8"]
+    assert [one.plan.name for one in chosen_candidates(["n/4", "n/8"], prompts, 128, leave_out=True)] == ["n/8"]
     with pytest.raises(ValueError, match=r"the prompts are too short for star blocks.*: line 0 has 600 tokens"):
-        usable_candidates(["n/2"], prompts, 128)
+        chosen_candidates(["n/2"], prompts, 128, leave_out=True)
 
 
 @pytest.mark.parametrize(

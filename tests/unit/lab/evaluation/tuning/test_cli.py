@@ -15,14 +15,15 @@ from rich.progress import Progress
 from starling.config.entry import parse_config
 from starling.engine_ext.serving.cli.main import main
 from starling.engine_ext.serving.cli.serve_args import parse as parse_serve
+from starling.lab.command_line import given_options
 from starling.lab.evaluation import server_process
 from starling.lab.evaluation.commands import measuring
 from starling.lab.evaluation.commands import tune as cli
 from starling.lab.evaluation.prompt_options import parse_options
 from starling.lab.evaluation.prompts import Prompt
-from starling.lab.evaluation.tuning.halving import halves
-from starling.lab.evaluation.tuning.search_options import TuneOptions
+from starling.lab.evaluation.tuning.search_options import MEASURES, TuneOptions
 from starling.lab.evaluation.tuning.tune_report import TuneReport
+from starling.lab.evaluation.tuning.tuner import halves
 from tests.unit.lab.evaluation.eval_runs import Page
 from tests.unit.lab.evaluation.fake_server import served
 
@@ -272,7 +273,7 @@ def test_help_and_the_page_name_every_option(capsys):
     assert len(options) > 15
     assert [name for name in options if name not in printed] == []
     assert [name for name in options if f"`{name}`" not in page and name != "--help"] == []
-    assert all(f"`{name}`" in page for name in cli.MEASURES)
+    assert all(f"`{name}`" in page for name in MEASURES)
 
 
 def test_one_bar_for_all_searches_goes_forward_and_ends_where_nothing_is_left(tmp_path, own):
@@ -292,7 +293,7 @@ def test_one_bar_for_all_searches_goes_forward_and_ends_where_nothing_is_left(tm
             self.refresh()
 
     args = cli.make_parser().parse_args(["--prompts", str(own), *LOGPROB, "--out", str(tmp_path / "out")])
-    options = parse_options(TuneOptions, {name: getattr(args, name) for name in TuneOptions.model_fields})
+    options = parse_options(TuneOptions, given_options(args, TuneOptions))
 
     async def searched(fake, monkey):
         args.base_url = fake.url

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from starling.lab.evaluation.prompts import Prompt, distinct
-from starling.lab.evaluation.tuning.halving import halves, rounds, why_dropped
-from starling.lab.evaluation.tuning.measures import MEASURES
+from starling.lab.evaluation.tuning.search_options import MEASURES
+from starling.lab.evaluation.tuning.tuner import halves, rounds, why_dropped
 
 SCORE, LOGPROB = MEASURES["score"], MEASURES["logprob"]
 

@@ -6,14 +6,13 @@ import asyncio
 
 import pytest
 
-from starling.lab.evaluation.completions_client import Client, ServerError
+from starling.lab.evaluation.client import Client, ServerError
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.runner import Memory
 from starling.lab.evaluation.tuning.candidates import chosen_candidates, default_candidates
-from starling.lab.evaluation.tuning.halving import halves
-from starling.lab.evaluation.tuning.measures import MEASURES
+from starling.lab.evaluation.tuning.search_options import MEASURES
 from starling.lab.evaluation.tuning.tune_report import candidate_results
-from starling.lab.evaluation.tuning.tuner import Tuner, find_engine
+from starling.lab.evaluation.tuning.tuner import Tuner, find_engine, halves
 from tests.unit.lab.evaluation.fake_server import served
 
 PLANS = ("n/16,A=1", "n/16", "n/8", "n/4")  # the cheapest first

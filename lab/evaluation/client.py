@@ -1,11 +1,13 @@
-"""The requests to a server with OpenAI's completions API, and vLLM's /tokenize unless the tokenizer is given."""
+"""The client of a server with OpenAI's completions API, and vLLM's /tokenize unless the tokenizer is given."""
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import time
 import uuid
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,11 +16,19 @@ from typing import Any
 import httpx
 
 from starling.config.plain_text import plain, plain_json
-from starling.lab.evaluation.answers import AnswerError, read_answer
-from starling.lab.evaluation.connection import make_http, retry_after
+from starling.lab.command_line import CommandFailed
 from starling.lab.evaluation.plans import Plan
 from starling.lab.evaluation.prompts import NO_TEMPLATE, Tokenizer
+from starling.lab.evaluation.store import TokenScore
 
+MAX_ANSWER_BYTES = 16 * 2**20
+"""Of a decompressed answer. The largest ones are the tokens of a prompt: 8 bytes each, so two million tokens."""
+ACCEPTED = "gzip"
+CODINGS = ("gzip", "x-gzip", "deflate")
+ZLIB_OR_GZIP = 32 + zlib.MAX_WBITS  # zlib sees by the first bytes which of the two it is
+OF_THE_BODY = ("content-encoding", "content-length", "transfer-encoding", "content-type")
+CONNECT_SECONDS = 30.0
+MOST_PAUSE = 60.0  # seconds of a server's Retry-After that are obeyed
 ATTEMPTS = 4
 FIRST_PAUSE = 1.0  # seconds before the second attempt; each further pause is twice as long
 REPEATED = (408, 425, 429)  # besides 5xx: the same request may succeed later
@@ -42,7 +52,59 @@ STAR_NUMBERS = (
 """Fields of a star plan in PLAN_HEADER that are used here."""
 
 
-class ServerError(Exception):
+def make_http(base_url: str, api_key: str | None, timeout: float) -> httpx.AsyncClient:
+    """The connections to a server. Those to this machine go to no proxy, whatever the environment says.
+
+    Raises:
+        ValueError: a key that can't be sent; a URL, a proxy or a file with certificates that can't be used.
+    """
+    refuse_key(api_key or "", "api_key")
+    limits = httpx.Limits(max_connections=None)  # --concurrency limits them
+    try:
+        return httpx.AsyncClient(
+            base_url=base_url,
+            headers={"accept-encoding": ACCEPTED} | ({"authorization": f"Bearer {api_key}"} if api_key else {}),
+            timeout=httpx.Timeout(timeout, connect=CONNECT_SECONDS),
+            limits=limits,
+            # A transport that is given takes the place of the proxies of the environment.
+            transport=httpx.AsyncHTTPTransport(limits=limits) if is_this_machine(base_url) else None,
+        )
+    except (httpx.InvalidURL, ImportError, ValueError, OSError) as error:
+        raise ValueError(
+            f"base_url={base_url!r} can't be used: {error}. A proxy is that of HTTP_PROXY, HTTPS_PROXY or ALL_PROXY, "
+            "except for NO_PROXY, and certificates are those of SSL_CERT_FILE or SSL_CERT_DIR"
+        ) from None
+
+
+def is_this_machine(base_url: str) -> bool:
+    """Whether a URL names a loopback address."""
+    host = httpx.URL(base_url).host
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
+
+
+def refuse_key(key: str, source: str) -> None:
+    """Refuse (ValueError) a key that a header can't hold. The message does not show the key.
+
+    Args:
+        source: the option or the variable that gave the key.
+    """
+    if key != key.strip() or not key.isascii() or not key.isprintable():
+        raise ValueError(
+            f"the key of {source} is refused: not all of it is printable ASCII, or it has white space at an end"
+        )
+
+
+def retry_after(response: httpx.Response) -> float:
+    """Seconds after which the server wants to be asked again, at most MOST_PAUSE; 0 where it gives no number."""
+    value = response.headers.get("retry-after", "")
+    return min(float(value), MOST_PAUSE) if value.isascii() and value.isdigit() else 0.0
+
+
+class ServerError(CommandFailed):
     """The server refused a request, can't be reached, or can't do what the evaluation needs.
 
     The message has words of the server's. It is plain, and has at most MAX_MESSAGE characters.
@@ -81,16 +143,14 @@ class Completion:
         text, finish_reason: as the server sent them.
         token_ids: of the output; None where the server does not send them.
         plan: the server's ``x-starling-plan``; None without Starling.
-        logprob: of the first output token; None where it was not asked for.
-        top_logprobs: token id -> log-probability, of the most probable tokens at the first output position.
+        score: the distribution at the first output position; None where it was not asked for.
     """
 
     text: str
     finish_reason: str | None
     token_ids: list[int] | None
     plan: dict[str, Any] | None
-    logprob: float | None = None
-    top_logprobs: dict[int, float] | None = None
+    score: TokenScore | None = None
 
 
 class Client:
@@ -247,7 +307,7 @@ class Client:
             raise ServerError(
                 "--logprobs needs log-probabilities before restrictions: vLLM's --logprobs-mode raw_logprobs"
             )
-        return replace(completion, logprob=logprob, top_logprobs=top)
+        return replace(completion, score=TokenScore(logprob=logprob, top=top))
 
     async def send(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Send a request of any kind; returns the server's plan of its prompt (raises ServerError)."""
@@ -307,8 +367,6 @@ class Client:
             except httpx.TransportError as error:
                 failure, pause = f"{type(error).__name__}: {error}".rstrip(": "), 0.0
                 continue
-            except AnswerError as error:
-                raise ServerError(f"{url} {error}") from None
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 raise ServerError(f"{url} can't be used: {type(error).__name__}: {error}") from None
             if response.is_success:
@@ -330,12 +388,44 @@ class Client:
         """One attempt, with its whole answer. The time is that of all of it, however often the server sends a byte.
 
         Raises:
-            AnswerError: the answer is too large, or is compressed otherwise than asked for.
+            ServerError: the answer is too large, or is compressed otherwise than asked for.
             TimeoutError: the answer took more than the client's timeout.
             httpx.HTTPError, httpx.InvalidURL: the connection failed, or can't be made.
         """
         async with asyncio.timeout(self._timeout), self._http.stream(method, path, json=body) as response:
             return await read_answer(response)
+
+
+async def read_answer(response: httpx.Response) -> httpx.Response:
+    """The whole answer of a response that was not read yet, within bounds, whatever the server sends.
+
+    Its text is UTF-8: what the server says about the characters may name any codec of Python, decompressors too.
+
+    Raises:
+        ServerError: more than MAX_ANSWER_BYTES, compressed or decompressed, or compressed otherwise than asked for.
+        httpx.HTTPError: the connection failed.
+    """
+
+    def refused(reason: str) -> ServerError:
+        return ServerError(f"{response.url} answers with {reason}")
+
+    coding = response.headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity", *CODINGS):
+        raise refused(f"content-encoding {coding!r}, which was not asked for. Allowed: {ACCEPTED}")
+    decompressor = zlib.decompressobj(ZLIB_OR_GZIP) if coding in CODINGS else None
+    body, received = bytearray(), 0
+    async for data in response.aiter_raw():
+        received += len(data)
+        try:
+            body += decompressor.decompress(data, MAX_ANSWER_BYTES + 1 - len(body)) if decompressor else data
+        except zlib.error as error:
+            raise refused(f"compressed data that are damaged: {error}") from None
+        if max(received, len(body)) > MAX_ANSWER_BYTES:
+            raise refused(f"more than {MAX_ANSWER_BYTES} bytes, the bound MAX_ANSWER_BYTES")
+    if decompressor is not None and not decompressor.eof:
+        raise refused("compressed data that end too early")
+    headers = [(name, value) for name, value in response.headers.multi_items() if name not in OF_THE_BODY]
+    return httpx.Response(response.status_code, headers=headers, content=bytes(body), request=response.request)
 
 
 @contextmanager

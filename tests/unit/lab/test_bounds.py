@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starling.lab.evaluation.tuning.loss_bounds import least_prompts, lower_bound, prompts_needed, upper_bound
+from starling.lab.statistics import least_prompts, lower_bound, prompts_needed, upper_bound
 
 SHARES = (0.002, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 

@@ -1,8 +1,8 @@
-"""Scores, and their differences to dense with intervals: for each task, length and plan, and over all tasks."""
+"""Scores, and their differences to dense with intervals: for each task, length, plan and depth, and over all tasks."""
 
 from __future__ import annotations
 
-import math
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,21 +11,30 @@ from pydantic import BaseModel, ConfigDict
 
 from starling.lab.evaluation.plans import DENSE
 from starling.lab.evaluation.prompts import Prompt
-from starling.lab.evaluation.scoring import score
 from starling.lab.evaluation.store import Answer, TokenScore
+from starling.lab.evaluation.tasks.base import Match
+from starling.lab.statistics import Interval, bootstrap, kl_divergence, mean_of_means
 
-DRAWS, DRAWS_AT_ONCE, CONFIDENCE = 10_000, 500, 0.95
 ALL = "all"
+THIRDS = ("0-33 %", "33-66 %", "66-100 %")
 
 
-class Interval(BaseModel):
-    """A mean and its 95 % bootstrap interval."""
+def score(output: str, references: Sequence[str], match: Match) -> float:
+    """How right an output is, from 0 to 1. Case and white space do not matter.
 
-    model_config = ConfigDict(frozen=True)
+    Args:
+        references: at least one.
+        match: ``all`` (RULER's string_match_all): the share of the references that the output contains; ``any``
+            (string_match_part): 1 if it contains one of them.
+    """
+    text = normalise(output)
+    found = [normalise(reference) in text for reference in references]
+    return sum(found) / len(found) if match == "all" else float(any(found))
 
-    mean: float
-    low: float
-    high: float
+
+def normalise(text: str) -> str:
+    """The text in lower case, composed (NFC), with one space for each run of white space."""
+    return " ".join(unicodedata.normalize("NFC", text.lower()).split())
 
 
 class StarSizes(BaseModel):
@@ -49,6 +58,7 @@ class Cell(BaseModel):
         task: ``all`` for the mean over the tasks and lengths, each with equal weight. Its ``attended_keys`` is the
             mean over prompts, and its ``top1_agreement`` and ``kl`` are means over positions, whatever task has them.
         length: None over all lengths, and for the user's own prompts.
+        depth: one of THIRDS, where the prompt's fact begins: 0 % is the beginning of the text; None: anywhere.
         prompts: how many.
         sizes: those that the server reports; None for dense, and where the server does not say.
         against_reference: whether outputs are scored against references; else against dense's outputs.
@@ -66,6 +76,7 @@ class Cell(BaseModel):
 
     task: str
     length: int | None
+    depth: str | None = None
     plan: str
     sizes: StarSizes | None = None
     prompts: int
@@ -103,6 +114,11 @@ class Pair:
     @property
     def same(self) -> bool:
         return self.answer.text == self.dense.text
+
+    @property
+    def positions(self) -> list[tuple[TokenScore, TokenScore]]:
+        """The distributions of dense and of the plan at each position of the answer that was compared."""
+        return list(zip(self.dense.scores, self.answer.scores, strict=True))
 
 
 def answer_score(prompt: Prompt, answer: Answer, dense: Answer) -> float:
@@ -149,7 +165,7 @@ def make_cell(task: str, length: int | None, plan: str, groups: Sequence[Sequenc
     scored = [[pair for pair in group if pair.answer.scores and pair.dense.scores] for group in groups]
     has_scores = all(scored)
     pairs = [pair for group in groups for pair in group]
-    positions = [both for group in scored for pair in group for both in zip(*two_scores(pair), strict=True)]
+    positions = [both for group in scored for pair in group for both in pair.positions]
     is_dense = plan == DENSE.name
     keys = [key_share(pair.answer) for pair in pairs]
     return Cell(
@@ -174,34 +190,14 @@ def make_cell(task: str, length: int | None, plan: str, groups: Sequence[Sequenc
     )
 
 
-def two_scores(pair: Pair) -> tuple[list[TokenScore], list[TokenScore]]:
-    """The distributions of dense and of the plan, at the same positions."""
-    return pair.dense.scores, pair.answer.scores
-
-
 def logprob_difference(pair: Pair) -> float:
     """How much more probable the answer's tokens are than under dense, in nats for each token."""
-    return float(np.mean([two.logprob - one.logprob for one, two in zip(*two_scores(pair), strict=True)]))
+    return float(np.mean([two.logprob - one.logprob for one, two in pair.positions]))
 
 
 def top(position: TokenScore) -> int:
     """The most probable token."""
     return max(position.top, key=lambda token: position.top[token])
-
-
-def kl_divergence(dense: dict[int, float], other: dict[int, float]) -> float:
-    """KL(dense || other) in nats, of two distributions of which only the most probable tokens are known.
-
-    All tokens that are not in both lists count as one. The result is at least 0, and at most the exact divergence.
-
-    Args:
-        dense, other: token id -> log-probability.
-    """
-    common = dense.keys() & other.keys()
-    terms = [(math.exp(dense[token]), math.exp(other[token])) for token in common]
-    rest = tuple(max(1 - sum(share), 0.0) for share in zip(*terms, strict=True)) if terms else (1.0, 1.0)
-    terms.append((rest[0], max(rest[1], 1e-12)))
-    return max(sum(p * math.log(p / q) for p, q in terms if p > 0), 0.0)
 
 
 def star_sizes(answers: Sequence[Answer]) -> StarSizes | None:
@@ -221,25 +217,24 @@ def key_share(answer: Answer) -> float | None:
     return 1.0 if plan["attention"] == "dense" else plan["keys_attended"] / plan["dense_keys"]
 
 
-def mean_of_means(groups: Sequence[Sequence[float]]) -> float:
-    return float(np.mean([np.mean(group) for group in groups]))
+def compare_depths(pairs: Sequence[Pair]) -> list[Cell]:
+    """A cell for each length, star plan and third of the text in which a fact begins; none where no prompt has a depth.
 
-
-def bootstrap(groups: Sequence[Sequence[float]]) -> Interval:
-    """The mean over groups of each group's mean, with its 95 % percentile interval; the random numbers are fixed.
-
-    The mean lies within the interval: without the last line, rounding can put it outside by 1e-17.
-
-    Args:
-        groups: paired differences, none empty. Prompts are drawn anew within each group.
+    Prompts of all tasks that have a depth, each prompt with equal weight.
     """
-    rng = np.random.default_rng(0)
-    drawn = np.zeros(DRAWS)
-    for group in map(np.asarray, groups):
-        for start in range(0, DRAWS, DRAWS_AT_ONCE):
-            chosen = rng.integers(0, len(group), (DRAWS_AT_ONCE, len(group)))
-            drawn[start : start + DRAWS_AT_ONCE] += group[chosen].mean(axis=1) / len(groups)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail])
-    mean = mean_of_means(groups)
-    return Interval(mean=mean, low=min(float(low), mean), high=max(float(high), mean))
+    groups: dict[tuple[int | None, str], list[list[Pair]]] = {}
+    for pair in pairs:
+        if pair.prompt.depth is not None and pair.answer.plan != DENSE.name:
+            thirds = groups.setdefault((pair.prompt.length, pair.answer.plan), [[] for _ in THIRDS])
+            thirds[third(pair.prompt.depth)].append(pair)
+    return [
+        make_cell(ALL, length, plan, [group]).model_copy(update={"depth": name})
+        for (length, plan), thirds in groups.items()
+        for name, group in zip(THIRDS, thirds, strict=True)
+        if group
+    ]
+
+
+def third(depth: float) -> int:
+    """The index in THIRDS of a depth from 0 to 1."""
+    return min(int(depth * len(THIRDS)), len(THIRDS) - 1)

@@ -85,8 +85,9 @@ class FileSpace:
 
     def _make_room(self, num_bytes: int) -> int:
         """Remove files until so many more fit; returns the bytes of those that stay."""
+        writing = self.being_written  # read first: a file that gets its name meanwhile may be missed below
         files = list(stored_files(self.folder))
-        now, total = time.time(), self.being_written + sum(file.num_bytes for file in files)
+        now, total = time.time(), writing + sum(file.num_bytes for file in files)
         for file in files:
             if file.path.endswith(".tmp") and now - file.used > ABANDONED_SECONDS:
                 total -= self._remove(file)

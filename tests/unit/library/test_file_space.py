@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,34 @@ def test_what_is_being_written_counts_when_room_is_made(tmp_path: Path) -> None:
     with space.room_for(SIZE), space.room_for(SIZE):  # and no file yet
         take(space)
         assert names(tmp_path) == sorted(["new.bin", *(f"{index}.bin" for index in range(2, 8))])
+
+
+def test_a_file_that_gets_its_name_while_files_are_looked_at_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread's file is written and named behind the look at its folder, which has not seen its new name."""
+    space = FileSpace(tmp_path, 10 * SIZE)
+    fill(space, 9)
+    listed, look = threading.Event(), file_space.stored_files
+
+    def write_other() -> None:
+        with space.room_for(SIZE):
+            writing.set()
+            listed.wait()
+            write(tmp_path, "other.bin")
+
+    def look_slowly(folder: Path) -> Iterator[file_space.StoredFile]:
+        found = list(look(folder))
+        listed.set()
+        other.join()
+        yield from found
+
+    writing, other = threading.Event(), threading.Thread(target=write_other)
+    other.start()
+    assert writing.wait(60)
+    monkeypatch.setattr(file_space, "stored_files", look_slowly)
+    take(space)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.bin")) <= 10 * SIZE
 
 
 @pytest.mark.parametrize("content", ["", "no number", "-5"])

@@ -43,14 +43,14 @@ class FrontState:
         Raises:
             VLLMValidationError: the request can't run.
         """
+        if not self.planner.parts:
+            return request.outputs()
+        facts = self.planner.engine
         try:
-            for part in self.planner.parts:
-                outputs = part.outputs(request, self.planner.engine)
-                if outputs is not None:
-                    return outputs
+            found = (part.outputs(request, facts) for part in self.planner.parts)
+            return next((outputs for outputs in found if outputs is not None), None) or request.outputs()
         except OptionError as error:
             raise rejection(error) from None
-        return request.outputs()
 
     def waiting(self) -> set[str]:
         """The ids of requests that features run, and which the engine may not know."""

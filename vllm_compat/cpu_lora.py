@@ -111,8 +111,8 @@ class MaskedLoRA(PunicaWrapperCPU):
             mask = (indices == slot).to(x.dtype) * scale
             start = 0
             for first, second, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-                low = (x @ first[slot, 0].T) * mask
-                y[:, start : start + size].addmm_(low, second[slot, 0].T)
+                low = (x @ first[slot, 0].to(x.dtype).T) * mask
+                y[:, start : start + size].addmm_(low, second[slot, 0].to(x.dtype).T)
                 start += size
 
     def add_lora_embedding(

@@ -3,8 +3,8 @@
 `vllm bench serve`, GuideLLM and AIPerf send the same kind of prompts to one `starling serve`, one after the other: a
 question behind 8 of 24 documents, in an order of its own. Each tool runs with star off, with star, and with documents
 (`star_segments`), which go with each request as `vllm_xargs`. All documents have been computed for other prompts
-before. Writes results/load_tools_NAME.json and .png. docs/benchmarks.md says how to install the tools. Takes about 10
-minutes for 135M parameters on two cores.
+before. Writes results/load_tools_NAME.json and .png. docs/benchmarks.md says how to install the tools; vLLM's needs
+pandas, which `make bench` has. Takes about 10 minutes for 135M parameters on two cores.
 """
 
 from __future__ import annotations
@@ -66,7 +66,6 @@ def bench_serve(url: str, model: str, prompts: Sequence[str], body: dict[str, An
         ["--disable-shuffle", "--custom-output-len", NEW_TOKENS, "--num-prompts", len(prompts), "--num-warmups", 0],
         ["--max-concurrency", 1, "--extra-body", json.dumps(body), "--save-result", "--save-detailed"],
         ["--result-dir", folder, "--result-filename", "result.json", "--ready-check-timeout-sec", 0],
-        more_path=TOOLS / "pandas",
     )
     return [1000 * seconds for seconds in json.loads((folder / "result.json").read_text())["ttfts"]]
 
@@ -116,18 +115,12 @@ def write_lines(folder: Path, lines: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
-def run(*arguments: Sequence[object], more_path: Path | None = None) -> None:
-    """Run a tool from the folder of the repository.
-
-    Args:
-        more_path: a folder of packages that the tool needs, and its environment lacks.
-
-    Raises:
-        RuntimeError: it has failed; with its output.
-    """
+def run(*arguments: Sequence[object]) -> None:
+    """Run a tool from the folder of the repository (raises RuntimeError with its output: it has failed)."""
     command = [str(argument) for part in arguments for argument in part]
-    paths = [str(path) for path in (more_path, os.environ.get("PYTHONPATH")) if path]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment = dict(os.environ)
+    if command[0].startswith(str(TOOLS)):  # it has packages of its own
+        environment.pop("PYTHONPATH", None)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[:3])} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")

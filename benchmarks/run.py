@@ -85,7 +85,7 @@ NEEDS = {
     "default_plan": (lambda: (ROOT / FULL["default_plan"]).exists(), "no model (`make eval-model`)"),
     "rag": (lambda: (ROOT / FULL["rag"]).exists(), "no model (`make eval-model`)"),
     "load_tools": (
-        lambda: all((ROOT / "build/load-tools" / name).exists() for name in ("guidellm", "aiperf", "pandas")),
+        lambda: all((ROOT / "build/load-tools" / name).exists() for name in ("guidellm", "aiperf")),
         "no GuideLLM and AIPerf (see docs/benchmarks.md)",
     ),
     "lm_eval": (

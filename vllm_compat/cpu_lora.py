@@ -63,6 +63,11 @@ class MaskedLoRA(PunicaWrapperCPU):
     is_used = True
     """Whether a row of this step has an adapter."""
 
+    @property
+    def slots(self) -> torch.Tensor:
+        """(n or more,) int64, the slot of each row; -1: none."""
+        return self._token_lora_indices
+
     def update_metadata(self, mapping: Any, *args: Any, **kwargs: Any) -> None:
         super().update_metadata(mapping, *args, **kwargs)
         self.is_used = any(number > 0 for number in mapping.index_mapping)
@@ -73,7 +78,7 @@ class MaskedLoRA(PunicaWrapperCPU):
         """``y[i] = scale * (x @ A[i])``; rows without an adapter are 0. Shapes as of vLLM's method."""
         x = x.view(-1, x.shape[-1])
         for out, weights in zip(y, lora_a_stacked, strict=True):
-            out.view(-1, out.shape[-1]).copy_(masked_product(x, weights, self._token_lora_indices) * scale)
+            out.view(-1, out.shape[-1]).copy_(masked_product(x, weights, self.slots) * scale)
 
     def add_expand(
         self,
@@ -89,7 +94,7 @@ class MaskedLoRA(PunicaWrapperCPU):
         y = y.view(-1, y.shape[-1])
         for rows, weights, size in zip(x, lora_b_stacked, output_slices, strict=True):
             out = y[:, offset_start : offset_start + size]
-            put(out, masked_product(rows.to(y.dtype), weights, self._token_lora_indices), self._rows(y), add_inputs)
+            put(out, masked_product(rows.to(y.dtype), weights, self.slots), self._rows(y), add_inputs)
             offset_start += size
 
     def add_lora_linear(
@@ -119,11 +124,11 @@ class MaskedLoRA(PunicaWrapperCPU):
         self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **kwargs: Any
     ) -> None:
         """``y += x @ B``, or ``=`` without ``add_inputs``. Shapes as of vLLM's method."""
-        put(y, masked_product(x.to(y.dtype), lora_b_stacked, self._token_lora_indices), self._rows(y), add_inputs)
+        put(y, masked_product(x.to(y.dtype), lora_b_stacked, self.slots), self._rows(y), add_inputs)
 
     def _rows(self, y: torch.Tensor) -> torch.Tensor:
         """(n, 1) the slot of each row; -1: none."""
-        return self._token_lora_indices[: y.shape[0], None]
+        return self.slots[: y.shape[0], None]
 
     def add_lora_logits(
         self,

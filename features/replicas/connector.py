@@ -32,7 +32,6 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
 
     connector_scheduler: SchedulerConnector
     connector_worker: WorkerConnector
-    _cache_hit_source = CacheHitSource.P2P  # how vLLM's metrics name tokens whose pages came from other replicas
 
     @classmethod
     def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
@@ -54,6 +53,10 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
         return getattr(side, name)
 
     # The scheduler's side: vLLM's methods.
+
+    def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[CacheHitSource, int]:
+        """How vLLM's metrics name tokens whose pages came from other replicas."""
+        return {CacheHitSource.P2P: num_external_tokens} if num_external_tokens else {}
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
         self.connector_scheduler.set_addresses(metadata)

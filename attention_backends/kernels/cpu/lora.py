@@ -48,6 +48,4 @@ class OwnLoRA(MaskedLoRA):
             super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs)
             return
         x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        torch.ops.starling_kernels.add_lora(
-            y, x, self._token_lora_indices, list(lora_a_stacked), list(lora_b_stacked), scale
-        )
+        torch.ops.starling_kernels.add_lora(y, x, self.slots, list(lora_a_stacked), list(lora_b_stacked), scale)

@@ -44,7 +44,7 @@ def on_server_socket(callback: Callable[[socket.socket], None]) -> None:
 
 @touches("vllm.entrypoints.launchers.launcher.serve_http")
 def close_connections(state: Any) -> None:
-    """Close all connections of vLLM's HTTP server, whose shutdown then waits for no client.
+    """Close all connections of vLLM's HTTP server, and end their tasks: its shutdown then waits for no client.
 
     vLLM sets uvicorn's ``timeout_graceful_shutdown`` neither by an option nor by a default, and keeps the server in the
     application's state. Goes when it has an option.
@@ -53,9 +53,10 @@ def close_connections(state: Any) -> None:
         state: of the application.
     """
     server = state.server
-    server.force_exit = True
     for connection in list(server.server_state.connections):
         connection.transport.abort()
+    for task in list(server.server_state.tasks):
+        task.cancel()
 
 
 @functools.cache

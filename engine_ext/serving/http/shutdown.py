@@ -69,7 +69,12 @@ class EndWithEngine:
         self.has_stopped = True
         for task in self.running:
             task.cancel()
-        asyncio.get_running_loop().call_later(SEND_SECONDS, close_connections, state)
+        asyncio.get_running_loop().call_later(SEND_SECONDS, self._close, state)
+
+    def _close(self, state: Any) -> None:
+        """Close the connections that are there, now and then, since clients may still make new ones."""
+        close_connections(state)
+        asyncio.get_running_loop().call_later(SEND_SECONDS, self._close, state)
 
     async def _run(self, scope: Any, receive: Any, send: Any) -> None:
         task, start, complete = asyncio.current_task(), None, False

@@ -289,6 +289,14 @@ FIGURES = [
         "at 1,024 tokens {:.1f} % ({:.1f} to {:.1f}) more bits in place of {:.1f} % ({:.1f} to {:.1f}).",
         [*distilled("trained"), *distilled("last tokens")],
     ),
+    *(
+        (
+            BENCHMARKS,
+            f"| {shown} | {{:,.0f}} | {{:,.0f}} | {{:.0f}} |",
+            list(STORED["load_tools_smollm2-135m-instruct"]["medians"][tool].values()),
+        )
+        for shown, tool in (("`vllm bench serve`", "vllm bench serve"), ("GuideLLM", "GuideLLM"), ("AIPerf", "AIPerf"))
+    ),
     (
         BENCHMARKS,
         "| capacity, rate (requests/s) | {:.1f}, {:.1f} |",

@@ -22,7 +22,8 @@ import numpy as np
 
 from starling.config.head_scores import HeadScores
 from starling.lab.calibration.gated_model import ANSWER_TOKENS, ScoredPrompt
-from starling.lab.evaluation.client import Client, naming, refuse_key
+from starling.lab.evaluation.answers import naming
+from starling.lab.evaluation.client import Client, refuse_key
 from starling.lab.evaluation.commands.measuring import SERVE_KEY_ENV
 from starling.lab.evaluation.plans import DENSE, Plan
 from starling.lab.evaluation.runner import score_tokens

@@ -17,7 +17,7 @@ import httpx
 
 from starling.config.plain_text import plain
 from starling.lab.command_line import CommandFailed
-from starling.lab.evaluation.client import ServerError
+from starling.lab.evaluation.answers import ServerError
 
 START_SECONDS, STOP_SECONDS = 1800, 60
 CHOSEN_HERE = ("--host", "--port", "--uds", "--ssl-keyfile", "--ssl-certfile")

@@ -19,7 +19,8 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from starling.lab.command_line import make_console, progress_bars, run_command
-from starling.lab.evaluation.client import Client, ServerFacts, naming, refuse_key
+from starling.lab.evaluation.answers import naming
+from starling.lab.evaluation.client import Client, ServerFacts, refuse_key
 from starling.lab.evaluation.prompt_options import PromptOptions, folder_setup
 from starling.lab.evaluation.prompts import Prompt, Tokenizer, distinct, own_prompt, read_own_prompts, task_prompts
 from starling.lab.evaluation.server_process import served

@@ -34,7 +34,8 @@ from starling.config.warm_prompts import (
     tokens_found,
 )
 from starling.lab.command_line import FAILED, make_console, progress_bars, run_command
-from starling.lab.evaluation.client import Client, RequestRefused, ServerError
+from starling.lab.evaluation.answers import RequestRefused, ServerError
+from starling.lab.evaluation.client import Client
 from starling.lab.evaluation.commands.measuring import LOG_FILE, add_server_options, check_arguments, connect
 from starling.lab.evaluation.prompts import read_json_lines
 from starling.lab.evaluation.server_process import served

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from starling.config.star import flat_name
-from starling.lab.evaluation.client import Client, ServerError
+from starling.lab.evaluation.answers import ServerError
+from starling.lab.evaluation.client import Client
 from starling.lab.evaluation.comparison import make_pairs
 from starling.lab.evaluation.plans import DENSE, Plan, parse_plan
 from starling.lab.evaluation.prompts import Prompt

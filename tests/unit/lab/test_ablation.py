@@ -17,7 +17,7 @@ from starling.lab.calibration import scorers
 from starling.lab.calibration.ablation import divergences, fitted_scores, group_counts, random_orders
 from starling.lab.calibration.gated_model import ScoredPrompt, layers_of
 from starling.lab.calibration.scorers import part_of
-from starling.lab.evaluation.client import Completion, ServerError
+from starling.lab.evaluation.answers import Completion, ServerError
 from starling.lab.evaluation.store import TokenScore
 from starling.lab.models import ModelError
 

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from starling.config.head_scores import HeadScores
 from starling.config.parsing import OptionError
-from starling.lab.evaluation.client import STAR_NUMBERS
+from starling.lab.evaluation.answers import STAR_NUMBERS
 from starling.scheduler.star.counts import summary
 from tests.unit.plans import make_plan
 

@@ -21,7 +21,8 @@ import pytest
 from starling.config.plain_text import plain
 from starling.lab.evaluation import client as client_module
 from starling.lab.evaluation import server_process
-from starling.lab.evaluation.client import MAX_ANSWER_BYTES, MAX_MESSAGE, Client, ServerError
+from starling.lab.evaluation.answers import MAX_ANSWER_BYTES, MAX_MESSAGE, ServerError
+from starling.lab.evaluation.client import Client
 from starling.lab.evaluation.commands import eval as eval_command
 from tests.unit.lab.evaluation.fake_server import listening, served
 

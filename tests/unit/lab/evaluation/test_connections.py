@@ -15,7 +15,8 @@ import pytest
 
 from starling.lab.evaluation import client as client_module
 from starling.lab.evaluation import server_process
-from starling.lab.evaluation.client import Client, ServerError, is_this_machine
+from starling.lab.evaluation.answers import ServerError
+from starling.lab.evaluation.client import Client, is_this_machine
 from starling.lab.evaluation.server_process import StartError
 from starling.lab.evaluation.server_process import served as serving
 from tests.unit.lab.evaluation.fake_server import listening, served

@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from starling.lab.evaluation.client import Client, ServerError
+from starling.lab.evaluation.answers import ServerError
+from starling.lab.evaluation.client import Client
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.runner import Memory
 from starling.lab.evaluation.tuning.candidates import chosen_candidates, default_candidates

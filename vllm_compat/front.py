@@ -6,7 +6,8 @@ import asyncio
 import functools
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from starling.vllm_compat.admission_limits import has_arrived, hide_requests
@@ -376,32 +377,47 @@ def around_shutdown(
         began = time.monotonic()
         before(timeout)
         left = None if timeout is None else max(ENGINE_SECONDS, timeout - (time.monotonic() - began))
-        if after is not None:
-            _call_after_processes(engine, cancel_task_threadsafe, after)
-        shut_down(timeout=left)
+        told = nullcontext() if after is None else _told_after_processes(engine, cancel_task_threadsafe, after)
+        with told:
+            shut_down(timeout=left)
 
     engine.shutdown = shutdown
 
 
-def _call_after_processes(engine: Any, stop_reading: Callable[[Any], None], after: Callable[[], None]) -> None:
+@contextmanager
+def _told_after_processes(
+    engine: Any, stop_reading: Callable[[Any], None], after: Callable[[], None]
+) -> Iterator[None]:
     """Stop reading the outputs of ``engine``, and call ``after()``, once its processes, or its client, have ended.
+
+    At the end of the block at the latest: of an engine that has died, nobody ends the processes any more.
 
     Args:
         stop_reading: called with the task that reads them.
     """
     client = engine.engine_core
     owner = client.resources.engine_manager or client  # one of several API servers has no processes of its own
-    stop = owner.shutdown
+    stop, is_told = owner.shutdown, False
+
+    def tell() -> None:
+        nonlocal is_told
+        if not is_told:
+            is_told = True
+            stop_reading(engine.output_handler)
+            after()
 
     def stop_and_tell(*args: Any, **kwargs: Any) -> None:
         try:
             stop(*args, **kwargs)
         finally:
-            owner.shutdown = stop
-            stop_reading(engine.output_handler)
-            after()
+            tell()
 
     owner.shutdown = stop_and_tell
+    try:
+        yield
+    finally:
+        owner.shutdown = stop
+        tell()
 
 
 @touches("vllm.v1.engine.output_processor.OutputProcessor.external_req_ids")

@@ -404,9 +404,9 @@ def test_callbacks_run_around_the_end_of_the_engine_and_take_of_its_time(monkeyp
         def __call__(self):
             events.append("sockets")
 
-    def engine():
+    def engine(detached=True):
         client = object.__new__(AsyncMPClient)
-        client.resources, client._finalizer = Resources(), SimpleNamespace(detach=lambda: True)
+        client.resources, client._finalizer = Resources(), SimpleNamespace(detach=lambda: detached)
         engine = object.__new__(AsyncLLM)
         engine.renderer, engine.engine_core = None, client
         engine.output_handler = SimpleNamespace(
@@ -433,6 +433,10 @@ def test_callbacks_run_around_the_end_of_the_engine_and_take_of_its_time(monkeyp
         # At last vLLM cancels what read the outputs once more.
         assert events == [("before", timeout), *ended, "cancelled"]
         events.clear()
+    dead = engine(detached=None)  # vLLM's client has ended by itself, as of an engine that has died
+    front.around_shutdown(dead, before, lambda: events.append("after"))
+    dead.shutdown(timeout=30)
+    assert events.count("after") == 1
 
 
 def test_each_output_of_a_request_has_its_plan_and_where_its_documents_came_from(monkeypatch):

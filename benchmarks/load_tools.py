@@ -71,7 +71,7 @@ def bench_serve(url: str, model: str, prompts: Sequence[str], body: dict[str, An
 
 
 def guidellm(url: str, model: str, prompts: Sequence[str], body: dict[str, Any], folder: Path) -> list[float]:
-    """As ``bench_serve``, by GuideLLM."""
+    """Milliseconds to the first token of each prompt, by GuideLLM."""
     data, out = write_lines(folder, [{"prompt": prompt} for prompt in prompts]), folder / "result.json"
     backend = {
         "kind": "openai_http",
@@ -91,7 +91,7 @@ def guidellm(url: str, model: str, prompts: Sequence[str], body: dict[str, Any],
 
 
 def aiperf(url: str, model: str, prompts: Sequence[str], body: dict[str, Any], folder: Path) -> list[float]:
-    """As ``bench_serve``, by AIPerf."""
+    """Milliseconds to the first token of each prompt, by AIPerf."""
     data = write_lines(folder, [{"text": prompt} for prompt in prompts])
     run(
         [TOOLS / "aiperf" / "bin" / "aiperf", "profile", "--model", "model", "--url", url, "--tokenizer", model],

@@ -108,17 +108,33 @@ class MaskedLoRA(PunicaWrapperCPU):
         **kwargs: Any,
     ) -> None:
         """``y[:, slice i] += scale * (x @ A[i]) @ B[i]``. Shapes as of vLLM's method."""
+        self.add_products(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), lora_a_stacked, lora_b_stacked, scale)
+
+    def add_products(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        first: Sequence[torch.Tensor],
+        second: Sequence[torch.Tensor],
+        scale: float,
+    ) -> None:
+        """Add to the rows of y, slice by slice, what their adapters make of the rows of x.
+
+        Args:
+            y: (n, out of all slices, or more).
+            x: (n, in).
+            first, second: of each slice, (slots, 1, rank, in) and (slots, 1, out, rank).
+        """
         if not torch.compiler.is_compiling() and not self.is_used:
             return
-        x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         indices = self._rows(x)
-        for slot in range(lora_a_stacked[0].shape[0]):
+        for slot in range(first[0].shape[0]):
             mask = (indices == slot).to(x.dtype) * scale
             start = 0
-            for first, second, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-                low = (x @ first[slot, 0].to(x.dtype).T) * mask
-                y[:, start : start + size].addmm_(low, second[slot, 0].to(x.dtype).T)
-                start += size
+            for a, b in zip(first, second, strict=True):
+                low = (x @ a[slot, 0].to(x.dtype).T) * mask
+                y[:, start : start + b.shape[2]].addmm_(low, b[slot, 0].to(x.dtype).T)
+                start += b.shape[2]
 
     def add_lora_embedding(
         self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **kwargs: Any

@@ -21,6 +21,7 @@ from starling.config.star import (
     STAR_ADAPTER,
     STAR_HEADS,
     STAR_LIBRARY,
+    STAR_RETENTION,
     StarOptions,
     parse_options,
 )
@@ -137,6 +138,9 @@ def _parse(entry: Any) -> StarlingConfig:
         if key not in NAMES:
             reason = f"there is no such option{meant(str(key), NAMES)}"
             raise OptionError(f"{ENTRY}.{key}", value, reason, ", ".join(NAMES))
+    if STAR_RETENTION in entry:
+        reason = "it is an option of a request, and not of the server"
+        raise OptionError(f"{ENTRY}.{STAR_RETENTION}", entry[STAR_RETENTION], reason, f"{SCHEDULING}.retained_share")
     entry = with_preset(entry, f"{ENTRY}.{PRESET}")
     for section, example in SECTIONS.items():
         if not isinstance(value := entry.get(section, {}), Mapping):

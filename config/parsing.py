@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 M = TypeVar("M", bound=BaseModel)
 
 NUMBER = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,9}))?([kKmM]?)")
+SHARE_TEXT = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(%?)")
 MULTIPLES = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
 
 
@@ -40,9 +41,16 @@ def read_word(value: Any) -> Any:
     return value.strip().lower() if isinstance(value, str) else value
 
 
+def read_share(value: Any) -> Any:
+    """The number of a text, "0.1" or "10%". Else the value itself."""
+    found = SHARE_TEXT.fullmatch(value.strip()) if isinstance(value, str) and len(value) < 32 else None
+    return value if found is None else float(found[1]) / (100 if found[2] else 1)
+
+
 Switch = Annotated[Literal["off", "on"], BeforeValidator(read_switch)]
 Tokens = Annotated[int, BeforeValidator(read_number), Field(ge=0)]
 Count = Annotated[int, BeforeValidator(read_number), Field(ge=1)]
+Share = Annotated[float, BeforeValidator(read_share), Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class OptionError(ValueError):

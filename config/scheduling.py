@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from starling.config.parsing import Count, Switch, parse_fields, read_number
+from starling.config.parsing import Count, Share, Switch, parse_fields, read_number
 
 SECTION = "scheduler"
 MIN_CHUNK = 2
@@ -15,7 +15,7 @@ MIN_CHUNK = 2
 
 
 class SchedulingOptions(BaseModel):
-    """How prompts share the engine's steps, and which star blocks they take from the prefix cache.
+    """How prompts share the engine's steps, and what stays in the prefix cache and is taken from it.
 
     A step is max_num_batched_tokens. A request that is alone on the engine is never held back.
     """
@@ -40,6 +40,11 @@ class SchedulingOptions(BaseModel):
         default="on",
         description="on: a star block that is cached is reused also where a block before it is not cached",
     )
+    retained_share: Share = Field(
+        default=0.5,
+        description="share of the KV pages, 0 to 1, that may stay cached for longer than by their last use: those of "
+        "sessions (session_id), and of requests that ask for it (star_retention); 0: none",
+    )
 
 
 FIELDS = SchedulingOptions.model_fields
@@ -58,4 +63,6 @@ def parse_scheduling(values: Mapping[str, Any], prefix: str = f"{SECTION}.") -> 
 def _expected(field: str) -> str:
     if field in SWITCHES:
         return "on or off"
+    if field == "retained_share":
+        return "a share of the KV pages, 0 to 1"
     return f"a whole number from {MIN_CHUNK if field == 'shared_step_tokens' else 1}"

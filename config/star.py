@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from starling.config.parsing import (
     OptionError,
+    Share,
     Switch,
     Tokens,
     meant,
@@ -28,9 +29,9 @@ from starling.config.parsing import (
 
 Mode = Annotated[Literal["off", "on", "auto"], BeforeValidator(read_switch)]
 Quality = Annotated[Literal["fast", "balanced", "careful"], BeforeValidator(read_word)]
+Retention = Annotated[Literal["low", "normal", "high"], BeforeValidator(read_word)]
 
 SHARE = re.compile(r"^n/([1-9][0-9]{0,8})$")
-SHARE_TEXT = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(%?)")
 MAX_SEGMENT_TEXT = 256
 """Characters of the text of a token that starts a document."""
 
@@ -41,25 +42,20 @@ def read_block_size(value: Any) -> Any:
     return text if SHARE.fullmatch(text) else read_number(value)
 
 
-def read_share(value: Any) -> Any:
-    """The number of a text, "0.1" or "10%". Else the value itself."""
-    found = SHARE_TEXT.fullmatch(value.strip()) if isinstance(value, str) and len(value) < 32 else None
-    return value if found is None else float(found[1]) / (100 if found[2] else 1)
-
-
 # A request's JSON has a list, and strict pydantic would take a tuple only; the offsets themselves stay strict.
 Offsets = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, fail_fast=True)]
 SegmentText = Annotated[str, Field(min_length=1, max_length=MAX_SEGMENT_TEXT)]
 BlockSize = Annotated[
     Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=SHARE.pattern)], BeforeValidator(read_block_size)
 ]
-Share = Annotated[float, BeforeValidator(read_share), Field(ge=0, le=1, allow_inf_nan=False)]
 ReplicaCount = Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], BeforeValidator(read_number)]
 
 PREFIX = "star"
 QUALITY_SIZES, STAR_HEADS, STAR_LIBRARY = "star_quality_sizes", "star_heads", "star_library"
 STAR_ADAPTER = "star_adapter"
 """As a server's option, the folder of an adapter; as a request's, whether it is used."""
+STAR_RETENTION = "star_retention"
+"""An option of a request, and not of a server."""
 SERVER_ONLY = (QUALITY_SIZES, STAR_HEADS, STAR_LIBRARY)
 """Options that a server has and no request."""
 
@@ -137,6 +133,13 @@ class StarOptions(BaseModel):
         "names no LoRA of its own; off: the base model",
     )
 
+    retention: Retention | Annotated[tuple[Retention, ...], Field(strict=False, fail_fast=True)] | None = Field(
+        default=None,
+        description="how long the prompt's cached pages stay once it has ended: low, they make room first; normal, by "
+        "their last use; high, they make room last, as far as the server's retained_share goes; one word, or one for "
+        "each document; default: high where the request has a session_id, else normal",
+    )
+
     @property
     def says_where_documents_start(self) -> bool:
         return self.segments not in (None, "off")
@@ -156,6 +159,7 @@ EXPECTED = {
     "replicas": "auto, or a whole number of replicas, 1 or more",
     "shards": "off or on",
     "adapter": "auto or off",
+    "retention": "low, normal or high, or a list of these, one for each document",
 }
 ALLOWED = EXPECTED | {
     "mode": "off, on, auto",
@@ -174,7 +178,7 @@ def flat_name(field: str) -> str:
 
 
 FIELD_OF = {flat_name(field): field for field in FIELDS}
-SHARED = {name: field for name, field in FIELD_OF.items() if name != STAR_ADAPTER}
+SHARED = {name: field for name, field in FIELD_OF.items() if name not in (STAR_ADAPTER, STAR_RETENTION)}
 """The options that mean the same to a server and to a request."""
 
 

@@ -17,6 +17,7 @@ FEATURES = (
     "dense_heads",
     "adapter",
     "fairness",
+    "retention",
     "reuse",
     "library",
     "star",

@@ -81,6 +81,14 @@ class FrontPart:
         """Those of these fields that change while the engine runs, as they are now."""
         return {}
 
+    def hinted(self, decision: Decision, request: Any, facts: EngineFacts) -> Decision:
+        """A prompt's decision, as hints that vLLM's own request (EngineCoreRequest) has change it.
+
+        Raises:
+            OptionError: a hint can't be followed.
+        """
+        return decision
+
     def planned(self, plan: StarPlan, options: StarOptions, prompt: PromptFacts) -> StarPlan:
         """The plan of a prompt, which is decided but for the replicas, as the feature changes it.
 

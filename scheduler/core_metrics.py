@@ -45,6 +45,11 @@ class SchedulerMetrics:
             "KV pages out of use, since a failed transfer from another replica may still write to them.",
             multiprocess_mode="sum",
         )
+        self.retained_pages = Gauge(
+            "starling:retained_pages",
+            "Free KV pages that make room after all others: of sessions, and of requests with star_retention.",
+            multiprocess_mode="sum",
+        )
         self.cache_hits = Counter(
             "starling:cache_hits",
             "Prefix cache hits: of a prompt's start (prefix), or of star blocks behind an uncached page (block).",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,18 +53,22 @@ class PageLoad:
     "{_req_status, manager, config, _generate_job_id, _current_batch_load_jobs, _current_batch_allocated_block_ids, "
     "_current_batch_jobs_to_flush}",
     "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler.RequestOffloadState."
-    "{req_context, group_states, transfer_jobs}",
+    "{req, req_context, group_states, transfer_jobs}",
     "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler.RequestGroupState.offload_keys",
+    "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler.SchedulerOffloadConfig.kv_group_configs",
+    "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler.GroupOffloadConfig.tokens_per_chunk",
 )
 class PageOffloading(OffloadingConnectorScheduler):
     """vLLM's scheduler side of offloading, which also loads single pages that no request holds yet.
 
     Attributes:
         on_loaded: called with each PageLoad whose pages have arrived, or never will (is_stale).
+        not_stored: called with a Request: start and end of the ranges of its tokens whose pages are not stored.
     """
 
     page_loads: dict[int, PageLoad]
     on_loaded: Callable[[PageLoad], None]
+    not_stored: Callable[[Any], Sequence[tuple[int, int]]]
 
     @classmethod
     def become(cls, scheduler: OffloadingConnectorScheduler) -> None:
@@ -73,6 +77,15 @@ class PageOffloading(OffloadingConnectorScheduler):
         assert isinstance(scheduler, PageOffloading)
         scheduler.page_loads = {}
         scheduler.on_loaded = lambda load: None
+        scheduler.not_stored = lambda request: ()
+        prepare_store = scheduler.manager.prepare_store
+
+        def prepare(keys: Collection[OffloadKey], context: Any) -> Any:
+            status = scheduler._req_status[context.req_id]
+            left_out = scheduler._keys_between(status, scheduler.not_stored(status.req))
+            return prepare_store([key for key in keys if key not in left_out] if left_out else keys, context)
+
+        scheduler.manager.prepare_store = prepare  # type: ignore[method-assign, assignment]
 
     def begin_step(self) -> None:
         """To be called before pages are looked up in a step that is about to be scheduled."""
@@ -88,6 +101,20 @@ class PageOffloading(OffloadingConnectorScheduler):
         """The keys of a request's pages; none of a request that vLLM has not told of."""
         status = self._req_status.get(request.request_id)
         return [] if status is None else [key for group in status.group_states for key in group.offload_keys]
+
+    def keys_between(self, request: Any, ranges: Sequence[tuple[int, int]]) -> set[OffloadKey]:
+        """The keys of a request's pages that start in one of these ranges of its tokens."""
+        status = self._req_status.get(request.request_id)
+        return set() if status is None else self._keys_between(status, ranges)
+
+    def _keys_between(self, status: Any, ranges: Sequence[tuple[int, int]]) -> set[OffloadKey]:
+        groups = zip(self.config.kv_group_configs, status.group_states, strict=True) if ranges else ()
+        return {
+            key
+            for config, group in groups
+            for index, key in enumerate(group.offload_keys)
+            if any(start <= index * config.tokens_per_chunk < end for start, end in ranges)
+        }
 
     def lookup(self, request: Any, page_hash: bytes, group: int) -> LookupResult:
         """Where a page is: HIT in host memory, MISS nowhere, else on its way there, or not known yet."""

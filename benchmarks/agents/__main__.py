@@ -5,6 +5,9 @@ are the real ones, with their prefix caches. The model is arithmetic: how long a
 Llama-3.1-70B on eight H100s (benchmarks/agents/cost.py). Writes results/agents.json and .png. 24 sessions, some
 thousand requests, take some 4 minutes for each setting.
 
+With --compaction, sessions are summarised and start anew (benchmarks/agents/compaction.py), and tokens are counted.
+Writes results/agents_compaction.json and .png; a minute for each setting.
+
 With --live, the trace is divided by 16 and played on an engine with a random Llama of 2 layers, in seconds of its
 process on one core. Writes results/agents_live.json and .png.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,6 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.agents import compaction
 from benchmarks.agents.cost import Machine
 from benchmarks.agents.live import FACTOR, play_all
 from benchmarks.agents.live import SETTINGS as LIVE
@@ -68,7 +73,16 @@ def main() -> None:
     parser.add_argument("--settings", nargs="*", choices=names, default=names, help="settings to play")
     parser.add_argument("--workers", type=int, default=1, help="settings played at the same time")
     parser.add_argument("--live", action="store_true", help="play the trace, divided by 16, on an engine")
+    parser.add_argument("--compaction", action="store_true", help="count what sessions that start anew compute")
     args = parser.parse_args()
+    if args.compaction:
+        rows = played(compaction.play, list(compaction.SERVED), args.workers)
+        compaction.plot(rows, write_json("agents_compaction", compaction.summary(rows)).with_suffix(".png"))
+        table = numbers_table("tokens, mean", ("served by", *next(iter(rows.values()))))
+        for name, row in rows.items():
+            table.add_row(name, *(f"{value:,.0f}" for value in row.values()))
+        Console().print(table)
+        return
     if args.live:
         os.environ.update(QUIET | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
         shape, rows = play_all([name for name in LIVE if name in args.settings], args.sessions, args.seed)
@@ -76,11 +90,15 @@ def main() -> None:
         return
     trace = make_trace(Shape(), args.sessions, args.seed)
     shape = summary(trace)
-    with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
-        chosen = [name for name in SETTINGS if name in args.settings]
-        played = pool.imap(partial(play, num_sessions=args.sessions, seed=args.seed), chosen)
-        rows = dict(zip(chosen, track(played, "settings", len(chosen)), strict=True))
+    chosen = [name for name in SETTINGS if name in args.settings]
+    rows = played(partial(play, num_sessions=args.sessions, seed=args.seed), chosen, args.workers)
     report("agents", {"trace": shape, "model": asdict(Machine()), "step_tokens": STEP, "rows": rows})
+
+
+def played(play_one: Callable[[str], dict[str, Any]], names: list[str], workers: int) -> dict[str, dict[str, Any]]:
+    """Name -> what was played under it, in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
+        return dict(zip(names, track(pool.imap(play_one, names), "settings", len(names)), strict=True))
 
 
 def report(name: str, result: dict[str, Any]) -> None:

@@ -47,6 +47,7 @@ class Bound:
 GRPC, HTTP = "gRPC", "HTTP"
 REQUEST_ID = Bound("request_id", 256, "characters")
 LORA_NAME = Bound("lora_name", 256, "characters", GRPC)
+SESSION_ID = Bound("session_id", 256, "characters", GRPC)
 SAMPLING = Bound("sampling", 256 * 2**10, "bytes", GRPC)
 EXTRA_ARGS = Bound("extra_args", 64 * 2**10, "characters", GRPC)
 KV_TRANSFER = Bound("kv_transfer_params_json", 128 * 2**10, "characters", GRPC)
@@ -76,7 +77,7 @@ DOCUMENTS_AT_ONCE = Bound("concurrency of `WarmDocuments`", 8, "documents", GRPC
 PARAMS_BOUNDS = (LOGIT_BIAS, STOP, STOP_TOKENS, BAD_WORDS, BAD_WORDS_TEXT, CHOICES, *GRAMMARS)
 BOUNDS = (
     *(HEAD, BODY, SCORING_BODY, TOKEN_VALUES, OTHER_VALUES, SEQUENCES, FIELDS, UPLOAD),
-    *(REQUEST_ID, LORA_NAME, SAMPLING, EXTRA_ARGS, KV_TRANSFER),
+    *(REQUEST_ID, LORA_NAME, SESSION_ID, SAMPLING, EXTRA_ARGS, KV_TRANSFER),
     *PARAMS_BOUNDS,
     *(PROMPT_LOGPROBS, DOCUMENTS, DOCUMENTS_AT_ONCE),
 )
@@ -95,6 +96,7 @@ def check_request(request: Any, max_model_len: int) -> None:
     """
     REQUEST_ID.check(len(request.request_id))
     LORA_NAME.check(len(request.lora_name))
+    SESSION_ID.check(len(request.session_id))
     EXTRA_ARGS.check(len(request.sampling.extra_args))
     LOGIT_BIAS.check(len(request.sampling.logit_bias))
     SAMPLING.check(request.sampling.ByteSize())

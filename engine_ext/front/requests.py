@@ -20,7 +20,7 @@ from starling.engine_ext.front.misplaced import refuse_at_top_level
 from starling.engine_ext.front.planning import PromptPlanner, rejection
 from starling.engine_ext.front.star_metrics import front_metrics
 from starling.scheduler.star.counts import describe
-from starling.scheduler.star.decide import PLANNED, decision_of
+from starling.scheduler.star.decide import PLANNED, Decision, decision_of
 from starling.scheduler.star.facts import PromptFacts
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import KEY, NO_METADATA, RequestMetadata
@@ -122,14 +122,30 @@ class RequestPlanner(PromptPlanner):
             decision = self.plan(params.extra_args, facts)
         if self.config is None:
             return
+        decision = self.hinted(decision, request)
         if decision.plan is not None:
             self.check(decision.plan, params)
         request.lora_request = self.lora_of(decision.plan, request.lora_request)
-        metadata = replace(metadata, plan=decision.plan, why=decision.why, keys=self.model_keys(decision))
+        metadata = replace(
+            metadata,
+            plan=decision.plan,
+            why=decision.why,
+            keys=self.model_keys(decision),
+            retention=decision.retention,
+        )
         rest = {key: value for key, value in (params.extra_args or {}).items() if not is_star_key(key)}
         params.extra_args = rest | {KEY: metadata.to_wire()}
         if not request.resumable:  # a session's last piece, without input, is the one that counts
             front_metrics().requests.labels("dense" if decision.plan is None else "star").inc()
+
+    def hinted(self, decision: Decision, request: Any) -> Decision:
+        """A decision, as hints of vLLM's own request change it (raises VLLMValidationError: they can't be followed)."""
+        try:
+            for part in self.parts:
+                decision = part.hinted(decision, request, self.facts)
+        except OptionError as error:
+            raise rejection(error) from None
+        return decision
 
     def lora_of(self, plan: StarPlan | None, named: Any) -> Any:
         """The LoRA adapter (LoRARequest) with which a prompt runs: a feature's, where its plan has one, or ``named``.

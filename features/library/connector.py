@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorRole
@@ -18,6 +19,7 @@ from starling.features.library.identity import described, identity_of, layouts_o
 from starling.features.library.page_loads import PATIENCE_SECONDS, PageLoads
 from starling.features.library.tier import LibraryTier
 from starling.features.replicas.weights import loaded_digest, may_change_weights, name_of
+from starling.features.retention.core import ranges_with
 from starling.scheduler.adapter_keys import adapter_keys
 from starling.vllm_compat.core_process import on_worker_call
 from starling.vllm_compat.kv_pages import CacheGroup
@@ -31,6 +33,9 @@ logger = init_logger("vllm.starling")
 RESET_SECONDS = 3.0
 """A reset waits so long for reads and writes of files. No step is made meanwhile."""
 
+
+RETAINED_SECONDS = 86400.0
+"""Files of pages that a request wants retained stay as if they were used so much later."""
 
 MAX_PAUSE_SECONDS = 0.02
 """vLLM makes steps without a token while a request waits for pages, each a millisecond after the last one."""
@@ -84,6 +89,7 @@ class LibraryConnector(OffloadingConnector):
         self.empty_steps = 0  # one after another, in which requests waited for pages
         if self.connector_scheduler is not None:
             PageOffloading.become(self.connector_scheduler)
+            self.connector_scheduler.not_stored = partial(ranges_with, "low")  # type: ignore[attr-defined]
             on_worker_call(close_after_change)
             add_page_keys(adapter_keys)
 
@@ -161,6 +167,7 @@ class LibraryConnector(OffloadingConnector):
         assert isinstance(offloading, PageOffloading)
         for tier in self._file_tiers():
             tier.note_used(offloading.keys_of(request))
+            tier.note_used(offloading.keys_between(request, ranges_with("high", request)), RETAINED_SECONDS)
         return super().request_finished_all_groups(request, block_ids)
 
     def _file_tiers(self) -> list[LibraryTier]:

@@ -13,7 +13,7 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,11 +77,18 @@ class FileSpace:
             with self.lock:
                 self.being_written -= num_bytes
 
-    def note_used(self, paths: Iterable[str]) -> None:
-        """Note that pages were used just now, so that their files stay; files that don't exist are left out."""
-        for path in paths:
-            with suppress(OSError):
-                os.utime(path)
+    def note_used(self, path: str, used: float) -> bool:
+        """Note when a page was used, so that its file stays; whether it has a file.
+
+        Args:
+            used: in seconds since 1970. A file that counts as used later already stays as it is.
+        """
+        try:
+            if os.stat(path).st_mtime < used:
+                os.utime(path, (used, used))
+        except OSError:
+            return False
+        return True
 
     def _make_room(self, num_bytes: int) -> int:
         """Remove files until so many more fit; returns the bytes of those that stay."""

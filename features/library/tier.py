@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class LibraryTier(FileTier, FileSystemTierManager):
             )
         self.space = FileSpace(folder, file_bytes, self._removed)
         self.removed: deque[OffloadKey] = deque()
-        self.used: dict[OffloadKey, None] = {}
+        self.used: dict[OffloadKey, float] = {}
         self.lock = threading.Lock()
         self.is_open = False
         self.logged = float("-inf")
@@ -93,17 +94,33 @@ class LibraryTier(FileTier, FileSystemTierManager):
     def lookup(self, key: Any, req_context: Any) -> LookupResult:
         return super().lookup(key, req_context) if self.is_open else LookupResult.MISS
 
-    def note_used(self, keys: Iterable[OffloadKey]) -> None:
-        """Note that a request has used pages, from wherever it had them: their files are the last to be removed."""
+    def note_used(self, keys: Iterable[OffloadKey], later: float = 0) -> None:
+        """Note that a request has used pages, from wherever it had them: their files are the last to be removed.
+
+        Args:
+            later: seconds by which they count as used later than now.
+        """
         if self.is_open:
             with self.lock:
-                self.used.update(dict.fromkeys(keys))
+                self.used.update(dict.fromkeys(keys, time.time() + later))
 
     def write_used(self) -> None:
-        """Write what ``note_used`` has noted into the files' times. A thread does it before it makes room."""
+        """Write what ``note_used`` has noted into the files' times. A thread does it before it makes room.
+
+        A page that counts as used later than now waits for its file where it has none yet: as many as host memory has.
+        """
         with self.lock:
             used, self.used = self.used, {}
-        self.space.note_used(map(self.file_mapper.get_file_name, used))
+        now, space = time.time(), self.space
+        waiting = {
+            key: when
+            for key, when in used.items()
+            if not space.note_used(self.file_mapper.get_file_name(key), when) and when > now
+        }
+        if waiting:
+            with self.lock:
+                room = len(self.chunks_as_bytes()) // self.block_size_bytes
+                self.used = dict(islice(waiting.items(), room)) | self.used
 
     def take_events(self) -> Iterable[OffloadingEvent]:
         yield from super().take_events()
@@ -154,6 +171,8 @@ class LibraryTier(FileTier, FileSystemTierManager):
                 with self.space.room_for(size):
                     batch_store_block([path], view, [chunk * size], size, self.uses_o_direct)
                     os.chmod(path, 0o600)
+            if self.used:
+                self.write_used()
         except OSError as error:
             self.metrics.failed_writes.inc()
             hint = " (the disk is full)" if is_full(error, Path(path).parent, size) else ""

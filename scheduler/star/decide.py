@@ -27,6 +27,7 @@ from starling.scheduler.star.documents import (
 from starling.scheduler.star.facts import EngineFacts, PromptFacts
 from starling.scheduler.star.kv_demand import with_enough_replicas
 from starling.scheduler.star.plan import DenseHeads, StarPlan
+from starling.scheduler.star.retention import ASKS_FOR_NO_PLAN, check_retention
 from starling.scheduler.star.rules import ENGINE_RULES, OPTION_RULES, PROMPT_RULES, SIZE_RULES, Case, check
 from starling.scheduler.star.sizes import find_anchor_and_overlap, find_block_size
 
@@ -49,6 +50,7 @@ class Decision:
         num_tokens: of the prompt, as the client sent it.
         token_ids: these tokens; None where the prompt has images or embeddings.
         given_by: option -> "request", "server" or "default": who gave it.
+        retention: how long the prompt's cached pages stay: a word, or one for each document; None: nobody says.
         shown: the plan as a response shows it, to which its front adds where documents came from; None: not made.
         planning: when deciding began and ended, in nanoseconds since 1970; None: not noted.
     """
@@ -58,6 +60,7 @@ class Decision:
     num_tokens: int
     token_ids: list[int] | None = None
     given_by: Mapping[str, str] = field(default_factory=dict)
+    retention: str | tuple[str, ...] | None = None
     shown: dict[str, Any] | None = field(default=None, compare=False)
     planning: tuple[int, int] | None = field(default=None, compare=False)
 
@@ -78,10 +81,13 @@ def decide(defaults: StarOptions, request: StarOptions | None, prompt: PromptFac
         OptionError: the request's options can't be used, or the prompt fits in no replica's memory.
     """
     given: frozenset[str] = frozenset() if request is None else frozenset(request.model_fields_set)
-    plan, why = _find_plan(Case(merge(defaults, request), given, prompt, engine))
+    plan, why = _find_plan(Case(merge(defaults, request), given - ASKS_FOR_NO_PLAN, prompt, engine))
+    retention = None if request is None else request.retention
+    if retention is not None:
+        check_retention(retention, plan, why, engine)
     if plan is None or not plan.shards:
         refuse_above_one_replica(prompt.num_tokens if plan is None else plan.num_prompt_tokens, engine)
-    return Decision(plan, why, prompt.num_tokens, prompt.token_ids, who_gave(defaults, given))
+    return Decision(plan, why, prompt.num_tokens, prompt.token_ids, who_gave(defaults, given), retention)
 
 
 def _find_plan(case: Case) -> tuple[StarPlan | None, str | None]:

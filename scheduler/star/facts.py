@@ -77,6 +77,7 @@ class EngineFacts:
         find_heads: returns the scores of the model's KV heads; None: they are not known.
         find_heads_refusals: returns why some heads can't see everything while the others see star blocks; none: they
             can. Called where dense heads are asked for.
+        retention_refusals: why no page stays cached for longer than by its last use; none: pages can.
         overlap_refusal: why a block can't see the end of the block before it; None: it can.
         replicas: over which a prompt may be split.
         max_prompt_tokens: of the engine's prompt; None: no limit is known.
@@ -92,6 +93,7 @@ class EngineFacts:
     find_document_refusals: Callable[[], tuple[str, ...]] = tuple
     find_heads: Callable[[], HeadScores | None] = lambda: None
     find_heads_refusals: Callable[[], tuple[str, ...]] = tuple
+    retention_refusals: tuple[str, ...] = ()
     overlap_refusal: str | None = None
     replicas: ReplicaSet = ONE_REPLICA
     max_prompt_tokens: int | None = None

@@ -141,6 +141,7 @@ class RequestMetadata:
         fetch: pages that this request fetches; None: none.
         remote: KV of this request that stays on other replicas; None: none.
         why: as the prompt's Decision has it.
+        retention: as the prompt's Decision has it.
         keys: how many keys the prompt attends to, where its model counts them itself; None: the plan says it.
     """
 
@@ -150,6 +151,7 @@ class RequestMetadata:
     remote: RemoteShards | None = None
     why: str | None = None
     keys: dict[str, Any] | None = None
+    retention: str | tuple[str, ...] | None = None
 
     @property
     def is_split(self) -> bool:
@@ -159,7 +161,7 @@ class RequestMetadata:
     def to_wire(self) -> dict[str, Any]:
         """The metadata as msgpack takes it."""
         wire: dict[str, Any] = {} if self.plan is None else {"plan": plan_to_wire(self.plan)}
-        wire |= {name: value for name in ("why", "keys") if (value := getattr(self, name)) is not None}
+        wire |= {name: value for name in ("why", "keys", "retention") if (value := getattr(self, name)) is not None}
         tasks = {"part": self.part, "fetch": self.fetch, "remote": self.remote}
         return wire | {name: asdict(task) for name, task in tasks.items() if task is not None}
 
@@ -178,6 +180,7 @@ class RequestMetadata:
             else RemoteShards(remote["local_name"], tuple(Shard(**shard) for shard in remote["shards"])),
             wire.get("why"),
             wire.get("keys"),
+            tuple(kept) if isinstance(kept := wire.get("retention"), list) else kept,
         )
 
 

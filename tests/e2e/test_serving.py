@@ -416,6 +416,36 @@ def test_texts_over_grpc_are_reused_in_another_order(generate):
     assert dense[0][:2] == dense[1][:2] and dense[0][2].plan.attention == pb.Plan.ATTENTION_DENSE
 
 
+@pytest.mark.parametrize("kind", ["body", "header", "xargs", "gRPC", "retention", "gRPC retention"])
+def test_pages_of_a_session_and_of_a_request_that_says_so_are_retained(http, generate, kind):
+    def retained() -> float:
+        return metrics(http, "starling:retained_pages")
+
+    before, salt = retained(), f"retained-{kind}"
+    path = "/v1/completions"
+    fields = body(path, xargs={"session_id": kind} if kind == "xargs" else None, cache_salt=salt)
+    if kind == "gRPC":
+        read(generate(request(session_id=kind, cache_salt=salt)))
+    elif kind == "gRPC retention":
+        read(generate(request(pb.StarOptions(retention=["high"]), cache_salt=salt)))
+    else:
+        fields |= {"session_id": kind} if kind == "body" else {}
+        fields |= {"vllm_xargs": {"star_retention": "high"}} if kind == "retention" else {}
+        headers = {"X-Session-ID": kind} if kind == "header" else {}
+        assert http.post(path, json=fields, headers=headers).status_code == 200
+    assert wait_until(lambda: retained() >= before + 701 // PAGE_SIZE, 30)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"), [("hihg", "did you mean high"), (["high"], "the prompt has no documents: star is off")]
+)
+def test_retention_that_has_no_effect_gives_400(http, words, reason):
+    path = "/v1/completions"
+    response = http.post(path, json=body(path, xargs={"star_retention": words}))
+    assert response.status_code == 400
+    assert reason in response.json()["error"]["message"]
+
+
 def test_metrics_count_requests_tokens_keys_and_rejections(http, generate):
     names = [f'starling:requests_total{{attention="{attention}"}}' for attention in ("dense", "star")]
     names += ["starling:context_tokens_total", "starling:keys_attended_total", "starling:keys_dense_total"]

@@ -174,7 +174,13 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         call.error_field = constraint_path(request.sampling) or call.error_field
         usages = [pb.Usage() for _ in range(params.n)]
         usages[0].prompt_tokens = plan["prompt_tokens"]
-        keywords = {"priority": request.priority, "lora_request": lora, TRACE_HEADERS: call.trace_headers}
+        keywords = {
+            "priority": request.priority,
+            "lora_request": lora,
+            TRACE_HEADERS: call.trace_headers,
+        }
+        if request.session_id:
+            keywords["session_id"] = request.session_id
         outputs = self.engine.generate(engine_input, params, request_id, **keywords)
         async with aclosing(outputs):
             async for result in outputs:

@@ -55,6 +55,9 @@ def star_args(message: pb.StarOptions) -> dict[str, Any]:
         values["shards"] = "on" if values["shards"] else "off"
     if "adapter" in values:
         values["adapter"] = "auto" if values["adapter"] else "off"
+    if "retention" in values:
+        words = values["retention"]
+        values["retention"] = words[0] if len(words) == 1 else words
     return {flat_name(field): value for field, value in values.items()}
 
 

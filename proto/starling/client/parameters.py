@@ -84,6 +84,7 @@ class StarFields(TypedDict, total=False):
     star_replicas: int | Literal["auto"] | None
     star_shards: Literal["off", "on"] | bool | None
     star_adapter: Literal["off", "auto"] | bool | None
+    star_retention: str | Sequence[str] | None
 
 
 class GenerateFields(Sampling, StarFields, total=False):
@@ -93,6 +94,7 @@ class GenerateFields(Sampling, StarFields, total=False):
     cache_salt: str | None
     priority: int | None
     lora_name: str | None
+    session_id: str | None
     add_generation_prompt: bool | None
 
 

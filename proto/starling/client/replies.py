@@ -188,6 +188,7 @@ class StarDefaults:
     dense_heads: float | None
     quality: str | None
     adapter: bool | None
+    retention: list[str]
 
 
 @dataclass(frozen=True, slots=True)

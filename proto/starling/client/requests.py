@@ -239,6 +239,8 @@ def set_star(star: pb.StarOptions, options: Mapping[str, Any]) -> None:
             value = 0
         if field == "block_size" and value is not None:
             value = str(value)
+        if field == "retention" and isinstance(value, str):
+            value = [value]
         if field == "dense_heads" and value is not None:
             value = share_of(name, value)
         for switch, is_on in SWITCHES.items():

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateStreamRequest(_message.Message):
-    __slots__ = ("request_id", "text", "token_ids", "chat", "texts", "sampling", "star", "cache_salt", "priority", "lora_name", "progress")
+    __slots__ = ("request_id", "text", "token_ids", "chat", "texts", "sampling", "star", "cache_salt", "priority", "lora_name", "progress", "session_id")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -20,6 +20,7 @@ class GenerateStreamRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     LORA_NAME_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     text: str
     token_ids: TokenIds
@@ -31,7 +32,8 @@ class GenerateStreamRequest(_message.Message):
     priority: int
     lora_name: str
     progress: bool
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., texts: _Optional[_Union[Texts, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., star: _Optional[_Union[StarOptions, _Mapping]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., lora_name: _Optional[str] = ..., progress: _Optional[bool] = ...) -> None: ...
+    session_id: str
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., texts: _Optional[_Union[Texts, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., star: _Optional[_Union[StarOptions, _Mapping]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., lora_name: _Optional[str] = ..., progress: _Optional[bool] = ..., session_id: _Optional[str] = ...) -> None: ...
 
 class GenerateUploadStreamRequest(_message.Message):
     __slots__ = ("head", "text", "token_ids")
@@ -44,7 +46,7 @@ class GenerateUploadStreamRequest(_message.Message):
     def __init__(self, head: _Optional[_Union[GenerateStreamRequest, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "text", "token_ids", "chat", "texts", "sampling", "star", "cache_salt", "priority", "lora_name")
+    __slots__ = ("request_id", "text", "token_ids", "chat", "texts", "sampling", "star", "cache_salt", "priority", "lora_name", "session_id")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +57,7 @@ class GenerateRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     LORA_NAME_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     text: str
     token_ids: TokenIds
@@ -65,7 +68,8 @@ class GenerateRequest(_message.Message):
     cache_salt: str
     priority: int
     lora_name: str
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., texts: _Optional[_Union[Texts, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., star: _Optional[_Union[StarOptions, _Mapping]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., lora_name: _Optional[str] = ...) -> None: ...
+    session_id: str
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., texts: _Optional[_Union[Texts, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., star: _Optional[_Union[StarOptions, _Mapping]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., lora_name: _Optional[str] = ..., session_id: _Optional[str] = ...) -> None: ...
 
 class Chat(_message.Message):
     __slots__ = ("messages", "add_generation_prompt")
@@ -167,7 +171,7 @@ class Choices(_message.Message):
     def __init__(self, choices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StarOptions(_message.Message):
-    __slots__ = ("mode", "min_tokens", "block_size", "anchor_size", "overlap_size", "query_tokens", "segments", "segment_offsets", "replicas", "shards", "dense_heads", "quality", "adapter")
+    __slots__ = ("mode", "min_tokens", "block_size", "anchor_size", "overlap_size", "query_tokens", "segments", "segment_offsets", "replicas", "shards", "dense_heads", "quality", "adapter", "retention")
     class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         MODE_UNSPECIFIED: _ClassVar[StarOptions.Mode]
@@ -191,6 +195,7 @@ class StarOptions(_message.Message):
     DENSE_HEADS_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    RETENTION_FIELD_NUMBER: _ClassVar[int]
     mode: StarOptions.Mode
     min_tokens: int
     block_size: str
@@ -204,7 +209,8 @@ class StarOptions(_message.Message):
     dense_heads: float
     quality: str
     adapter: bool
-    def __init__(self, mode: _Optional[_Union[StarOptions.Mode, str]] = ..., min_tokens: _Optional[int] = ..., block_size: _Optional[str] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., query_tokens: _Optional[int] = ..., segments: _Optional[str] = ..., segment_offsets: _Optional[_Iterable[int]] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., dense_heads: _Optional[float] = ..., quality: _Optional[str] = ..., adapter: _Optional[bool] = ...) -> None: ...
+    retention: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, mode: _Optional[_Union[StarOptions.Mode, str]] = ..., min_tokens: _Optional[int] = ..., block_size: _Optional[str] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., query_tokens: _Optional[int] = ..., segments: _Optional[str] = ..., segment_offsets: _Optional[_Iterable[int]] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., dense_heads: _Optional[float] = ..., quality: _Optional[str] = ..., adapter: _Optional[bool] = ..., retention: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GenerateStreamResponse(_message.Message):
     __slots__ = ("delta", "final", "progress", "prompt_logprobs")

@@ -58,7 +58,9 @@ def test_all_of_the_limit_is_used_before_anything_is_removed(tmp_path: Path) -> 
 def test_what_was_used_stays(tmp_path: Path) -> None:
     space = FileSpace(tmp_path, 10 * SIZE)
     fill(space, 10)
-    space.note_used([str(tmp_path / "model" / "0.bin"), str(tmp_path / "nowhere.bin")])
+    now = time.time()
+    assert space.note_used(str(tmp_path / "model" / "0.bin"), now)
+    assert not space.note_used(str(tmp_path / "nowhere.bin"), now)
     take(space)
     assert names(tmp_path) == sorted(["new.bin", *(f"{index}.bin" for index in (0, 3, 4, 5, 6, 7, 8, 9))])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from vllm.v1.kv_offload.base import LookupResult
 from vllm.v1.request import RequestStatus
 
 from starling.features.library import page_loads
+from starling.features.library.connector import RETAINED_SECONDS
 from starling.features.library.page_loads import PageLoads
 from starling.features.schedulers import AsyncStarScheduler, StarScheduler
 from starling.scheduler.star.plan import StarPlan
@@ -156,6 +158,21 @@ def test_a_library_larger_than_host_memory_is_found_in_files(tmp_path: Path) -> 
         engine.run(limit=10**6)
         assert engine.computed[f"warm {number}"] == LENGTH - pages * PAGE_SIZE + NEW - 1
     engine.check_pages()
+    engine.close()
+
+
+def test_a_document_that_is_to_go_is_not_stored_and_one_that_is_to_stay_counts_as_used_later(tmp_path: Path) -> None:
+    spans = ((0, BLOCK), (BLOCK, 2 * BLOCK), (2 * BLOCK, 3 * BLOCK))
+    plan = StarPlan(BLOCK, BLOCK, 0, 3 * BLOCK, 3 * BLOCK + QUERY, documents=spans)
+    engine = make_engine(library_config(tmp_path / "models", 2**20, tmp_path / "pages"))
+    (tier,) = engine.library.manager.secondary_tiers
+    engine.add("first", plan, random_ids(1, 3 * BLOCK + QUERY), metadata=RequestMetadata(retention=("low", "high")))
+    engine.run()
+    tier.drain_jobs()
+    tier.write_used()
+    used = sorted(file.stat().st_mtime - time.time() > RETAINED_SECONDS / 2 for file in tmp_path.rglob("*.bin"))
+    question = QUERY // PAGE_SIZE
+    assert used == [False] * question + [True] * (2 * BLOCK // PAGE_SIZE), "the head has the higher word"
     engine.close()
 
 

@@ -54,7 +54,7 @@ def plan_of(front, options, ids: list[int] | None = IDS, known: KnownSegments | 
 def processed(extra_args: dict | None = None, **changes):
     params = SamplingParams(extra_args=OPTIONS if extra_args is None else extra_args)
     fields = {"prompt_token_ids": list(IDS), "prompt_embeds": None, "mm_features": None, "resumable": False}
-    fields["lora_request"] = None
+    fields |= {"lora_request": None, "kv_hints": None}
     return SimpleNamespace(sampling_params=params, **fields | changes)
 
 

@@ -77,6 +77,7 @@ def processed(extra_args, length: int = 300):
         prompt_embeds=None,
         mm_features=None,
         resumable=False,
+        kv_hints=None,
         lora_request=None,
     )
 

@@ -55,6 +55,7 @@ def test_star_args(message, args):
 def test_star_args_over_the_wire():
     words = {"quality": "fast", "block_size": "n/8", "segments": "<file_sep>"}
     every = {field: index for index, field in enumerate(StarOptions.model_fields) if field != "mode"} | words
+    every |= {"retention": ["high", "low"]}
     sent = pb.StarOptions(mode="MODE_ON", **every)
     received = messages.star_args(pb.StarOptions.FromString(sent.SerializeToString()))
     every |= {"shards": "on", "adapter": "auto"}
@@ -65,6 +66,9 @@ def test_both_kinds_of_generate_have_the_same_fields_except_progress():
     def fields(message):
         return [(field.name, field.number, field.type) for field in message.DESCRIPTOR.fields]
 
-    *shared, last = fields(pb.GenerateStreamRequest)
-    assert last[0] == "progress"
-    assert fields(pb.GenerateRequest) == shared
+    stream = fields(pb.GenerateStreamRequest)
+    assert [field for field in stream if field[0] != "progress"] == fields(pb.GenerateRequest) != stream
+
+
+def test_one_word_of_retention_is_for_the_whole_prompt():
+    assert messages.star_args(pb.StarOptions(retention=["low"])) == {"star_retention": "low"}

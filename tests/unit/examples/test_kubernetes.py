@@ -1,5 +1,6 @@
 """examples/kubernetes: Kubernetes' schemas accept the manifests, and their parts refer to what exists."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -45,12 +46,13 @@ def patched(value, patch):
 CPU = patched(DEPLOYMENT, CPU_PATCH)
 *SET_OBJECTS, SET = read("leaderworkerset.yaml")
 NETWORK, MODELS = read("network.yaml"), read("models.yaml")
+POOL, ROUTE, PICKER, PICKER_SERVICE, PICKER_POLICY = read("inference-pool.yaml")
 LEADER, WORKER = (SET["spec"]["leaderWorkerTemplate"][name] for name in LWS_TEMPLATES)
 SERVERS = {"gpu": DEPLOYMENT["spec"]["template"], "cpu": CPU["spec"]["template"], "leader": LEADER, "worker": WORKER}
 FRONTS = ("gpu", "cpu", "leader")
 SERVICES = {item["metadata"]["name"]: item for item in NETWORK + SET_OBJECTS if item["kind"] == "Service"}
 POLICIES = [item["spec"] for item in NETWORK + SET_OBJECTS if item["kind"] == "NetworkPolicy"]
-BUILT_IN = [DEPLOYMENT, CPU, *NETWORK, *MODELS, *SET_OBJECTS] + [
+BUILT_IN = [DEPLOYMENT, CPU, *NETWORK, *MODELS, *SET_OBJECTS, PICKER, PICKER_SERVICE, PICKER_POLICY] + [
     {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": name}, "template": template}
     for name, template in zip(LWS_TEMPLATES, (LEADER, WORKER), strict=True)
 ]
@@ -231,12 +233,14 @@ def test_servers_mount_all_volumes_and_can_write_where_they_must(name):
     assert [path for path, medium in media.items() if medium == "Memory"] == ["/dev/shm"]
 
 
-@pytest.mark.parametrize("pod", [*SERVERS.values(), MODELS[1]], ids=[*SERVERS, "models"])
+@pytest.mark.parametrize(
+    "pod", [*SERVERS.values(), MODELS[1], PICKER["spec"]["template"]], ids=[*SERVERS, "models", "picker"]
+)
 def test_pods_meet_the_restricted_security_standard(pod):
     spec, context = pod["spec"], pod["spec"]["securityContext"]
     assert spec["automountServiceAccountToken"] is False
     assert not spec.keys() & {"hostNetwork", "hostPID", "hostIPC"}
-    assert all(volume.keys() <= {"name", "emptyDir", "persistentVolumeClaim"} for volume in spec["volumes"])
+    assert all(volume.keys() <= {"name", "emptyDir", "persistentVolumeClaim"} for volume in spec.get("volumes", []))
     assert context["runAsNonRoot"] and context["seccompProfile"] == {"type": "RuntimeDefault"}
     for item in spec["containers"]:
         assert item["securityContext"] == {
@@ -260,6 +264,69 @@ def test_images_are_those_of_the_docker_page_and_run_as_their_users(name):
 def test_the_docs_name_every_manifest():
     named = set(re.findall(r"examples/kubernetes/([\w-]+\.yaml)", PAGE))
     assert named == {path.name for path in FOLDER.iterdir()}
+
+
+def test_the_pool_has_the_deployments_pods_and_the_route_leads_to_it():
+    """Both were valid by the real schemas (docs/routers.md), which no package has. These are the fields they had."""
+    assert (POOL["apiVersion"], POOL["kind"]) == ("inference.networking.k8s.io/v1", "InferencePool")
+    assert POOL["spec"].keys() == {"selector", "targetPorts", "endpointPickerRef"}
+    assert selected(POOL["spec"]["selector"]["matchLabels"]) == {"gpu", "cpu"}
+    assert POOL["spec"]["targetPorts"] == [{"number": ports("gpu")["http"]}]
+    (port,) = PICKER_SERVICE["spec"]["ports"]
+    reference = {"name": PICKER_SERVICE["metadata"]["name"], "port": {"number": port["port"]}}
+    assert POOL["spec"]["endpointPickerRef"] == reference | {"failureMode": "FailOpen"}
+    assert (ROUTE["apiVersion"], ROUTE["kind"]) == ("gateway.networking.k8s.io/v1", "HTTPRoute")
+    assert ROUTE["spec"].keys() == {"parentRefs", "rules"}
+    (rule,) = ROUTE["spec"]["rules"]
+    assert rule.keys() == {"matches", "backendRefs", "timeouts"}
+    group = POOL["apiVersion"].partition("/")[0]
+    assert rule["backendRefs"] == [{"group": group, "kind": POOL["kind"], "name": POOL["metadata"]["name"]}]
+    assert rule["matches"] == [{"path": {"type": "PathPrefix", "value": "/v1/"}}], "no other path is for clients"
+
+
+def test_the_picker_finds_the_pools_pods_and_gateways_find_it(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    picker = importlib.import_module("endpoint_picker")
+    template = PICKER["spec"]["template"]
+    (container,) = template["spec"]["containers"]
+    args = picker.parse(container["args"])
+    ((host, _, port),) = (name.rpartition(":") for name in args.names)
+    assert SERVICES[host]["spec"]["clusterIP"] == "None"
+    assert selected(SERVICES[host]["spec"]["selector"]) == {"gpu", "cpu"}
+    assert int(port) == ports("gpu")["http"]
+    assert template["spec"]["terminationGracePeriodSeconds"] > picker.GRACE_SECONDS
+    open_to_gateways = {each["name"]: each["containerPort"] for each in container["ports"]}
+    assert open_to_gateways == {"ext-proc": args.port, "health": args.health_port}
+    for probe in ("readinessProbe", "livenessProbe"):
+        check = container[probe]["grpc"]
+        assert check["port"] == args.health_port and check["service"] in picker.HEALTH_NAMES
+    (entry,) = PICKER_SERVICE["spec"]["ports"]
+    assert open_to_gateways[entry["targetPort"]] == entry["port"]
+    own = template["metadata"]["labels"]
+    selectors = [PICKER["spec"]["selector"]["matchLabels"], PICKER_SERVICE["spec"]["selector"]]
+    for selector in [*selectors, PICKER_POLICY["spec"]["podSelector"]["matchLabels"]]:
+        assert selects(selector, own) and not selected(selector)
+    assert not selects(POOL["spec"]["selector"]["matchLabels"], own), "the picker is no server"
+    servers, dns = PICKER_POLICY["spec"]["egress"]
+    (side,) = servers["to"]
+    assert selected(side["podSelector"]["matchLabels"]) == {"gpu", "cpu"}
+    assert servers["ports"] == [{"protocol": "TCP", "port": int(port)}]
+    assert {each["port"] for each in dns["ports"]} == {53}
+    assert ("TCP", int(port)) in open_ports("gpu", "Ingress", own)
+
+
+def test_the_pickers_image_has_what_the_program_imports():
+    text = (ROOT / "examples/docker/Dockerfile.picker").read_text()
+    (container,) = PICKER["spec"]["template"]["spec"]["containers"]
+    assert f"docker build -f examples/docker/Dockerfile.picker -t {container['image']} ." in text
+    context = PICKER["spec"]["template"]["spec"]["securityContext"]
+    assert f"\nUSER {context['runAsUser']}:{context['runAsGroup']}\n" in text
+    assert "--require-hashes --only-binary :all: -r /ci/requirements-image-picker.lock" in text
+    locked = (ROOT / ".ci/requirements-image-picker.lock").read_text()
+    pins = dict(re.findall(r"^([\w-]+)==([^\s;]+)", locked, flags=re.MULTILINE))
+    assert {"envoy-data-plane", "grpcio-health-checking", "httpx", "starlette", "uvicorn"} <= pins.keys()
+    copied = re.findall(r"^COPY (.*) /opt/picker/$", text, flags=re.MULTILINE)[0].split()
+    assert {f"!/{path}" for path in copied} <= set((ROOT / ".dockerignore").read_text().splitlines())
 
 
 def test_vllms_production_stack_gets_options_that_exist():

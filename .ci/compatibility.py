@@ -83,6 +83,20 @@ is PyPI's build for CUDA (`starling setup-cpu --torch pypi`).
 Each line is what the extras `cuda` and `xformers` resolve to, for x86-64 and a glibc of 2.31 or newer, from wheels
 alone (`make check-cuda`). Nothing was installed.
 
+## What vLLM plans
+
+All that Starling changes in vLLM is in `vllm_compat/`, each part with what has to be there before it goes.
+
+- [Model runner V2 in place of V1](https://github.com/vllm-project/vllm/issues/41286): the suites of engines run with
+  both, and what is there for V1 alone goes with it. On CPUs V1 is the default of both supported versions.
+- Hints of what stays cached, [by session](https://github.com/vllm-project/vllm/issues/52113),
+  [by range of tokens](https://github.com/vllm-project/vllm/pull/38514) or
+  [by policies](https://github.com/vllm-project/vllm/issues/57103): `star_retention` becomes such a hint.
+- [Eviction by a policy](https://github.com/vllm-project/vllm/pull/40270): [retained pages](scheduler.md#retention)
+  become a policy, and the queue in place of vLLM's (`vllm_compat/free_pages.py`) goes.
+- [Connectors that see the pool of pages](https://github.com/vllm-project/vllm/pull/41120): the library loads single
+  pages that way.
+
 ## GPUs
 
 {gpus}

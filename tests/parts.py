@@ -43,7 +43,10 @@ CAPABILITIES = {
     "replicas.md": (
         "tests/e2e/test_replicas.py::test_each_replica_computes_its_part_and_the_output_is_that_of_one_replica",
     ),
-    "routers.md": ("tests/e2e/test_gateways.py::test_completions_and_chats_are_those_of_a_server",),
+    "routers.md": (
+        "tests/e2e/test_gateways.py::test_completions_and_chats_are_those_of_a_server",
+        "tests/e2e/test_endpoint_picker.py::test_prompts_go_where_their_documents_are",
+    ),
     "grpc.md": ("tests/e2e/test_serving_grpc.py",),
     "dense-heads.md": (
         "tests/parity/test_dense_heads.py::test_prompt_logprobs_are_those_of_the_masks[v1]",

@@ -43,7 +43,8 @@ class RetainedPages(CorePart):
     """Says of a request's pages, as it ends, when they make room.
 
     A session (vLLM's ``session_id``) has the pages of its last request that ended. What that one no longer has, as
-    after a summary of the conversation, stays by its last use again.
+    after a summary of the conversation, stays by its last use again. Where a request says that its pages make room,
+    those of a session stay, and those that its prompt's start has found in the cache: others have them too.
     """
 
     def __init__(self, scheduler: Any, share: float) -> None:
@@ -51,12 +52,18 @@ class RetainedPages(CorePart):
         self.free = FreePages.of(self.view.pool, share)
         self.sessions: OrderedDict[Session, set[int]] = OrderedDict()
         self.owner: dict[int, Session | None] = {}  # page -> the session that has retained it last; None: a request
+        self.found: dict[str, int] = {}  # request that makes room -> tokens of its prompt that were cached
         self.counted = 0
 
     @classmethod
     def make(cls, scheduler: Any, config: StarlingConfig) -> RetainedPages | None:
         share = config.scheduling.retained_share
         return cls(scheduler, share) if share and scheduler.cache_config.enable_prefix_caching else None
+
+    def scheduled(self, output: Any) -> None:
+        for new in output.scheduled_new_reqs:
+            if "low" in (metadata_of(new).retention or ""):
+                self.found.setdefault(new.req_id, new.num_computed_tokens)
 
     def outputs(self, outputs: dict[int, Any]) -> None:
         number = len(self.free.retained)
@@ -72,14 +79,21 @@ class RetainedPages(CorePart):
         if (words is None and session is None) or not request.is_finished() or metadata.part is not None:
             return
         kept: set[int] = set()
+        found = self.found.pop(request.request_id, 0)
         for group in self.view.groups:
             for start, end, word in ranges_of(words or "high", metadata.plan, request.num_tokens):
-                pages = pages_between(group, request.request_id, start, end)
+                pages = pages_between(group, request.request_id, max(start, found) if word == "low" else start, end)
+                if word != "high":
+                    pages = [page for page in pages if not self._is_of_a_session(page)]
                 self.free.retain(pages, WORDS[word])
                 kept.update(page.block_id for page in pages)
         self.owner.update(dict.fromkeys(kept, session))
         if session is not None:
             self._let_go(session, kept)
+
+    def _is_of_a_session(self, page: Page) -> bool:
+        is_retained = self.free.retention.get(page.block_id) == Retention.HIGH
+        return is_retained and self.owner.get(page.block_id) is not None
 
     def _let_go(self, session: Session, kept: set[int]) -> None:
         """Let go what a session had, and has no longer, unless another one has it now.

@@ -106,6 +106,25 @@ def test_what_a_session_had_is_another_ones_where_that_has_it_now(engine: Engine
     assert ask(engine, "b again", shared, session_id="b") == 8 * PAGE
 
 
+@pytest.mark.parametrize("word", ["low", "normal"])
+def test_a_request_lets_no_page_go_that_a_session_has(engine: Engine, word: str) -> None:
+    shared = random_ids(1, LENGTH)
+    ask(engine, "turn 1", shared, session_id="agent")
+    ask(engine, "a batch", [*shared[: 4 * PAGE], *random_ids(2, LENGTH)], word)
+    flood(engine, "others", 45)
+    assert ask(engine, "turn 2", shared, session_id="agent") == 8 * PAGE
+
+
+def test_a_request_that_makes_room_leaves_what_its_prompt_has_found(engine: Engine) -> None:
+    """Instructions that all prompts share are not the first to go since a batch is."""
+    shared = random_ids(1, 4 * PAGE)
+    ask(engine, "first", [*shared, *random_ids(2, LENGTH)])
+    ask(engine, "batch", [*shared, *random_ids(3, LENGTH)], "low")
+    flood(engine, "others", 18)
+    assert ask(engine, "again", [*shared, *random_ids(4, LENGTH)]) == 4 * PAGE
+    assert not engine.scheduler.part(RetainedPages).found
+
+
 def test_normal_takes_a_request_out_of_its_session(engine: Engine) -> None:
     first, once = random_ids(1, LENGTH), random_ids(2, LENGTH)
     ask(engine, "turn 1", first, session_id="agent")

@@ -174,7 +174,7 @@ class Client(Connection):
             star: Star Attention's options: "on", ``{"mode": "on", "block_size": 4096}`` or starling.StarOptions.
             upload: send the prompt in pieces, even a short one.
             fields: sampling parameters by vLLM's names; star options under their flat names; request_id, cache_salt,
-                priority, lora_name, progress; for messages add_generation_prompt. None: not given.
+                priority, lora_name, session_id, progress; for messages add_generation_prompt. None: not given.
         """
         request, in_pieces = self._request(prompt, messages, star, fields, upload)
         return self._events(lambda: self._start(request, in_pieces, timeout), read_event)

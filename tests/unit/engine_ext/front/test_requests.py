@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
+from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 
 from starling.attention_backends.attamba.count import prompt_keys
 from starling.engine_ext.front import bounds
@@ -91,6 +92,22 @@ def test_star_options_are_replaced_by_the_plan_and_others_are_kept():
     planner(ON).resolve(request, None)
     assert request.sampling_params.extra_args == {"theirs": 7} | wire(64, 16, 48, 150, 300, 1, False, "")
     assert mine == {"theirs": 7} | STAR  # the caller's own, which other prompts may share
+
+
+def hinted(word: str):
+    """A request whose hints, in vLLM's form, have the option star_retention."""
+    request = processed(None)
+    action = KvHintAction("id", "star_retention", "1", {"retention": word})
+    request.kv_hints = KvHintsEnvelope("1", "message", [action])
+    return request
+
+
+def test_a_hint_of_vllms_form_is_carried_as_the_option_is():
+    request = hinted("high")
+    planner(ON).resolve(request, None)
+    assert request.sampling_params.extra_args == {KEY: {"why": "star is off", "retention": "high"}}
+    with pytest.raises(VLLMValidationError, match="retention='higher' is refused"):
+        planner(ON).resolve(hinted("higher"), None)
 
 
 @pytest.mark.parametrize(("extra_args", "left"), [(None, {}), ({"theirs": 7}, {"theirs": 7}), ({"star": "off"}, {})])

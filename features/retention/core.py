@@ -73,13 +73,14 @@ class RetainedPages(CorePart):
 
     def pages_freed(self, request: Any) -> None:
         """Note the pages of a request that has ended; a preempted one comes back."""
+        if not request.is_finished():
+            return
         metadata = metadata_of(request)
-        words = metadata.retention
+        words, found = metadata.retention, self.found.pop(request.request_id, 0)
         session = hash((request.cache_salt, request.session_id)) if request.session_id and words is None else None
-        if (words is None and session is None) or not request.is_finished() or metadata.part is not None:
+        if (words is None and session is None) or metadata.part is not None:
             return
         kept: set[int] = set()
-        found = self.found.pop(request.request_id, 0)
         for group in self.view.groups:
             for start, end, word in ranges_of(words or "high", metadata.plan, request.num_tokens):
                 pages = pages_between(group, request.request_id, max(start, found) if word == "low" else start, end)

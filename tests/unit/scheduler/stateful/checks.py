@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.request import RequestStatus
 
 from starling.features.fairness.core import PrefillLimiter
+from starling.features.retention.core import RetainedPages
 from starling.features.reuse.block_reuse import BlockReuse
 from tests.unit.scheduler.stateful.cases import Case
 from tests.unit.scheduler.stateful.runner import MARKS, Runner
@@ -38,6 +39,10 @@ def check_pages(scheduler: Any, others: Iterable[int]) -> None:
     free = [page.block_id for page in pool.free_block_queue.get_all_free_blocks()]
     assert len(free) == len(set(free)) == pool.get_num_free_blocks()
     assert set(free) == {page.block_id for page in pool.blocks if not page.is_null and not page.ref_cnt}
+    part = scheduler.part(RetainedPages)
+    retained = part.free.retained if part else {}  # there is none without prefix caching
+    assert free[len(free) - len(retained) :] == list(retained), "retained pages are the end of the queue"
+    assert 2 * len(retained) <= len(pool.blocks)
 
 
 def check_queues(scheduler: Any, live: Iterable[str]) -> None:
@@ -89,7 +94,7 @@ class PageKeys:
 def check_empty(scheduler: Any) -> None:
     """Nothing is left of requests that have ended. To be called after the step that reports their end."""
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
-    reuse, limiter = scheduler.part(BlockReuse), scheduler.part(PrefillLimiter)
+    reuse, limiter, retention = map(scheduler.part, (BlockReuse, PrefillLimiter, RetainedPages))
     left = {
         "requests": scheduler.requests,
         "running": scheduler.running,
@@ -106,6 +111,7 @@ def check_empty(scheduler: Any) -> None:
         "pages": [manager.req_to_blocks for manager in managers if manager.req_to_blocks],
         "hashed": [manager.num_cached_block for manager in managers if manager.num_cached_block],
         "adopting": reuse and (reuse.requests or reuse.unreported),
+        "making room": retention and retention.found,
         "long prompts": limiter and (limiter.prompts or limiter.cached_tokens or limiter.admission.tokens_before),
     }
     if scheduler.connector is not None:

@@ -77,6 +77,7 @@ class SchedulerMachine(CountingMachine):
     def _add(self, ids: list[int], given: Options, seed: int, metadata: RequestMetadata, name: str = "") -> None:
         number = next(self.numbers)
         adapter = given.adapter if self.setup.max_loras is not None else 0
+        metadata = replace(metadata, retention=given.retained(metadata.plan))
         case = make_case(
             name or f"r{number}",
             ids,
@@ -87,6 +88,7 @@ class SchedulerMachine(CountingMachine):
             priority=given.priority if self.setup.policy == "priority" else 0,
             arrival_time=float(number),
             cache_salt=given.salt,
+            session_id=given.session,
             lora_request=LoRARequest(f"adapter{adapter}", adapter, "/adapter") if adapter else None,
         )
         self.cases[case.name] = case

@@ -110,6 +110,16 @@ class Options:
     seeds: tuple[int, ...]
     num_answers: int
     stops_at: int
+    session: str | None
+    retention: str | None
+
+    def retained(self, plan: StarPlan | None) -> str | tuple[str, ...] | None:
+        """What the request says of its pages: of documents one word after the other."""
+        words = ("high", "low", "normal")
+        number = 0 if plan is None else sum(start >= plan.head_end for start, _ in plan.documents)
+        if self.retention == "each":
+            return tuple(words[index % 3] for index in range(number)) or None
+        return self.retention
 
     def answers(self, seed: int) -> list[int]:
         tokens = [(seed * 50 + 3 * index) % 250 for index in range(self.num_answers)]
@@ -125,6 +135,8 @@ options = st.builds(
     seeds=st.sampled_from([(0,), (0,), (0,), (1,), (0, 1), (0, 0, 2)]),
     num_answers=st.sampled_from([1, 3, 10, MAX_ANSWERS]),
     stops_at=st.sampled_from([99, 99, 0, 3]),
+    session=st.sampled_from([None, None, "a", "b"]),
+    retention=st.sampled_from([None, None, None, "low", "high", "normal", "each"]),
 )
 
 

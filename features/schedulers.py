@@ -9,28 +9,24 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from starling.features import parts_of
 from starling.scheduler.star_scheduler import StarMixin
 
-PARTS = parts_of("core")
+
+class FeatureMixin(StarMixin):
+    """Mixed into a vLLM scheduler class, before it."""
+
+    feature_parts = parts_of("core")
 
 
-class StarScheduler(StarMixin, Scheduler):
+class StarScheduler(FeatureMixin, Scheduler):
     """For engines without async scheduling (CPU)."""
 
-    feature_parts = PARTS
 
-
-class AsyncStarScheduler(StarMixin, AsyncScheduler):
+class AsyncStarScheduler(FeatureMixin, AsyncScheduler):
     """For engines with async scheduling: vLLM turns it off for a class that is not an AsyncScheduler."""
 
-    feature_parts = PARTS
 
-
-class DiffusionStarScheduler(StarMixin, DiffusionScheduler):
+class DiffusionStarScheduler(FeatureMixin, DiffusionScheduler):
     """For diffusion models, whose canvases of tokens vLLM's scheduler cuts to each request's width."""
 
-    feature_parts = PARTS
 
-
-class AsyncDiffusionStarScheduler(StarMixin, DiffusionAsyncScheduler):
+class AsyncDiffusionStarScheduler(FeatureMixin, DiffusionAsyncScheduler):
     """For diffusion models in engines with async scheduling."""
-
-    feature_parts = PARTS

@@ -51,8 +51,10 @@ class FreePages(FreeKVCacheBlockQueue):
         return queue
 
     def retain(self, pages: Iterable[Page], retention: Retention) -> None:
-        """Say when pages make room, once they are free. Free pages stay where they are."""
+        """Say of pages that are held when they make room, once they are free."""
         for page in pages:
+            if not page.ref_cnt:
+                continue
             if retention == Retention.NORMAL:
                 self.retention.pop(page.block_id, None)
             else:
@@ -79,7 +81,10 @@ class FreePages(FreeKVCacheBlockQueue):
         return pages
 
     def remove(self, block: Page) -> None:
+        """A prompt has found a page: it stays where it was to stay, and one that was to make room no longer is."""
         self.retained.pop(block.block_id, None)
+        if self.retention.get(block.block_id) == Retention.LOW:
+            del self.retention[block.block_id]
         super().remove(block)
 
     def append(self, block: Page) -> None:
@@ -122,7 +127,7 @@ class FreePages(FreeKVCacheBlockQueue):
 
     def _reused(self, pages: Collection[Page]) -> None:
         """Forget pages that make room."""
-        if self.retention:
+        if self.retention or self.retained:
             for page in pages:
                 self.retention.pop(page.block_id, None)
                 self.retained.pop(page.block_id, None)

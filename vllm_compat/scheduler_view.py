@@ -33,6 +33,8 @@ from starling.vllm_compat.patching import touches
     "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator.single_type_managers",
     "vllm.v1.core.block_pool.BlockPool.emit_cached_block_events",
     "vllm.v1.request.Request.{prefill_stats, _all_token_ids}",
+    "vllm.v1.metrics.stats.PrefillStats.num_local_cached_tokens",
+    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.block_pool",
 )
 class SchedulerView:
     """One vLLM scheduler."""
@@ -62,6 +64,11 @@ class SchedulerView:
         if len(self.groups) != 1 or type(self.groups[0].manager) is not FullAttentionManager:
             return None
         return self.groups[0] if self.groups[0].page_size == self.scheduler.hash_block_size else None
+
+    @property
+    def has_one_pool(self) -> bool:
+        """Whether the pages of all groups are of one pool, so that a number names one page."""
+        return all(group.manager.block_pool is self.pool.block_pool for group in self.groups)
 
     @property
     def full_attention_page_size(self) -> int | None:
@@ -171,6 +178,11 @@ class SchedulerView:
         """Prompt tokens found in the prefix cache; None after the first token, when vLLM has handed the number on."""
         stats = request.prefill_stats
         return None if stats is None else stats.num_cached_tokens
+
+    def local_cached_tokens(self, request_id: str) -> int:
+        """Prompt tokens that a request which has just started has found in this engine's own cache."""
+        stats = self.scheduler.requests[request_id].prefill_stats
+        return 0 if stats is None else stats.num_local_cached_tokens
 
     @property
     def by_priority(self) -> bool:

@@ -11,7 +11,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from starling.config.parsing import OptionError
-from starling.config.star import is_star_key, parse_options
+from starling.config.star import STAR_RETENTION, is_star_key, parse_options
 from starling.engine_ext.front.bounds import REQUEST_ID, check_params, check_prompt_logprobs
 from starling.engine_ext.front.cache_salt import salted
 from starling.engine_ext.front.call import current_call
@@ -232,6 +232,9 @@ def check_openai_request(http_request: Any) -> None:
     given = {key: value for key, value in (http_request.vllm_xargs or {}).items() if is_star_key(key)}
     try:
         options = parse_options(given)
+        if options.retention is not None:
+            reason = "beam search makes a new prompt of each beam and token, and vLLM hands no option on"
+            raise OptionError(STAR_RETENTION, given[STAR_RETENTION], reason, f"no {STAR_RETENTION}")
         if given and (options.mode == "on" or "mode" not in options.model_fields_set):  # sizes alone ask for star too
             name = "star" if "star" in given else next(iter(given))
             raise OptionError(name, given[name], BEAM, "star=off or star=auto")

@@ -15,6 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandsha
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.logger import init_logger
 
+from starling.features.library.file_space import LATER_SECONDS
 from starling.features.library.identity import described, identity_of, layouts_of
 from starling.features.library.page_loads import PATIENCE_SECONDS, PageLoads
 from starling.features.library.tier import LibraryTier
@@ -33,9 +34,6 @@ logger = init_logger("vllm.starling")
 RESET_SECONDS = 3.0
 """A reset waits so long for reads and writes of files. No step is made meanwhile."""
 
-
-RETAINED_SECONDS = 86400.0
-"""Files of pages that a request wants retained stay as if they were used so much later."""
 
 MAX_PAUSE_SECONDS = 0.02
 """vLLM makes steps without a token while a request waits for pages, each a millisecond after the last one."""
@@ -166,8 +164,9 @@ class LibraryConnector(OffloadingConnector):
         offloading = self.scheduler
         assert isinstance(offloading, PageOffloading)
         for tier in self._file_tiers():
-            tier.note_used(offloading.keys_of(request))
-            tier.note_used(offloading.keys_between(request, ranges_with("high", request)), RETAINED_SECONDS)
+            left_out = offloading.keys_between(request, ranges_with("low", request))
+            tier.note_used(key for key in offloading.keys_of(request) if key not in left_out)
+            tier.note_used(offloading.keys_between(request, ranges_with("high", request)), LATER_SECONDS)
         return super().request_finished_all_groups(request, block_ids)
 
     def _file_tiers(self) -> list[LibraryTier]:

@@ -13,14 +13,19 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
 from pathlib import Path
 
 COUNT_FILE = ".bytes"
 KEPT = 0.9
 """Of the limit, what stays when room is made: then all files are looked at once in so many writes, not at each."""
+LATER_SECONDS = 86400.0
+"""A page that is to stay counts as used so much later."""
+LATER = 0.5
+"""Of the limit, what files may take that count as used later than now."""
 ABANDONED_SECONDS = 3600.0
 """A file that is still being written after so long was left by a server that was killed."""
 
@@ -77,18 +82,15 @@ class FileSpace:
             with self.lock:
                 self.being_written -= num_bytes
 
-    def note_used(self, path: str, used: float) -> bool:
-        """Note when a page was used, so that its file stays; whether it has a file.
+    def note_used(self, path: str, used: float) -> None:
+        """Note when a page was used, so that its file stays, if it has one.
 
         Args:
             used: in seconds since 1970. A file that counts as used later already stays as it is.
         """
-        try:
+        with suppress(OSError):
             if os.stat(path).st_mtime < used:
                 os.utime(path, (used, used))
-        except OSError:
-            return False
-        return True
 
     def _make_room(self, num_bytes: int) -> int:
         """Remove files until so many more fit; returns the bytes of those that stay."""
@@ -100,8 +102,8 @@ class FileSpace:
                 total -= self._remove(file)
         if total + num_bytes <= self.limit:
             return total
-        pages = sorted((file for file in files if file.path.endswith(".bin")), key=lambda file: file.used)
-        for file in pages:
+        pages = [file for file in files if file.path.endswith(".bin")]
+        for file in in_order_of_removal(pages, LATER * self.limit, now):
             if total + num_bytes <= KEPT * self.limit:
                 break
             total -= self._remove(file)
@@ -141,6 +143,15 @@ class Count:
 
     def write(self, total: int) -> None:
         os.pwrite(self.descriptor, b"%-24d\n" % total, 0)
+
+
+def in_order_of_removal(files: Iterable[StoredFile], later_bytes: float, now: float) -> list[StoredFile]:
+    """Files by their last use. Of those that count as used later than now, so many bytes do so, the latest first."""
+    order = sorted(files, key=lambda file: file.used)
+    later = list(takewhile(lambda file: file.used > now, reversed(order)))
+    total = list(accumulate(file.num_bytes for file in later))
+    above = {file.path for file, all_bytes in zip(later, total, strict=True) if all_bytes > later_bytes}
+    return sorted(order, key=lambda file: file.used - LATER_SECONDS * (file.path in above))
 
 
 def stored_files(folder: Path) -> Iterator[StoredFile]:

@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +60,7 @@ class LibraryTier(FileTier, FileSystemTierManager):
         self.space = FileSpace(folder, file_bytes, self._removed)
         self.removed: deque[OffloadKey] = deque()
         self.used: dict[OffloadKey, float] = {}
+        self.later: dict[OffloadKey, float] = {}
         self.lock = threading.Lock()
         self.is_open = False
         self.logged = float("-inf")
@@ -98,29 +98,30 @@ class LibraryTier(FileTier, FileSystemTierManager):
         """Note that a request has used pages, from wherever it had them: their files are the last to be removed.
 
         Args:
-            later: seconds by which they count as used later than now.
+            later: seconds by which they count as used later than now. A page without a file counts so once it has one.
         """
-        if self.is_open:
-            with self.lock:
-                self.used.update(dict.fromkeys(keys, time.time() + later))
+        if not self.is_open:
+            return
+        when = time.time() + later
+        with self.lock:
+            for key in keys:
+                self.used[key] = max(self.used.get(key, when), when)
+                if later:
+                    self.later[key] = when
+            while len(self.later) > self.num_chunks:  # pages without a file are in host memory
+                del self.later[next(iter(self.later))]
 
     def write_used(self) -> None:
-        """Write what ``note_used`` has noted into the files' times. A thread does it before it makes room.
-
-        A page that counts as used later than now waits for its file where it has none yet: as many as host memory has.
-        """
+        """Write what ``note_used`` has noted into the files' times. A thread does it before it makes room."""
         with self.lock:
             used, self.used = self.used, {}
-        now, space = time.time(), self.space
-        waiting = {
-            key: when
-            for key, when in used.items()
-            if not space.note_used(self.file_mapper.get_file_name(key), when) and when > now
-        }
-        if waiting:
-            with self.lock:
-                room = len(self.chunks_as_bytes()) // self.block_size_bytes
-                self.used = dict(islice(waiting.items(), room)) | self.used
+        for key, when in used.items():
+            self.space.note_used(self.file_mapper.get_file_name(key), when)
+
+    @property
+    def num_chunks(self) -> int:
+        """How many pages host memory has."""
+        return len(self.chunks_as_bytes()) // self.block_size_bytes
 
     def take_events(self) -> Iterable[OffloadingEvent]:
         yield from super().take_events()
@@ -171,8 +172,8 @@ class LibraryTier(FileTier, FileSystemTierManager):
                 with self.space.room_for(size):
                     batch_store_block([path], view, [chunk * size], size, self.uses_o_direct)
                     os.chmod(path, 0o600)
-            if self.used:
-                self.write_used()
+                if (when := self.later.pop(key, None)) is not None:
+                    self.space.note_used(path, when)
         except OSError as error:
             self.metrics.failed_writes.inc()
             hint = " (the disk is full)" if is_full(error, Path(path).parent, size) else ""

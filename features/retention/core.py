@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+from vllm.logger import init_logger
 
 from starling.config.entry import StarlingConfig
 from starling.scheduler.core_metrics import scheduler_metrics
@@ -14,6 +16,8 @@ from starling.scheduler.star.request_metadata import metadata_of
 from starling.vllm_compat.free_pages import FreePages, Retention
 from starling.vllm_compat.kv_pages import CacheGroup, Page
 from starling.vllm_compat.scheduler_view import SchedulerView
+
+logger = init_logger("vllm.starling")
 
 Session = int
 """A hash of the salt and the id of a session's requests, which a client may choose at any length."""
@@ -42,9 +46,9 @@ def ranges_of(words: str | tuple[str, ...], plan: StarPlan | None, num_tokens: i
 class RetainedPages(CorePart):
     """Says of a request's pages, as it ends, when they make room.
 
-    A session (vLLM's ``session_id``) has the pages of its last request that ended. What that one no longer has, as
-    after a summary of the conversation, stays by its last use again. Where a request says that its pages make room,
-    those of a session stay, and those that its prompt's start has found in the cache: others have them too.
+    A session (vLLM's ``session_id``) has the pages of its last request whose prompt was computed. What that one no
+    longer has, as after a summary of the conversation, stays by its last use again. Where a request says that its pages
+    make room, those of a session stay, and those that its prompt's start has found in the cache: others have them too.
     """
 
     def __init__(self, scheduler: Any, share: float) -> None:
@@ -58,12 +62,17 @@ class RetainedPages(CorePart):
     @classmethod
     def make(cls, scheduler: Any, config: StarlingConfig) -> RetainedPages | None:
         share = config.scheduling.retained_share
-        return cls(scheduler, share) if share and scheduler.cache_config.enable_prefix_caching else None
+        if not share or not scheduler.cache_config.enable_prefix_caching:
+            return None
+        if not scheduler.view.has_one_pool:
+            logger.warning("No page is retained: a group of layers has a pool of pages of its own")
+            return None
+        return cls(scheduler, share)
 
     def scheduled(self, output: Any) -> None:
         for new in output.scheduled_new_reqs:
-            if "low" in (metadata_of(new).retention or ""):
-                self.found.setdefault(new.req_id, new.num_computed_tokens)
+            if "low" in (metadata_of(new).retention or "") and new.req_id not in self.found:
+                self.found[new.req_id] = self.view.local_cached_tokens(new.req_id)
 
     def outputs(self, outputs: dict[int, Any]) -> None:
         number = len(self.free.retained)
@@ -88,22 +97,34 @@ class RetainedPages(CorePart):
                     pages = [page for page in pages if not self._is_of_a_session(page)]
                 self.free.retain(pages, WORDS[word])
                 kept.update(page.block_id for page in pages)
-        self.owner.update(dict.fromkeys(kept, session))
-        if session is not None:
+        self._own(session, kept)
+        if session is not None and request.num_computed_tokens >= request.num_prompt_tokens:
             self._let_go(session, kept)
+        elif session is not None:  # it was ended before
+            self._keep(session, self.sessions.get(session, set()) | kept)
+
+    def _own(self, session: Session | None, kept: Iterable[int]) -> None:
+        """Note whose pages these are now: a page is of one session at most."""
+        for number in kept:
+            before = self.owner.get(number)
+            if before is not None and before != session and before in self.sessions:
+                self.sessions[before].discard(number)
+            self.owner[number] = session
 
     def _is_of_a_session(self, page: Page) -> bool:
         is_retained = self.free.retention.get(page.block_id) == Retention.HIGH
         return is_retained and self.owner.get(page.block_id) is not None
 
     def _let_go(self, session: Session, kept: set[int]) -> None:
-        """Let go what a session had, and has no longer, unless another one has it now.
+        """Let go what a session had, and has no longer.
 
         Sessions of other salts are others: a client can't let go another tenant's pages by a guess of its session.
         """
-        before = self.sessions.pop(session, set())
-        gone = [number for number in before - kept if self.owner.get(number) == session]
-        self.free.forget(self.view.pool.pages(gone))
+        self.free.forget(self.view.pool.pages(self.sessions.get(session, set()) - kept))
+        self._keep(session, kept)
+
+    def _keep(self, session: Session, kept: set[int]) -> None:
+        self.sessions.pop(session, None)
         self.sessions[session] = kept
         if len(self.sessions) > MAX_SESSIONS:
             self.sessions.popitem(last=False)

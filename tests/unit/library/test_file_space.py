@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from starling.features.library import file_space
-from starling.features.library.file_space import ABANDONED_SECONDS, COUNT_FILE, FileSpace
+from starling.features.library.file_space import (
+    ABANDONED_SECONDS,
+    COUNT_FILE,
+    LATER_SECONDS,
+    FileSpace,
+    StoredFile,
+    in_order_of_removal,
+)
 
 SIZE = 100
 
@@ -59,8 +66,8 @@ def test_what_was_used_stays(tmp_path: Path) -> None:
     space = FileSpace(tmp_path, 10 * SIZE)
     fill(space, 10)
     now = time.time()
-    assert space.note_used(str(tmp_path / "model" / "0.bin"), now)
-    assert not space.note_used(str(tmp_path / "nowhere.bin"), now)
+    space.note_used(str(tmp_path / "model" / "0.bin"), now)
+    space.note_used(str(tmp_path / "nowhere.bin"), now)
     take(space)
     assert names(tmp_path) == sorted(["new.bin", *(f"{index}.bin" for index in (0, 3, 4, 5, 6, 7, 8, 9))])
 
@@ -169,3 +176,11 @@ def test_servers_with_one_folder_share_the_limit(tmp_path: Path, monkeypatch: py
     for thread in threads:
         thread.join()
     assert counted(tmp_path) == 40 * SIZE
+
+
+def test_files_that_are_to_stay_do_so_for_half_of_the_room() -> None:
+    now = 1e9
+    kept = [StoredFile(f"kept {number}", 1, now + LATER_SECONDS - number) for number in range(4)]
+    others = [StoredFile(f"other {number}", 1, now - 10 * number) for number in range(4)]
+    order = [file.path for file in in_order_of_removal([*kept, *others], 2, now)]
+    assert order == ["other 3", "other 2", "other 1", "kept 3", "kept 2", "other 0", "kept 1", "kept 0"]

@@ -305,6 +305,18 @@ def test_a_page_that_was_not_used_makes_room_and_one_that_was_used_stays(tmp_pat
     assert (stored.removed, removed.removed, removed.keys) == (False, True, [KEYS[1], KEYS[2]])
 
 
+def test_a_page_that_is_to_stay_does_so_whoever_uses_it_next(tmp_path: Path, opened: list[Library]) -> None:
+    opened.append(library := Library(tmp_path))
+    library.fill()
+    library.tier.note_used([KEYS[0]], later=1000)
+    library.tier.note_used([KEYS[0], KEYS[1]])
+    assert library.store(0, 1).success
+    library.tier.note_used([KEYS[0], KEYS[1]])
+    library.tier.write_used()
+    assert [library.path(chunk).stat().st_mtime > time.time() + 500 for chunk in (0, 1)] == [True, False]
+    assert not library.tier.later
+
+
 def test_a_file_that_has_made_room_is_a_miss_and_no_bad_file(stored: Library, caplog: pytest.LogCaptureFixture) -> None:
     stored.path(1).unlink()
     before = stored.tier.metrics.bad_files._value.get()

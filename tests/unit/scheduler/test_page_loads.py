@@ -16,7 +16,7 @@ from vllm.v1.kv_offload.base import LookupResult
 from vllm.v1.request import RequestStatus
 
 from starling.features.library import page_loads
-from starling.features.library.connector import RETAINED_SECONDS
+from starling.features.library.file_space import LATER_SECONDS
 from starling.features.library.page_loads import PageLoads
 from starling.features.schedulers import AsyncStarScheduler, StarScheduler
 from starling.scheduler.star.plan import StarPlan
@@ -170,7 +170,7 @@ def test_a_document_that_is_to_go_is_not_stored_and_one_that_is_to_stay_counts_a
     engine.run()
     tier.drain_jobs()
     tier.write_used()
-    used = sorted(file.stat().st_mtime - time.time() > RETAINED_SECONDS / 2 for file in tmp_path.rglob("*.bin"))
+    used = sorted(file.stat().st_mtime - time.time() > LATER_SECONDS / 2 for file in tmp_path.rglob("*.bin"))
     question = QUERY // PAGE_SIZE
     assert used == [False] * question + [True] * (2 * BLOCK // PAGE_SIZE), "the head has the higher word"
     engine.close()

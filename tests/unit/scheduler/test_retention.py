@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
+from vllm.v1.request import RequestStatus
 
 from starling.config.parsing import OptionError
 from starling.config.star import parse_options
@@ -87,6 +88,29 @@ def test_a_session_that_comes_back_finds_its_prompt_until_it_starts_anew(engine:
     flood(engine, "more", 45)
     assert ask(engine, "turn 3", summary, session_id="agent") == 8 * PAGE
     assert ask(engine, "before", first) == 0
+
+
+def test_a_turn_that_is_ended_before_its_prompt_is_computed_takes_nothing_from_its_session(engine: Engine) -> None:
+    first = random_ids(1, LENGTH)
+    ask(engine, "turn 1", first, session_id="agent")
+    engine.add("aborted", None, random_ids(2, LENGTH), session_id="agent")
+    engine.scheduler.finish_requests("aborted", RequestStatus.FINISHED_ABORTED)
+    flood(engine, "others", 45)
+    assert ask(engine, "turn 2", first, session_id="agent") == 8 * PAGE
+
+
+def test_a_page_is_of_one_session(engine: Engine) -> None:
+    for number in range(5):
+        ask(engine, f"turn of {number}", random_ids(1, LENGTH), session_id=f"agent {number}")
+    assert sum(map(len, engine.scheduler.part(RetainedPages).sessions.values())) <= PAGES
+
+
+def test_a_page_that_was_to_make_room_does_not_once_another_prompt_has_found_it(engine: Engine) -> None:
+    shared = random_ids(1, LENGTH)
+    ask(engine, "first", shared, "low")
+    assert ask(engine, "second", shared) == 8 * PAGE
+    flood(engine, "others", 18)
+    assert ask(engine, "third", shared) == 8 * PAGE
 
 
 def test_sessions_of_other_salts_are_others(engine: Engine) -> None:

@@ -20,9 +20,7 @@ Span = tuple[int, int, str]
 def document_sources(plan: StarPlan, spans: Iterable[Span]) -> list[dict[str, int]]:
     """For each document of a prompt, without the head, the tokens of each kind; what is in no span was computed."""
     known, found = list(spans), []
-    for start, stop in plan.documents or ():
-        if start < plan.head_end:
-            continue
+    for start, stop in plan.documents_behind_head:
         counts = dict.fromkeys(KINDS, 0)
         for first, last, kind in known:
             counts[kind] += max(0, min(last, stop) - max(first, start))

@@ -37,7 +37,7 @@ def ranges_of(words: str | tuple[str, ...], plan: StarPlan | None, num_tokens: i
         yield 0, num_tokens, words
         return
     assert plan is not None, "words of documents need documents"
-    documents = [span for span in plan.documents if span[0] >= plan.head_end]
+    documents = plan.documents_behind_head
     yield 0, documents[0][0], max(words, key=WORDS.__getitem__)
     for (start, end), word in zip(documents, words, strict=True):
         yield start, end, word

@@ -74,11 +74,7 @@ def counted(plan: StarPlan | None, page_size: int, cached: Sequence[bool]) -> di
         pages = range(start // page_size, min(-(-stop // page_size), len(cached)))
         return sum(min((page + 1) * page_size, stop) - page * page_size for page in pages if cached[page])
 
-    found = [(stop - start, tokens_of(start, stop)) for start, stop in plan.documents]
-    question = tokens_of(plan.context_end, plan.num_prompt_tokens)
-    documents = [
-        {"tokens": tokens, "cached_tokens": cached_tokens}
-        for (start, _), (tokens, cached_tokens) in zip(plan.documents, found, strict=True)
-        if start >= plan.head_end
-    ]
-    return {"cached_tokens": question + sum(cached for _, cached in found), "documents": documents}
+    spans = [*plan.documents, (plan.context_end, plan.num_prompt_tokens)]
+    found = {start: tokens_of(start, stop) for start, stop in spans}
+    documents = [{"tokens": stop - start, "cached_tokens": found[start]} for start, stop in plan.documents_behind_head]
+    return {"cached_tokens": sum(found.values()), "documents": documents}

@@ -159,6 +159,11 @@ class StarPlan:
             return self.block_size
         return self.documents[1][0] if self.anchor_size else 0
 
+    @property
+    def documents_behind_head(self) -> tuple[tuple[int, int], ...]:
+        """Start and end of each document without the head; none where blocks are no documents."""
+        return tuple(span for span in self.documents if span[0] >= self.head_end)
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """(number of blocks,) int64: the tokens of each block."""

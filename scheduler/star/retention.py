@@ -26,7 +26,7 @@ def check_retention(value: str | tuple[str, ...], plan: StarPlan | None, why: st
         raise OptionError(STAR_RETENTION, value, reason, f"no {STAR_RETENTION}")
     if isinstance(value, str):
         return
-    number = 0 if plan is None else sum(start >= plan.head_end for start, _ in plan.documents)
+    number = 0 if plan is None else len(plan.documents_behind_head)
     if not number:
         reason = f"the prompt has no documents{'' if why is None else f': {why}'}"
         raise OptionError(STAR_RETENTION, value, reason, "low, normal or high, for the whole prompt")

@@ -116,7 +116,7 @@ class Options:
     def retained(self, plan: StarPlan | None) -> str | tuple[str, ...] | None:
         """What the request says of its pages: of documents one word after the other."""
         words = ("high", "low", "normal")
-        number = 0 if plan is None else sum(start >= plan.head_end for start, _ in plan.documents)
+        number = 0 if plan is None else len(plan.documents_behind_head)
         if self.retention == "each":
             return tuple(words[index % 3] for index in range(number)) or None
         return self.retention

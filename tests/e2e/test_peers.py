@@ -108,16 +108,24 @@ def test_both_servers_prefill_documents_with_positions_of_their_own(served):
 
 
 def test_prompts_of_both_servers_at_once(served):
-    """Each server prefills its own prompts and parts of the other's, and fetches pages while it is read itself."""
+    """Each server prefills its own prompts and parts of the other's, and fetches pages while it is read itself.
+
+    The second prompt has twice the blocks of the first one: whatever is left of that one, both servers get some.
+    """
     _, clients, _, model = served
-    prompts = [random_prompt(seed) for seed in range(10, 16)]
+    prompts = [random_prompt(10), random_prompt(11, 16 * 256 + 40), *(random_prompt(seed) for seed in range(12, 18))]
     expected = [complete(clients[0], model, prompt, 1, cache_salt="another") for prompt in prompts]
-    before = [counts(client)[PARTS] for client in clients]
-    with ThreadPoolExecutor(6) as pool:
-        outputs = pool.map(lambda at: complete(clients[at % 2], model, prompts[at], 2), range(6))
+    before = [counts(client) for client in clients]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        outputs = [pool.submit(complete, clients[0], model, prompts[0], 2)]
+        assert wait_until(lambda: counts(clients[1])[COMPUTED] > before[1][COMPUTED])
+        assert wait_until(lambda: counts(clients[1])[USABLE])
+        outputs.append(pool.submit(complete, clients[1], model, prompts[1], 2))
+        assert wait_until(lambda: counts(clients[0])[PARTS] > before[0][PARTS])
+        outputs += [pool.submit(complete, clients[at % 2], model, prompts[at], 2) for at in range(2, len(prompts))]
         for output, alone in zip(outputs, expected, strict=True):
-            assert output["tokens"] == alone["tokens"]
-    assert all(counts(client)[PARTS] > count for client, count in zip(clients, before, strict=True))
+            assert output.result()["tokens"] == alone["tokens"]
+    assert all(counts(client)[PARTS] > count[PARTS] for client, count in zip(clients, before, strict=True))
 
 
 def test_a_call_without_the_key_of_the_peers_is_refused(served):

@@ -34,6 +34,7 @@ from starling.engine_ext.start.activation import (
 from starling.features.documents.rules import document_refusals
 from starling.features.replicas.rules import replica_set
 from starling.features.reuse.block_reuse import reuse_refusal
+from starling.features.schedulers import FeatureMixin
 from starling.features.star.rules import star_refusals
 from starling.scheduler.star.request_metadata import ONE_HOST, default_num_shards
 from starling.scheduler.star_scheduler import StarMixin
@@ -291,7 +292,7 @@ def test_a_diffusion_model_keeps_the_scheduler_that_vllm_has_for_it(model):
 
 def test_every_scheduler_of_starling_is_one_of_vllm_with_the_mixin_before_it():
     for base, star in SCHEDULERS.items():
-        assert resolve_obj_by_qualname(star).__bases__ == (StarMixin, resolve_obj_by_qualname(base))
+        assert resolve_obj_by_qualname(star).__bases__ == (FeatureMixin, resolve_obj_by_qualname(base))
 
 
 def test_a_class_that_vllm_has_chosen_and_starling_does_not_know_is_refused():

@@ -36,11 +36,9 @@ LEFT_OUT = {
         ),
         ENGINES,
     ),
-    **dict.fromkeys(("adapter", "accuracy", "dense_heads", "approximations", "anchors", "repair"), MODEL),
+    **dict.fromkeys(("adapter", "accuracy", "dense_heads", "approximations"), MODEL),
     **dict.fromkeys(("default_plan", "rag"), "it needs the model of 0.5B parameters (`make eval-model`)"),
-    **dict.fromkeys(
-        ("attamba.quality", "attamba.from_transformer", "attamba.distil", "adapter_options"), "it trains models"
-    ),
+    **dict.fromkeys(("attamba.quality", "adapter_options"), "it trains models"),
     "lm_eval": "it needs lm_eval and the model of 0.5B parameters",
     "load_tools": "it needs GuideLLM and AIPerf, which are not installed",
     "llama_cpp": "it needs llama.cpp (`make bench-llama`)",

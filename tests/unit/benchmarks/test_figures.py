@@ -76,15 +76,7 @@ ATTAMBA, ATTAMBA_SECONDS = STORED["attamba_speed"]["transformer_over_attamba"], 
 BATCH = ATTAMBA["32 requests at once, 960 tokens and 64 new each"]
 CAPACITY = [100 * row["of_allowed"] for row in STORED["attamba_capacity"]["rows"] if row["model"] != "transformer"]
 QUALITY = {name: result for name, result in STORED["attamba_quality"].items() if name in ("recall", "text")}
-START = STORED["attamba_from_transformer"]
-DROPPED = START["bits"]["2048"]
 (SOAK,) = STORED["soak"]["runs"]
-
-
-def distilled(name: str) -> list[float]:
-    """By how many % `benchmarks.attamba.distil` takes more bits than all keys at 1,024 tokens, with the interval."""
-    row = STORED["attamba_distil"]["by_chunk"]["P = 8, L = 32"]["1024 tokens"]
-    return [100 * ratio - 100 for ratio in row["over_all_keys"][name]]
 
 
 def attamba(workload: str) -> float:
@@ -105,11 +97,6 @@ def text_bits(pair: str, positions: str = "0 to 1023") -> list[float]:
     """By how many % two models' bits differ on text, between the ends of the interval over seeds."""
     ratio = QUALITY["text"]["bits_ratio"][pair][positions]
     return sorted(abs(100 * value - 100) for value in (ratio["mean"], *ratio["over_seeds"]))
-
-
-def dropped(name: str) -> list[float]:
-    """By how many % a method of `benchmarks.attamba.from_transformer` takes more bits than all keys; interval."""
-    return [100 * ratio - 100 for ratio in DROPPED[name]["over_all_keys"]]
 
 
 def outcomes(run: dict[str, Any], *kinds: str) -> int:
@@ -268,26 +255,6 @@ FIGURES = [
         BENCHMARKS,
         "P = 8, L = 16 takes {1:.1f} % ({0:.1f} to {2:.1f}) more bits than the transformer",
         text_bits("attamba-p8-l16 over transformer"),
-    ),
-    (
-        BENCHMARKS,
-        "K is then exact within {:.1f} %, and V within {:.1f} %,",
-        [100 * max(START["initialisation"][name]) for name in ("error_k", "error_v")],
-    ),
-    (
-        BENCHMARKS,
-        "That takes {:.1f} % ({:.1f} to {:.1f}) more bits than all keys at P = 8, L = 32, {:.1f} % ({:.1f} to {:.1f}) "
-        "at P = 4, and a window of 32 alone {:.1f} % ({:.1f} to {:.1f}).",
-        [
-            percent
-            for name in ("P = 8, L = 32, last tokens", "P = 4, L = 32, last tokens", "window of 32 and token 0")
-            for percent in dropped(name)
-        ],
-    ),
-    (
-        BENCHMARKS,
-        "at 1,024 tokens {:.1f} % ({:.1f} to {:.1f}) more bits in place of {:.1f} % ({:.1f} to {:.1f}).",
-        [*distilled("trained"), *distilled("last tokens")],
     ),
     *(
         (

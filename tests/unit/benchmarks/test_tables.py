@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from benchmarks import accuracy, anchors, approximations, lm_eval
+from benchmarks import accuracy, approximations, lm_eval
 from benchmarks.report import RESULTS
 from starling.lab.evaluation.measured import read_measured
 
@@ -26,12 +26,9 @@ def test_the_page_has_the_tables_of_the_results():
     assert lm_eval.markdown(stored("lm_eval_*.json")) in PAGE
 
 
-def test_the_tables_of_other_approximations_and_of_anchors_have_a_row_for_each():
+def test_the_table_of_other_approximations_has_a_row_for_each():
     for result in stored("approximations_*.json"):
         assert first_cells(approximations.markdown(result)) == [name for name in result["rows"] if name != "dense"]
-    for result in stored("anchors_*.json"):
-        first, second = anchors.markdown(result).split("\n\n")
-        assert (first_cells(first), first_cells(second)) == ([*result["rows"]], [*result["question_rows"]])
 
 
 def test_the_rows_of_doctor_are_those_of_the_results():

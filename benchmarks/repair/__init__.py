@@ -1,1 +1,0 @@
-"""Repair of documents' KV: the question chooses pages that are computed again with everything in view."""

@@ -36,9 +36,8 @@ from benchmarks.rag_prompts import (
     RETRIEVED,
     SHORT,
     Question,
-    context_of,
-    make_questions,
-    question_of,
+    prompt_of,
+    retrieval_questions,
     training_prompts,
 )
 from benchmarks.report import RESULTS, saved_figure, write_json
@@ -72,13 +71,8 @@ def main() -> None:
         lines = map(json.dumps, training_prompts(random.Random(0)))
         args.training_prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return
-    documents = make_documents(CHARACTERS)
-    index = Index(documents)
-    made = list(make_questions(documents))
-    random.Random(0).shuffle(made)
-    examples, made = made[:2], made[2:]
-    asked = [(each, found) for each in made if each.document in (found := index.search(each.text, RETRIEVED))]
-    asked = asked[: args.questions]
+    examples, asked = retrieval_questions(args.questions)
+    index = Index(make_documents(CHARACTERS))
     kinds = (DENSE, DOCUMENTS, *((ADAPTER, DENSE_ADAPTER) if args.adapter else ()))
     names = [(kind, head) for head in (SHORT, LONG) for kind in kinds]
     times: dict[str, list[float]] = {DENSE: [], FIRST: [], AGAIN: []}
@@ -94,7 +88,7 @@ def main() -> None:
             star: dict[str, Any] = {"star": "off"}
             if kind in (DOCUMENTS, ADAPTER):
                 star = {"star": "on", "star_adapter": "auto" if kind == ADAPTER else "off"}
-            prompt = context_of(head, examples, found) + question_of(question)
+            prompt = prompt_of(head, examples, found, question)
             more = {"model": LORA} if kind == DENSE_ADAPTER else {}
             answer = client.ask(prompt, star, max_tokens=max_tokens, stop=["\n"], cache_salt=salt, **more)
             assert answer.plan.get("adapter", False) == (kind == ADAPTER)

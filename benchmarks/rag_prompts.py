@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from random import Random
 from typing import NamedTuple
 
@@ -81,6 +82,23 @@ def context_of(kind: str, examples: list[Question], found: list[str]) -> str:
 def question_of(asked: Question) -> str:
     """The text behind the documents."""
     return f"{MARK}\nQuestion: {asked.text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def prompt_of(kind: str, examples: list[Question], found: list[str], asked: Question) -> str:
+    return context_of(kind, examples, found) + question_of(asked)
+
+
+def retrieval_questions(number: int) -> tuple[list[Question], list[tuple[Question, list[str]]]]:
+    """Two questions to be shown with their answers, and at most ``number`` others with the documents found for each.
+
+    Questions whose document is not found are left out.
+    """
+    documents = make_documents(CHARACTERS)
+    index = Index(documents)
+    made = list(make_questions(documents))
+    Random(0).shuffle(made)
+    asked = ((each, index.search(each.text, RETRIEVED)) for each in made[2:])
+    return made[:2], [*islice(((each, found) for each, found in asked if each.document in found), number)]
 
 
 def training_prompts(rng: Random) -> Iterator[dict[str, str]]:

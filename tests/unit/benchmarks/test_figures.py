@@ -18,7 +18,7 @@ import pytest
 from benchmarks.report import RESULTS
 
 ROOT = RESULTS.parents[1]
-README, BENCHMARKS, RAG = "README.md", "docs/benchmarks.md", "docs/recipe-rag.md"
+README, BENCHMARKS, RAG, ADAPTER = "README.md", "docs/benchmarks.md", "docs/recipe-rag.md", "docs/adapter.md"
 STORED = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
 PATTERN = re.compile(r"\d[\d,.]*(?:x| times| %| s| ms| µs)(?!\w)")
 """A measured figure: a factor, a percentage or a time."""
@@ -109,6 +109,8 @@ OWN_TIMES = {name: [median(runs) for runs in times.values()] for name, times in 
 DEFAULT_PLAN = {row["length"]: row for row in STORED["default_plan_qwen2.5-coder-0.5b-instruct"]["rows"]}
 EIGHT = DEFAULT_PLAN[8192]["answers"]
 DOCUMENTS = STORED["rag_qwen2.5-coder-0.5b-instruct"]
+# Right answers behind instructions, and behind two examples too: dense, documents, with an adapter, dense with it.
+RETRIEVAL = [row["right"] for row in STORED["rag_adapter-retrieval"]["rows"]]
 
 
 def seconds_of_default_plan(length: int) -> list[float]:
@@ -151,6 +153,18 @@ FIGURES = [
         "and documents {}; behind instructions alone dense attention {}, and documents {}.",
         [DOCUMENTS["rows"][0]["questions"], *(DOCUMENTS["rows"][row]["right"] for row in (2, 3, 0, 1))],
     ),
+    (
+        README,
+        "[an adapter](docs/adapter.md) for such questions, documents have {} and {}.",
+        [RETRIEVAL[6], RETRIEVAL[2]],
+    ),
+    (
+        RAG,
+        "with which {2} of 100 questions are right where {1} were, and dense attention has {0};",
+        RETRIEVAL[:3],
+    ),
+    (ADAPTER, "| instructions | {} | {} | {} | {} |", RETRIEVAL[:4]),
+    (ADAPTER, "| and two answered questions | {} | {} | {} | {} |", RETRIEVAL[4:]),
     (
         README,
         "the first token takes {:.2f} s. With dense attention, which has to compute the prompt, it takes {:.1f} s.",

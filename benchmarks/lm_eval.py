@@ -147,7 +147,8 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
             mean, low, high = (100 * cell["difference"][name] for name in ("mean", "low", "high"))
             plan, dense = cell["plan"].removesuffix(f",Q={QUERY_TOKENS}"), f"{100 * cell['dense_score']:.0f} %"
             difference = f"{mean:+.0f} [{low:+.0f}, {high:+.0f}]"
-            rows.append([f"`{cell['task']}`, {cell['prompts']}", f"`{plan}`", dense, difference])
+            shown = plan.replace("|", "\\|")  # in a table
+            rows.append([f"`{cell['task']}`, {cell['prompts']}", f"`{shown}`", dense, difference])
     return markdown_table(["task, prompts", "plan", "dense", "difference [95 %]"], rows)
 
 

@@ -145,7 +145,7 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         for cell in result["cells"]:
             mean, low, high = (100 * cell["difference"][name] for name in ("mean", "low", "high"))
-            plan, dense = cell["plan"].removesuffix(f",Q={QUERY_TOKENS}"), f"{100 * cell['dense_score']:.0f} %"
+            plan, dense = cell["plan"].replace(f",Q={QUERY_TOKENS}", ""), f"{100 * cell['dense_score']:.0f} %"
             difference = f"{mean:+.0f} [{low:+.0f}, {high:+.0f}]"
             shown = plan.replace("|", "\\|")  # in a table
             rows.append([f"`{cell['task']}`, {cell['prompts']}", f"`{shown}`", dense, difference])

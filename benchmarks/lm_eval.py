@@ -24,10 +24,11 @@ import httpx
 
 from benchmarks.accuracy import ENGINE, QUERY_TOKENS, plans
 from benchmarks.engine import ROOT
-from benchmarks.rag_prompts import LONG, MARK, prompt_of, retrieval_questions
+from benchmarks.rag_prompts import CHARACTERS, LONG, MARK, prompt_of, retrieval_questions
 from benchmarks.report import markdown_table, write_json
 from benchmarks.soak.target import series_sum
-from starling.lab.evaluation.plans import DENSE, Plan, parse_plan
+from examples.stdlib_documents import Index, make_documents
+from starling.lab.evaluation.plans import DENSE, Plan, parse_plan, with_dense
 from starling.lab.evaluation.server_process import served
 from starling.lab.statistics import bootstrap
 
@@ -63,7 +64,7 @@ TEMPLATE_TOKENS = 512
 
 def write_retrieval(folder: Path, number: int) -> None:
     """Write the task of documents into the folder: its prompts, and what lm_eval reads of a task."""
-    examples, asked = retrieval_questions(number)
+    examples, asked = retrieval_questions(Index(make_documents(CHARACTERS)), number)
     prompts = [{"prompt": prompt_of(LONG, examples, found, each), "answer": each.answer} for each, found in asked]
     path = folder / f"{RETRIEVAL}.jsonl"
     path.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts), encoding="utf-8")
@@ -145,10 +146,10 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         for cell in result["cells"]:
             mean, low, high = (100 * cell["difference"][name] for name in ("mean", "low", "high"))
-            plan, dense = cell["plan"].replace(f",Q={QUERY_TOKENS}", ""), f"{100 * cell['dense_score']:.0f} %"
+            plan = cell["plan"].replace(f",Q={QUERY_TOKENS}", "").replace("|", "\\|")
+            dense = f"{100 * cell['dense_score']:.0f} %"
             difference = f"{mean:+.0f} [{low:+.0f}, {high:+.0f}]"
-            shown = plan.replace("|", "\\|")  # in a table
-            rows.append([f"`{cell['task']}`, {cell['prompts']}", f"`{shown}`", dense, difference])
+            rows.append([f"`{cell['task']}`, {cell['prompts']}", f"`{plan}`", dense, difference])
     return markdown_table(["task, prompts", "plan", "dense", "difference [95 %]"], rows)
 
 
@@ -173,14 +174,15 @@ def measure(
 
     Raises:
         subprocess.CalledProcessError: lm_eval failed.
-        ValueError: star did not run on each prompt of a star plan, or the plans had different prompts.
+        ValueError: two plans are the same, star did not run on each prompt of a star plan, or the plans had different
+            prompts.
     """
     folder = FOLDER / f"{Path(model).name}_{length}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     if RETRIEVAL in tasks:
         write_retrieval(folder, limit)
-    named = {plan.name: plan for plan in (DENSE, *map(parse_plan, names))}
+    named = {plan.name: plan for plan in with_dense(map(parse_plan, names))}
     with served(model, [*ENGINE, *options], folder / "server.log") as base_url:
         for name, plan in named.items():
             before, out = star_requests(base_url), folder_of(folder, name)

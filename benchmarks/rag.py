@@ -71,8 +71,8 @@ def main() -> None:
         lines = map(json.dumps, training_prompts(random.Random(0)))
         args.training_prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return
-    examples, asked = retrieval_questions(args.questions)
     index = Index(make_documents(CHARACTERS))
+    examples, asked = retrieval_questions(index, args.questions)
     kinds = (DENSE, DOCUMENTS, *((ADAPTER, DENSE_ADAPTER) if args.adapter else ()))
     names = [(kind, head) for head in (SHORT, LONG) for kind in kinds]
     times: dict[str, list[float]] = {DENSE: [], FIRST: [], AGAIN: []}

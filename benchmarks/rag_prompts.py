@@ -88,14 +88,15 @@ def prompt_of(kind: str, examples: list[Question], found: list[str], asked: Ques
     return context_of(kind, examples, found) + question_of(asked)
 
 
-def retrieval_questions(number: int) -> tuple[list[Question], list[tuple[Question, list[str]]]]:
+def retrieval_questions(index: Index, number: int) -> tuple[list[Question], list[tuple[Question, list[str]]]]:
     """Two questions to be shown with their answers, and at most ``number`` others with the documents found for each.
 
     Questions whose document is not found are left out.
+
+    Args:
+        index: of the documents that are asked about.
     """
-    documents = make_documents(CHARACTERS)
-    index = Index(documents)
-    made = list(make_questions(documents))
+    made = list(make_questions(index.documents))
     Random(0).shuffle(made)
     asked = ((each, index.search(each.text, RETRIEVED)) for each in made[2:])
     return made[:2], [*islice(((each, found) for each, found in asked if each.document in found), number)]

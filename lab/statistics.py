@@ -117,16 +117,6 @@ def _upper(losses: Sequence[float], added: float, number: int) -> float:
     return float(np.quantile(means, CONFIDENCE, method="higher"))
 
 
-def least_prompts(budget: float, worst: float) -> int:
-    """How many prompts without any loss keep the upper bound within the budget.
-
-    Args:
-        budget: above 0.
-        worst: the largest loss that a prompt can have.
-    """
-    return max(math.ceil(LOSSLESS_DRAWS * worst / budget - 1e-9) - 1, 1)
-
-
 def prompts_needed(losses: Sequence[float], worst: float, budget: float) -> int | None:
     """About how many prompts bring the upper bound within the budget, if they lose what these lose.
 

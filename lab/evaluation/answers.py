@@ -53,6 +53,10 @@ class RequestRefused(ServerError):
     """The server refused a request, and would refuse it again."""
 
 
+class NotEngaged(ServerError):
+    """The server prefilled a prompt otherwise than its request asked for."""
+
+
 @dataclass(frozen=True)
 class Completion:
     """One output.
@@ -161,13 +165,13 @@ def check_engaged(header: str | None, plan: Plan, num_tokens: int) -> None:
     """Refuse an answer that was not prefilled as ``plan`` says.
 
     Raises:
-        ServerError: with the reason.
+        NotEngaged: with the reason.
         ValueError, LookupError, TypeError, RecursionError: the header is not one of Starling's.
     """
     found = json.loads(header) if header else {"attention": "nothing"}
     attention = found["attention"]
     if attention != ("dense" if plan.is_dense else "star"):
-        raise ServerError(
+        raise NotEngaged(
             f"plan={plan.name!r} did not engage on a prompt of {num_tokens} tokens: the server reports {attention} in "
             f"{PLAN_HEADER}. A prompt whose context fits in one star block is dense: use smaller star blocks or longer "
             "prompts."

@@ -31,7 +31,7 @@ COLUMNS = (
     *("task", "length", "plan", "sizes", "prompts"),
     *("dense", "score", "difference [95 %]", "same answer", "attention work"),
 )
-LEFT_COLUMNS = ("task", "depth", "plan", "sizes", "result")
+LEFT_COLUMNS = ("task", "depth", "plan", "sizes")
 DEPTH_COLUMNS = ("depth", "length", "plan", "prompts", "dense", "score", "difference [95 %]")
 ABOUT_RESULTS = (
     'Each prompt was answered with dense attention and with each plan by the same server. "Sizes" are those of the '
@@ -206,18 +206,17 @@ def terminal_tables(report: Report) -> list[Table]:
 
 
 def terminal_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool] = (), wrap: str = ""
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool] = ()
 ) -> Table:
     """A table of texts for rich.
 
     Args:
         bold: of each row; by default none is.
-        wrap: the only column whose texts may take several lines; by default all may.
     """
     table = Table(title=title)
     for name in columns:
         justify: Literal["left", "right"] = "left" if name in LEFT_COLUMNS else "right"
-        table.add_column(escape_markup(name), justify=justify, no_wrap=bool(wrap) and name != wrap)
+        table.add_column(escape_markup(name), justify=justify)
     for row, is_bold in zip_longest(rows, bold):
         table.add_row(*map(escape_markup, row), style="bold" if is_bold else None)
     return table
@@ -250,37 +249,16 @@ def html_report(report: Report, figure: bytes | None) -> str:
         else ""
     )
     examples = "\n".join(map(html_example, report.different)) or "<p>No answer differs from dense's.</p>"
-    return html_page(
-        report,
-        f"Star Attention on {report.server['model']}",
-        summary(report.cells),
-        f"<p>{ABOUT_RESULTS}</p><h2>Results</h2>{html_table(*table_rows(report.cells))}{image}{depths}"
-        f"<h2>Answers that lose the most</h2>{examples}",
-        "starling eval",
-        {"setup", "server"},
-    )
-
-
-def html_page(report: Any, title: str, sentences: Sequence[str], results: str, made_by: str, setup: set[str]) -> str:
-    """A page of results: without scripts and links.
-
-    Args:
-        report: what was found, with ``command`` and ``created``.
-        sentences: the results in a few sentences.
-        results: HTML.
-        made_by: the command.
-        setup: the fields of the report that say what was measured.
-    """
     folder = files(__package__)
     return Template(folder.joinpath("report.html").read_text(encoding="utf-8")).substitute(
-        title=escape(title),
+        title=escape(f"Star Attention on {report.server['model']}"),
         style=folder.joinpath("report.css").read_text(encoding="utf-8"),
-        summary="\n".join(f"<p>{escape(text)}</p>" for text in sentences),
-        results=results,
+        summary="\n".join(f"<p>{escape(text)}</p>" for text in summary(report.cells)),
+        results=f"<p>{ABOUT_RESULTS}</p><h2>Results</h2>{html_table(*table_rows(report.cells))}{image}{depths}"
+        f"<h2>Answers that lose the most</h2>{examples}",
         command=escape(report.command),
-        made_by=escape(made_by),
         created=escape(report.created),
-        setup=escape(report.model_dump_json(indent=2, include=setup)),
+        setup=escape(report.model_dump_json(indent=2, include={"setup", "server"})),
     )
 
 

@@ -66,7 +66,7 @@ def run(argv: Sequence[str]) -> int:
         parser.error(f"--report: {error}")
     print_table(console, machine if gpu else machine | {"cards": "none: the CPU part runs"})
     outcomes: list[Outcome] = []
-    with make_suite(**options, gpu=gpu, quick=args.quick, results=args.report) as (checks, engines):
+    with make_suite(**options, gpu=gpu, quick=args.quick) as (checks, engines):
         for number, check in enumerate(checks, start=1):
             if report is not None and check.name in report.kept:
                 outcomes.append(report.kept[check.name])

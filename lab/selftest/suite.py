@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from starling.config.entry import GPU_ATTENTION
-from starling.lab.selftest.accuracy import accuracy_check
 from starling.lab.selftest.check_prompts import LONGEST
 from starling.lab.selftest.engine_checks import (
     FP8_CAPABILITY,
@@ -46,7 +45,6 @@ def make_suite(
     quick: bool,
     backend: str | None = None,
     gpu_attention: str | None = None,
-    results: Path | None = None,
 ) -> Iterator[tuple[list[Check], dict[str, Engines]]]:
     """The checks, and the engines of each setting by its name. The random models exist while the context is open.
 
@@ -56,7 +54,6 @@ def make_suite(
         quick: one setting, and of the times those of a token alone.
         backend: vLLM's attention backend; None for vLLM's choice.
         gpu_attention: the option of this name, of activated engines; None for its default.
-        results: folder of results that a later run goes on with; None: they are not kept.
     """
     arguments: dict[str, Any] = {"attention_backend": backend} if backend else {}
     arguments["starling"] = {GPU_ATTENTION: gpu_attention} if gpu_attention else {}
@@ -79,8 +76,6 @@ def make_suite(
         checks += timed_checks(model, gpu, folder, quick=quick, **arguments)
         if not quick:
             checks += tile_checks()
-            evaluated = (results or folder) / "eval"
-            checks.append(accuracy_check(model, longest, gpu, evaluated, backend, gpu_attention))
         yield checks, engines
 
 

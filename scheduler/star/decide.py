@@ -1,6 +1,6 @@
 """How one prompt is prefilled: decided once, from the server's options, the request's, the prompt and the engine.
 
-HTTP, gRPC, Python, `starling doctor`, `starling tune` and the split over replicas all enter at ``decide``. What is
+HTTP, gRPC, Python, `starling doctor` and the split over replicas all enter at ``decide``. What is
 behind it reads the plan, and no options.
 """
 

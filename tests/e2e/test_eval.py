@@ -1,6 +1,6 @@
 """`starling eval` starts `starling serve` itself, measures star beside dense, and goes on with stored answers.
 
-`starling tune` finds a plan on the same server.
+`starling advise` measures plans on the same server.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,8 @@ import pytest
 
 from benchmarks.random_llama import make_tiny_llama
 from examples.server import ENVIRONMENT, serving
+from starling.lab.evaluation.advice import Advice
 from starling.lab.evaluation.report import Report
-from starling.lab.evaluation.tuning.tune_report import TuneReport
 from tests.e2e.serving import MODEL, PAGE_SIZE, PROMPT
 from tests.e2e.wait import wait_until
 
@@ -171,32 +172,32 @@ def test_log_probabilities_are_those_of_the_prompt_with_the_answer(server, tmp_p
     )
 
 
-def test_tune_counts_what_the_server_counts(server, tmp_path):
-    """Keys and losses are those of the answers, whether or not a plan is within the budget: the model is random."""
+def test_advise_counts_what_the_server_counts(server, tmp_path):
+    """Keys and losses are those of the answers, whether or not a plan is good enough: the model is random."""
     file, results = tmp_path / "own.jsonl", tmp_path / "results"
     file.write_text("\n".join(json.dumps({"prompt": f"{number:02}" + PROMPT[2:]}) for number in range(20)))
-    plans = ("n/8,A=32,O=0,Q=40", "n/8,Q=40")
-    options = ("--measure", "logprob", "--logprobs", "1", "--budget", "99", "--out", str(results))
-    options += tuple(part for plan in plans for part in ("--plan", plan))
-    done = evaluate("--base-url", server.http, "--prompts", str(file), *options, command="tune")
-    report = TuneReport.model_validate_json((results / "tune.json").read_text())
-    assert done.returncode == (0 if report.succeeded else 3), done.stdout + done.stderr
-    assert (report.page_size, report.prompts["searched"], report.prompts["held_out"]) == (PAGE_SIZE, 10, 10)
-    assert [row.plan for row in report.candidates] == list(plans)
+    options = ("--base-url", server.http, "--prompts", str(file), "--out", str(results))
+    done = evaluate(*options, command="advise")
+    report = Advice.model_validate_json((results / "advice.json").read_text())
+    assert done.returncode == (0 if report.flags else 3), done.stdout + done.stderr
+    assert (report.prompts["searched"], report.prompts["held_out"]) == (10, 10)
+    assert [row.plan for row in report.candidates] == ["n/16", "n/8", "n/4"][: len(report.candidates)] != []
     answers = lines(results)
-    dense = {answer["prompt"]: answer["scores"][0]["logprob"] for answer in answers if answer["plan"] == "dense"}
+    dense = {answer["prompt"]: answer["scores"] for answer in answers if answer["plan"] == "dense"}
+
+    def lost(answer: dict) -> float:
+        pairs = zip(dense[answer["prompt"]], answer["scores"], strict=True)
+        return statistics.fmean(one["logprob"] - two["logprob"] for one, two in pairs)
+
     for row in report.candidates:
         of_plan = [answer for answer in answers if answer["plan"] == row.plan]
-        for answer in of_plan:
-            plan = answer["server_plan"]
-            assert plan["keys_attended"] / plan["dense_keys"] == pytest.approx(row.attended_keys)
-        losses = [dense[answer["prompt"]] - answer["scores"][0]["logprob"] for answer in of_plan]
-        means = [row.loss] if row.loss else []
-        if report.chosen is not None and report.chosen.plan == row.plan:
-            means.append(report.chosen.confirmed)
+        shares = [answer["server_plan"]["keys_attended"] / answer["server_plan"]["dense_keys"] for answer in of_plan]
+        assert statistics.fmean(shares) == pytest.approx(row.attended_keys)
+        means = [row.searched, *([row.held_out] if row.held_out else [])]
+        losses = list(map(lost, of_plan))
         assert len(losses) == sum(loss.prompts for loss in means)
         assert sum(losses) == pytest.approx(sum(loss.prompts * loss.mean for loss in means))
-        assert any(losses) == bool(means), "star's distributions differ: the mask was engaged"
-    again = evaluate("--base-url", server.http, "--prompts", str(file), *options, command="tune")
+        assert any(losses), "star's distributions differ: the mask was engaged"
+    again = evaluate(*options, command="advise")
     assert again.returncode == done.returncode and f"found {len(answers)} answers" in again.stdout
     assert len(lines(results)) == len(answers)

@@ -61,9 +61,6 @@ OTHERS = {
     "eval": Command(
         "lab.evaluation.commands.eval", "measure what Star Attention costs in answers, on your model and prompts"
     ),
-    "tune": Command(
-        "lab.evaluation.commands.tune", "find the cheapest star plan whose loss on your prompts stays within a budget"
-    ),
     "calibrate": Command(
         "lab.calibration.command", "find the KV heads that cause star's loss in answers, for star_dense_heads"
     ),

@@ -1,65 +1,87 @@
-"""`starling advise`: one command to serve a model with, and what it gains and costs on the user's prompts.
-
-It is `starling tune` with three candidates, a budget and a measure that need few prompts, and the times of the longest
-prompts.
-"""
+"""`starling advise`: one command to serve a model with, and what it gains and costs on the user's prompts."""
 
 from __future__ import annotations
 
 import argparse
-import shlex
+import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import TaskID
 
-from starling.config.entry import ENTRY
-from starling.config.quality import size_text, size_texts
-from starling.config.star import QUALITY_SIZES, num_blocks, parse_options
-from starling.lab.evaluation.client import Client
-from starling.lab.evaluation.commands import tune
-from starling.lab.evaluation.commands.measuring import add_target_options, connect, run_measurement
-from starling.lab.evaluation.plans import DENSE, Plan, parse_plan
-from starling.lab.evaluation.prompt_options import without_secrets
-from starling.lab.evaluation.prompts import Prompt
-from starling.lab.evaluation.report import percent, points
-from starling.lab.evaluation.tuning.candidates import served_options
-from starling.lab.evaluation.tuning.search_options import Measure, TuneOptions
-from starling.lab.evaluation.tuning.tune_report import (
-    TuneReport,
-    Word,
-    how_to_serve,
-    make_closest,
-    make_loss,
+from starling.config.entry import ENTRY, STAR_ADAPTER, STAR_HEADS
+from starling.config.presets import PRESETS
+from starling.config.quality import size_text
+from starling.config.star import FIELD_OF, FIELDS, QUALITY_SIZES, flat_name
+from starling.lab.evaluation.advice import (
+    COLUMNS,
+    LIMITS,
+    NUM_BLOCKS,
+    NUM_LOGPROBS,
+    Advice,
+    AdviseOptions,
+    Candidate,
+    advice_lines,
+    chosen,
+    document_lines,
+    find_words,
+    halves,
+    is_within,
+    refuse_few,
+    results,
+    served_config,
+    served_options,
     server_flags,
+    table_rows,
 )
-from starling.lab.evaluation.tuning.tuner import Tuning
+from starling.lab.evaluation.answers import NotEngaged, ServerError
+from starling.lab.evaluation.client import Client
+from starling.lab.evaluation.commands.measuring import (
+    Measurement,
+    Session,
+    add_target_options,
+    connect,
+    open_session,
+    run_measurement,
+)
+from starling.lab.evaluation.comparison import key_share, logprob_difference, make_pairs
+from starling.lab.evaluation.plans import DENSE, Plan, parse_plan
+from starling.lab.evaluation.prompt_options import parse_options, without_secrets
+from starling.lab.evaluation.prompts import Prompt
+from starling.lab.evaluation.repeats import repeated_tokens
+from starling.lab.evaluation.report import terminal_table, write_files
+from starling.lab.evaluation.runner import evaluate
+from starling.lab.evaluation.server_process import option_name
 from starling.scheduler.star.sizes import DEFAULT_QUALITY
 
-MEASURE = "logprob"
-LIMITS = {"careful": 2.0, "balanced": 5.0, "fast": 10.0}
-"""By how many percent less probable the tokens of the answers may become under each word of star_quality."""
-PLANS = ("n/4", "n/8", "n/16")
-"""The candidates, with the default anchor, overlap and dense heads."""
-LEAST_REPEATED = 0.1  # of the prompts' tokens, for which documents are worth a line
+NOT_FOUND = 3
+MEASURED_HERE = {
+    f"--{name.replace('_', '-')}"
+    for name in (
+        QUALITY_SIZES,
+        *(flat_name(field) for field in FIELDS if field not in ("replicas", "shards", "adapter")),
+    )
+}
+JSON_FILE, CONFIG_FILE = "advice.json", "additional-config.json"
 LEAST_GAIN = 1.05  # below it, four pairs of times say nothing
 TIMED, TURNS = 2, 2  # the longest prompts, and how often each is timed with either plan
 DEFAULT_FOLDER = "advice"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options of `starling advise`: a few of those of `starling tune`."""
+    """The options of `starling advise`."""
     parser = argparse.ArgumentParser(
         prog="starling advise",
         description="Measures on your model and prompts which star plan is good enough and how much sooner the first "
         "token comes, and prints one command to serve with; also what documents would find cached. About a minute for "
         "each prompt of 10,000 tokens on a CPU.",
         epilog="All other options are those of `starling serve`, and MODEL comes before them. Exit code: 0 a plan is "
-        "advised, 3 none is shown to be good enough, else as `starling tune`. `starling tune` has more options "
-        "(docs/tune.md).",
+        "advised, 1 a request or the server failed, 2 unusable arguments, 3 no plan is shown to be good enough, 130 "
+        "interrupted. See docs/advise.md; `starling eval` measures plans that you choose.",
         allow_abbrev=False,
     )
     add_target_options(parser)
@@ -75,81 +97,169 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--out", type=Path, default=Path(DEFAULT_FOLDER), metavar="DIR", help=f"folder of the results: {DEFAULT_FOLDER}"
     )
+    parser.set_defaults(model=None, api_key=None, tokenizer=None, concurrency=1, timeout=600)
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
-    """Advise; returns the exit code, as `starling tune` does."""
+    """Advise; returns the exit code: 0, NOT_FOUND, or those of ``run_measurement``."""
     args, serve_options = make_parser().parse_known_args(argv)
-    given = ["--budget", str(LIMITS[DEFAULT_QUALITY]), "--measure", MEASURE]
-    given += ["--prompts", str(args.prompts), "--out", str(args.out)]
-    given += [word for plan in PLANS for word in ("--plan", plan)]
-    given += [] if args.base_url is None else ["--base-url", args.base_url]
-    full = tune.make_parser().parse_args([*([] if args.serve is None else [args.serve]), *given])
-    prepare = partial(tune.prepare, measure, serve_options, allowed="none, or `starling tune --plan`")
-    return run_measurement("starling advise", full, serve_options, prepare)
+    return run_measurement("starling advise", args, serve_options, partial(prepare, serve_options))
 
 
-async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequence[str], console: Console) -> int:
-    """Search, time the plan that was found, write the results of the search, and print the advice.
+def prepare(serve_options: Sequence[str], args: argparse.Namespace) -> Measurement:
+    """What the arguments ask for (raises ValueError for what can't be measured)."""
+    for option in serve_options:
+        if option_name(option) in MEASURED_HERE:
+            raise ValueError(f"{option} is refused: it is what is measured. Allowed: options of other things")
+    refuse_star_entry(serve_options)
+    return partial(measure, args, parse_options(AdviseOptions, {"prompts": args.prompts}))
+
+
+def refuse_star_entry(serve_options: Sequence[str]) -> None:
+    """Refuse (ValueError) a preset or an entry of --additional-config that says how prompts are prefilled."""
+    preset, config = (given_value(serve_options, name) for name in ("preset", "additional-config"))
+    if preset in PRESETS and flat_name("segments") in PRESETS[preset].entry:
+        raise ValueError(
+            f"--preset {preset} is refused: its prompts are documents, whose loss is not that of other star "
+            "blocks. Allowed: no preset; or `starling eval` with a plan that has S=, the text that starts a document"
+        )
+    try:
+        entry = json.loads(config or "{}")[ENTRY]
+        names = [name for name in entry if name in FIELD_OF or name == QUALITY_SIZES]
+    except (ValueError, TypeError, KeyError):
+        return  # the server refuses it, or it has no such entry
+    if names:
+        raise ValueError(f"{names[0]} in --additional-config is refused: it is what is measured. Allowed: none")
+
+
+def given_value(serve_options: Sequence[str], name: str) -> str | None:
+    """The value of an option of the server, which vLLM takes with underscores too; None where it is not given."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", dest="value")
+    value: str | None = parser.parse_known_args(serve_options)[0].value
+    return value
+
+
+def files_of(served: Sequence[str]) -> dict[str, str]:
+    """The entries of ``additional_config`` that give a server the same --star-heads and --star-adapter, if any."""
+    given = {name: given_value(served, name.replace("_", "-")) for name in (STAR_HEADS, STAR_ADAPTER)}
+    return {name: str(Path(path).resolve()) for name, path in given.items() if path is not None}
+
+
+async def measure(args: argparse.Namespace, options: AdviseOptions, target: Sequence[str], console: Console) -> int:
+    """Measure the candidates, time the one that is advised, write the results, and print the advice.
+
+    Args:
+        target: the arguments that name the server, for the command in the report.
 
     Returns:
-        0, or NOT_FOUND of `starling tune`.
+        0, or NOT_FOUND.
 
     Raises:
-        ServerError, ValueError: as ``tune.search`` raises them.
+        ServerError: a request failed.
+        ValueError: the folder has answers of another model, or the prompts can't be made, sent or used.
     """
-    budgets = [limit / 100 for limit in LIMITS.values()]
-    found = await tune.search(args, options, target, console, budgets, leave_out=True)
-    tunings = dict(zip(LIMITS, found.tunings, strict=True))
-    words = measured_words(tunings, options.chosen_measure)
-    served = tune.served_arguments(args, target, found.model)
-    report = tune.make_report(options, found, tunings[words[DEFAULT_QUALITY].limit], served)
-    report, served = with_words(report, words, tune.files_of(served)), without_secrets(served)
-    tune.write(report, args.out, served, console)
+    names = [size_text(number) for number in NUM_BLOCKS]
+    async with open_session(args, options, console, names, NUM_LOGPROBS) as session:
+        if session.store.answers:
+            console.print(f"found {len(session.store.answers)} answers in {escape(str(args.out))}")
+        refuse_few(len(session.prompts))
+        searched, held_out = halves(session.prompts)
+        candidates = await measure_candidates(session, searched, held_out)
+    served = target if args.serve is not None else [session.facts.model]
+    lengths = [len(prompt.token_ids) for prompt in session.prompts]
+    words = find_words(candidates)
+    found = served_options(words, min(lengths))
+    advice = Advice(
+        **session.described(options.command(target)),
+        prompts={
+            "searched": len(searched),
+            "held_out": len(held_out),
+            "equal_to_others": session.num_equal,
+            "shortest": min(lengths),
+            "longest": max(lengths),
+            "tokens": sum(lengths),
+            "repeated_tokens": repeated_tokens([prompt.token_ids for prompt in session.prompts]),
+        },
+        candidates=results(candidates),
+        words=words,
+        flags=server_flags(found),
+        additional_config=served_config(found, files_of(served)),
+    )
+    write(advice, args.out, console)
     speed = ""
-    if report.succeeded and report.chosen is not None:
+    if found:
         with console.status("the longest prompts, dense and with star"):
             async with connect(args) as client:
-                speed = await measured_speed(client, found.prompts, parse_plan(report.chosen.plan))
-    for text in [*advice(report, words, served, speed), *document_advice(report, served)]:
+                plan = parse_plan(size_text(words[DEFAULT_QUALITY].num_blocks))
+                speed = await measured_speed(client, session.prompts, plan)
+    served = without_secrets(served)
+    for text in [*advice_lines(advice, served, speed), *document_lines(advice, served)]:
         console.print(escape(text), soft_wrap=True)
-    return 0 if report.succeeded else tune.NOT_FOUND
+    return 0 if found else NOT_FOUND
 
 
-def measured_words(tunings: Mapping[str, Tuning], measure: Measure) -> dict[str, Word]:
-    """What each word stands for: the cheapest plan that both halves show to be within its limit, or a stricter one.
+async def measure_candidates(
+    session: Session, searched: Sequence[Prompt], held_out: Sequence[Prompt]
+) -> list[Candidate]:
+    """The candidates with their losses, the cheapest first: on all searched prompts, and of those that are chosen on
+    the held-out ones.
 
-    Args:
-        tunings: word -> the search for its limit.
+    None is measured that costs more than one that is within the strictest limit.
+
+    Raises:
+        ServerError: a request failed.
+        ValueError: the prompts are too short for any candidate.
     """
-    words: dict[str, Word] = {}
-    shown: Word | None = None
-    for word, limit in LIMITS.items():
-        tuning = tunings[word]
-        closest = make_closest(tuning, measure, limit / 100)
-        if closest is None and tuning.chosen is not None:
-            number = num_blocks(parse_options(tuning.chosen.candidate.plan.options)) or 1
-            if shown is None or number > shown.num_blocks:
-                shown = Word(word, number, make_loss(tuning.held_out, measure))
-        words[word] = shown or Word(word, 1, closest=closest)
-    return words
+    bar = session.progress.add_task("answers, at most", total=len(session.prompts) * (1 + len(NUM_BLOCKS)))
+    candidates: list[Candidate] = []
+    shortest = min(session.prompts, key=lambda prompt: len(prompt.token_ids))
+    for number in NUM_BLOCKS:
+        candidate = Candidate(number)
+        try:
+            await session.client.complete(shortest.token_ids, candidate.plan, 1)
+        except NotEngaged:
+            continue
+        candidate.searched, candidate.keys = await measure_losses(session, searched, candidate.plan, bar)
+        candidates.append(candidate)
+        if is_within(candidate.searched, min(LIMITS.values())):
+            break
+    if not candidates:
+        raise ValueError(
+            f"the prompts are too short for star blocks of whole pages: {shortest.name} has {len(shortest.token_ids)} "
+            "tokens. Allowed: longer prompts, or a smaller --block-size of the server"
+        )
+    for number in {found.num_blocks for limit in LIMITS.values() if (found := chosen(candidates, limit))}:
+        candidate = next(one for one in candidates if one.num_blocks == number)
+        candidate.held_out, keys = await measure_losses(session, held_out, candidate.plan, bar)
+        candidate.keys += keys
+    session.progress.update(bar, visible=False)
+    return candidates
 
 
-def with_words(report: TuneReport, words: Mapping[str, Word], entry: Mapping[str, str]) -> TuneReport:
-    """The report with the words, and with a server's options that give them in place of the plan's size.
+async def measure_losses(
+    session: Session, prompts: Sequence[Prompt], plan: Plan, bar: TaskID
+) -> tuple[list[float], list[float]]:
+    """(losses in nats for each token of the answer, query-key pairs as a share of dense's), of each prompt.
 
-    Args:
-        entry: what Starling's entry in ``additional_config`` has beside the plan.
+    Raises:
+        ServerError: a request failed, or an answer has no token that could be compared.
     """
-    report = report.model_copy(update={"words": dict(words)})
-    if report.chosen is None:
-        return report
-    sizes = size_texts({word: found.num_blocks for word, found in words.items()})
-    options = served_options(parse_plan("default"), report.prompts["shortest"])
-    flags = server_flags(options | {QUALITY_SIZES: ",".join(f"{word}={size}" for word, size in sizes.items())})
-    changed = {"flags": flags, "additional_config": {ENTRY: {**options, **entry, QUALITY_SIZES: sizes}}}
-    return report.model_copy(update={"chosen": report.chosen.model_copy(update=changed)})
+    answers = await evaluate(
+        prompts,
+        [plan],
+        session.client,
+        num_logprobs=NUM_LOGPROBS,
+        concurrency=session.args.concurrency,
+        store=session.store,
+        on_answer=lambda answer: session.progress.advance(bar),
+    )
+    pairs = [pair for pair in make_pairs(prompts, answers) if pair.answer.plan == plan.name]
+    for pair in pairs:
+        if not pair.answer.scores:
+            raise ServerError(f"the answer to {pair.prompt.name} has no token that could be compared")
+    return [-logprob_difference(pair) for pair in pairs], [key_share(pair.answer) or 1.0 for pair in pairs]
 
 
 async def measured_speed(client: Client, prompts: Sequence[Prompt], plan: Plan) -> str:
@@ -169,67 +279,10 @@ async def measured_speed(client: Client, prompts: Sequence[Prompt], plan: Plan) 
     )
 
 
-def advice(report: TuneReport, words: Mapping[str, Word], served: Sequence[str], speed: str) -> list[str]:
-    """What to do, in lines.
-
-    Args:
-        served: the model, and further options of the server.
-        speed: of ``measured_speed``.
-    """
-    found = report.chosen
-    if found is None or not report.succeeded:
-        assert report.closest is not None
-        loss = points(report.closest.loss)
-        return [
-            "Advice: serve without star, or accept a larger loss.",
-            f"  {shlex.join(['starling', 'serve', *served])}",
-            f"  why: no plan is shown to keep the loss within {100 * report.budget:g} %. {report.closest.plan} is the "
-            f"closest: {loss} % of the probability of the answers' tokens, on {report.closest.loss.prompts} prompts",
-        ]
-    others = [f"  star_quality={word}: {meaning(words[word], LIMITS[word])}" for word in ("fast", "careful")]
-    return [
-        "Advice:",
-        f"  {how_to_serve(report, served)}",
-        f"  gain: the first token comes {speed}; {percent(found.attended_keys)} of dense's attention work",
-        f"  cost: the answers' tokens are {changed(found.confirmed.mean)} on average, and at most "
-        f"{100 * found.confirmed.high:.1f} % less with a confidence of 95 % ({found.confirmed.prompts} prompts that "
-        "did not choose the plan)",
-        "  a single request can have another quality, or star=off:",
-        *others,
-    ]
-
-
-def document_advice(report: TuneReport, served: Sequence[str]) -> list[str]:
-    """What documents would find of the prompts' texts, in lines; none where that is little.
-
-    Args:
-        served: the model, and further options of the server.
-    """
-    repeated, tokens = report.prompts["repeated_tokens"], report.prompts["tokens"]
-    if repeated < LEAST_REPEATED * tokens:
-        return []
-    return [
-        f"Or documents, if each is a message: {repeated:,} of the prompts' {tokens:,} tokens "
-        f"({percent(repeated / tokens)}) are texts that an earlier prompt has too, at another place, and documents "
-        "find them cached (docs/recipe-rag.md):",
-        f"  {shlex.join(['starling', 'serve', *served, '--preset', 'rag'])}",
-    ]
-
-
-def meaning(word: Word, limit: float) -> str:
-    """What a word stands for, and what that costs.
-
-    Args:
-        limit: percent, of the word.
-    """
-    if word.loss is not None:
-        loss = f"at most {100 * word.loss.high:.1f} % less probable"
-        return f"{size_text(word.num_blocks)}, {loss}, within its limit of {limit:g} %"
-    needed = word.closest.prompts_needed if word.closest else None
-    hint = f"; about {needed} prompts may show {word.closest.plan}" if word.closest and needed else ""
-    return f"dense, since no plan is shown to be within its limit of {limit:g} %{hint}"
-
-
-def changed(loss: float) -> str:
-    """A mean loss of logprob in words: "1.2 % less probable"."""
-    return f"{100 * abs(loss):.1f} % {'less' if loss > 0 else 'more'} probable"
+def write(advice: Advice, folder: Path, console: Console) -> None:
+    """Write the results and the server's options, and print the table."""
+    config = json.dumps(advice.additional_config) + "\n" if advice.additional_config else None
+    written = write_files(folder, {JSON_FILE: advice.model_dump_json(indent=1) + "\n", CONFIG_FILE: config})
+    title = "By how many percent less probable the answers' tokens become"
+    console.print(terminal_table(title, COLUMNS, table_rows(advice)))
+    console.print(escape(written))

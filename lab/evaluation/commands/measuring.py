@@ -1,4 +1,4 @@
-"""What `starling eval` and `starling tune` have in common: the server, the prompts, interruption and exit codes."""
+"""What `starling eval` and `starling advise` have in common: the server, the prompts, interruption and exit codes."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starling.lab.statistics import least_prompts, lower_bound, prompts_needed, upper_bound
+from starling.lab.statistics import lower_bound, prompts_needed, upper_bound
 
 SHARES = (0.002, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 
@@ -55,7 +55,7 @@ def test_the_bound_holds_for_losses_with_a_rare_large_one():
 
 @pytest.mark.parametrize("size", [10, 20])
 def test_without_a_largest_loss_the_bound_holds_for_common_losses_and_not_for_rare_ones(size):
-    """As docs/tune.md says of logprob: nothing tells of a loss that no prompt had."""
+    """As docs/advise.md says of logprob: nothing tells of a loss that no prompt had."""
     assert coverage({0.0: 0.3, 0.1: 0.4, 0.2: 0.3}, size, lambda losses: upper_bound(losses, max(losses))) > 0.95
     rare = coverage({0.0: 0.5, 0.01: 0.45, 1.0: 0.05}, size, lambda losses: upper_bound(losses, max(losses)))
     assert rare == pytest.approx(1 - 0.95**size, abs=0.05), "only if it was drawn"
@@ -64,14 +64,6 @@ def test_without_a_largest_loss_the_bound_holds_for_common_losses_and_not_for_ra
 @pytest.mark.parametrize("number", [10, 59, 149, 299, 999])
 def test_without_a_loss_the_bound_is_that_of_the_rule_of_three(number):
     assert upper_bound([0.0] * number, 1.0) == pytest.approx(3 / (number + 1))
-
-
-@pytest.mark.parametrize("budget", [0.5, 0.3, 0.1, 0.05, 0.02, 0.01])
-def test_the_least_number_of_prompts_is_the_first_whose_bound_is_within_the_budget(budget):
-    number = least_prompts(budget, 1.0)
-    assert upper_bound([0.0] * number, 1.0) <= budget
-    assert upper_bound([0.0] * (number - 1), 1.0) > budget
-    assert least_prompts(0.02, 1.0) == 149
 
 
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=40))

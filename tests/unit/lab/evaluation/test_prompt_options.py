@@ -212,7 +212,7 @@ def test_a_store_refuses_another_setup_a_damaged_line_and_a_second_process(tmp_p
         Store(tmp_path, {"a": 1, "b": 2})
 
 
-@pytest.mark.parametrize("command", ["eval", "tune"])
+@pytest.mark.parametrize("command", ["eval", "advise"])
 def test_the_kit_loads_neither_vllm_nor_torch(command):
     modules = "{'vllm', 'torch', 'matplotlib'} & sys.modules.keys()"
     code = f"import sys, starling.lab.evaluation.commands.{command} as _; print({modules})"

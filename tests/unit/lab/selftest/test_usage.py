@@ -1,9 +1,7 @@
-"""What is measured of CUDA graphs, of memory and of accuracy, with what vLLM and `starling eval` give."""
+"""What is measured of CUDA graphs and of memory, with what vLLM gives."""
 
 from __future__ import annotations
 
-import json
-import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +11,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
 
-from starling.engine_ext.serving.cli import ended_with_parent
-from starling.lab.evaluation.commands.eval import make_parser
-from starling.lab.evaluation.tasks import TASKS
-from starling.lab.selftest import accuracy, model, speed, suite
+from starling.lab.selftest import model, speed, suite
 from starling.lab.selftest.engine_run import EngineRun
 from starling.lab.selftest.result import Skip
 from starling.vllm_compat.engine_readings import count_graphs, gpu_memory
@@ -98,63 +93,13 @@ def test_documents_in_another_order_are_the_same_documents():
     assert first["star"] == second["star"]
 
 
-RESULTS = {
-    "cells": [
-        {"task": task, "length": 4096, "prompts": number, "dense_score": 0.8, "score": 0.7, "attended_keys": 0.4}
-        | {"difference": {"mean": -0.1, "low": -0.3, "high": 0.1}}
-        for task, number in (("vt", 10), ("all", 10))
-    ]
-}
-
-
-def test_accuracy_is_what_starling_eval_says_and_its_options_are_those_of_starling_eval(tmp_path, monkeypatch):
-    called = []
-
-    def run(command, **options):
-        called.append(command)
-        (tmp_path / "results.json").write_text(json.dumps(RESULTS))
-        return SimpleNamespace(returncode=0, stdout="")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(accuracy, "format_of", lambda name: "text")
-    check = accuracy.accuracy_check("a model", 8192, True, tmp_path, "TRITON_ATTN", None)
-    result = check.run()
-    assert round(result.measured, 6) == 10 and result.bound is None
-    assert "dense 80.0, star 70.0 of 100, 95 % of the cost in [-10.0, 30.0]; 10 prompts" in result.detail
-    assert "vt 80 to 70; 40 % of dense's attention work" in result.detail
-    _, _, module, _, name, *arguments = called[0]
-    assert (module, name) == (ended_with_parent.__name__, "eval")
-    options, others = make_parser().parse_known_args(arguments)
-    assert (options.serve, options.lengths, options.plans) == ("a model", ("7168",), [accuracy.PLAN])
-    assert set(options.tasks) <= set(TASKS) and options.out == tmp_path
-    assert others == ["--max-model-len", "8192", "--attention-backend", "TRITON_ATTN"]
-    assert accuracy.accuracy_check("a model", 8192, False, tmp_path, None, None).run().measured == result.measured
-    assert called[1][-1] == str(tmp_path) and "--enforce-eager" in called[1]
-
-
-def test_accuracy_is_not_measured_without_a_model_a_tokenizer_or_room(tmp_path):
-    def run(name, length):
-        return accuracy.accuracy_check(name, length, False, tmp_path, None, None).run()
-
-    assert run(None, 4096) == Skip(accuracy.NO_MODEL)
-    assert run("a model", 1500) == Skip("the model takes 1,500 tokens at most")
-    path = model.make_model(tmp_path / "tiny", torch.float32, model.TINY)
-    assert run(str(path), 4096) == Skip(accuracy.NO_TOKENIZER)
-
-
-def test_an_evaluation_that_fails_is_a_failed_check(tmp_path, monkeypatch):
-    monkeypatch.setattr(accuracy, "format_of", lambda name: "text")
-    with pytest.raises(RuntimeError, match="starling eval ended with 2"):
-        accuracy.measure_accuracy(str(tmp_path / "none"), 1024, 0, tmp_path, [])
-
-
-def test_what_a_quick_run_measures(tmp_path, monkeypatch):
-    """Tokens behind documents, by the number of requests; no long prompts, and no accuracy."""
+def test_what_a_quick_run_measures(monkeypatch):
+    """Tokens behind documents, by the number of requests; no long prompts."""
     for name in ("kernel_checks", "row_checks"):
         monkeypatch.setattr(suite, name, list)
     names = {}
     for quick in (True, False):
-        with suite.make_suite(None, gpu=False, quick=quick, results=tmp_path) as (checks, _):
+        with suite.make_suite(None, gpu=False, quick=quick) as (checks, _):
             names[quick] = {check.name for check in checks}
     assert {f"speed: a token behind {speed.COUNT} documents, {count} requests" for count in (1, 4)} <= names[True]
     assert {"speed: memory of the GPU", "speed: steps in full CUDA graphs, star"} <= names[True] & names[False]
@@ -164,5 +109,4 @@ def test_what_a_quick_run_measures(tmp_path, monkeypatch):
         "speed: a token behind 16 documents, 8 requests beside a decode of 4,096 tokens",
         "kernel: tile of a token behind documents",
         "kernel: tile of a question behind documents",
-        "accuracy: points that star costs, n/8",
     }

@@ -1,1 +1,0 @@
-"""`starling tune`: the cheapest star plan whose loss against dense stays within a budget. See docs/tune.md."""

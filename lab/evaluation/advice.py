@@ -97,6 +97,11 @@ class Word(BaseModel):
     closest: Closest | None = None
 
 
+def plan_of(num_blocks: int) -> Plan:
+    """The plan of so many star blocks."""
+    return parse_plan(size_text(num_blocks))
+
+
 @dataclass
 class Candidate:
     """A plan that was measured.
@@ -114,7 +119,7 @@ class Candidate:
 
     @property
     def plan(self) -> Plan:
-        return parse_plan(size_text(self.num_blocks))
+        return plan_of(self.num_blocks)
 
     @property
     def attended_keys(self) -> float:
@@ -271,12 +276,13 @@ def table_rows(advice: Advice) -> list[list[str]]:
     ]
 
 
-def advice_lines(advice: Advice, served: Sequence[str], speed: str) -> list[str]:
+def advice_lines(advice: Advice, served: Sequence[str], speed: str, *, pays: bool = True) -> list[str]:
     """What to do, in lines.
 
     Args:
         served: the model, and further options of the server.
         speed: how much sooner the first token comes, in words.
+        pays: whether it does.
     """
     word, limit = advice.words[DEFAULT_QUALITY], LIMITS[DEFAULT_QUALITY]
     if word.loss is None:
@@ -291,7 +297,7 @@ def advice_lines(advice: Advice, served: Sequence[str], speed: str) -> list[str]
     keys = next(row.attended_keys for row in advice.candidates if row.plan == size_text(word.num_blocks))
     rare = percent(min(LOSSLESS_DRAWS / (word.loss.prompts + 1), 1.0))
     return [
-        "Advice:",
+        "Advice:" if pays else "Advice, for longer prompts than these, which star makes no faster:",
         f"  {shlex.join(['starling', 'serve', *served, *advice.flags])}",
         f"  gain: the first token comes {speed}; {percent(keys)} of dense's attention work",
         f"  cost: the answers' tokens are {changed(word.loss.mean)} on average, and at most "

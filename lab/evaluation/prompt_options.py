@@ -104,9 +104,13 @@ class PromptOptions(CommandOptions):
         return shlex.join([*parts, "--out", "DIR"])
 
 
-def folder_setup(model: str) -> dict[str, Any]:
-    """What all answers in a folder have in common, as JSON. An answer's key says the rest: its prompt and plan."""
-    return {"version": SETUP_VERSION, "model": model}
+def folder_setup(model: str, server_options: Sequence[str]) -> dict[str, Any]:
+    """What all answers in a folder have in common, as JSON. An answer's key says the rest: its prompt and plan.
+
+    Args:
+        server_options: of the server that was started for the command; none for one that runs.
+    """
+    return {"version": SETUP_VERSION, "model": model, "server_options": without_secrets(server_options)}
 
 
 class EvalOptions(PromptOptions):
@@ -126,9 +130,13 @@ class EvalOptions(PromptOptions):
         super().check()
         _ = self.all_plans
 
-    def setup(self, model: str) -> dict[str, Any]:
-        """What is measured, as JSON."""
-        setup = folder_setup(model) | {
+    def setup(self, model: str, server_options: Sequence[str]) -> dict[str, Any]:
+        """What is measured, as JSON.
+
+        Args:
+            server_options: as of ``folder_setup``.
+        """
+        setup = folder_setup(model, server_options) | {
             "plans": {plan.name: plan.options for plan in self.all_plans},
             "logprobs": self.logprobs,
         }

@@ -125,7 +125,7 @@ def check_setup(folder: Path, setup: dict[str, Any]) -> None:
     if changed:
         raise ValueError(
             f"out={str(folder)!r} is refused: it has results of another setup ({'; '.join(changed)}). "
-            "Allowed: the same model as before, or another folder."
+            "Allowed: the same model and server as before, or another folder."
         )
 
 

@@ -1,1 +1,1 @@
-"""The commands `starling eval` and `starling tune`."""
+"""The commands `starling eval`, `starling advise` and `starling warm`."""

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import TaskID
 
 from starling.config.entry import ENTRY, STAR_ADAPTER, STAR_HEADS
-from starling.config.presets import PRESETS
+from starling.config.presets import PRESET
 from starling.config.quality import size_text
 from starling.config.star import FIELD_OF, FIELDS, QUALITY_SIZES, flat_name
 from starling.lab.evaluation.advice import (
@@ -31,6 +31,7 @@ from starling.lab.evaluation.advice import (
     find_words,
     halves,
     is_within,
+    plan_of,
     refuse_few,
     results,
     served_config,
@@ -43,18 +44,19 @@ from starling.lab.evaluation.client import Client
 from starling.lab.evaluation.commands.measuring import (
     Measurement,
     Session,
-    add_target_options,
+    add_server_options,
     connect,
     open_session,
+    repeated,
     run_measurement,
 )
 from starling.lab.evaluation.comparison import key_share, logprob_difference, make_pairs
-from starling.lab.evaluation.plans import DENSE, Plan, parse_plan
+from starling.lab.evaluation.plans import DENSE, Plan
 from starling.lab.evaluation.prompt_options import parse_options, without_secrets
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.repeats import repeated_tokens
 from starling.lab.evaluation.report import terminal_table, write_files
-from starling.lab.evaluation.runner import evaluate
+from starling.lab.evaluation.runner import evaluate, key_of
 from starling.lab.evaluation.server_process import option_name
 from starling.scheduler.star.sizes import DEFAULT_QUALITY
 
@@ -84,7 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
         "interrupted. See docs/advise.md; `starling eval` measures plans that you choose.",
         allow_abbrev=False,
     )
-    add_target_options(parser)
+    add_server_options(parser)
     add = parser.add_argument
     add(
         "--prompts",
@@ -97,7 +99,6 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--out", type=Path, default=Path(DEFAULT_FOLDER), metavar="DIR", help=f"folder of the results: {DEFAULT_FOLDER}"
     )
-    parser.set_defaults(model=None, api_key=None, tokenizer=None, concurrency=1, timeout=600)
     return parser
 
 
@@ -118,15 +119,15 @@ def prepare(serve_options: Sequence[str], args: argparse.Namespace) -> Measureme
 
 def refuse_star_entry(serve_options: Sequence[str]) -> None:
     """Refuse (ValueError) a preset or an entry of --additional-config that says how prompts are prefilled."""
-    preset, config = (given_value(serve_options, name) for name in ("preset", "additional-config"))
-    if preset in PRESETS and flat_name("segments") in PRESETS[preset].entry:
+    preset, config = (given_value(serve_options, name) for name in (PRESET, "additional-config"))
+    if preset is not None:
         raise ValueError(
-            f"--preset {preset} is refused: its prompts are documents, whose loss is not that of other star "
-            "blocks. Allowed: no preset; or `starling eval` with a plan that has S=, the text that starts a document"
+            f"--preset {preset} is refused: it says how prompts are prefilled, which is what is measured. Allowed: no "
+            "preset; or for documents `starling eval` with a plan that has S=, the text that starts a document"
         )
     try:
         entry = json.loads(config or "{}")[ENTRY]
-        names = [name for name in entry if name in FIELD_OF or name == QUALITY_SIZES]
+        names = [name for name in entry if name in FIELD_OF or name in (PRESET, QUALITY_SIZES)]
     except (ValueError, TypeError, KeyError):
         return  # the server refuses it, or it has no such entry
     if names:
@@ -165,6 +166,7 @@ async def measure(args: argparse.Namespace, options: AdviseOptions, target: Sequ
         if session.store.answers:
             console.print(f"found {len(session.store.answers)} answers in {escape(str(args.out))}")
         refuse_few(len(session.prompts))
+        write_files(args.out, dict.fromkeys((JSON_FILE, CONFIG_FILE)))  # those of an earlier run
         searched, held_out = halves(session.prompts)
         candidates = await measure_candidates(session, searched, held_out)
     served = target if args.serve is not None else [session.facts.model]
@@ -172,7 +174,7 @@ async def measure(args: argparse.Namespace, options: AdviseOptions, target: Sequ
     words = find_words(candidates)
     found = served_options(words, min(lengths))
     advice = Advice(
-        **session.described(options.command(target)),
+        **session.described(options.command([*target, *repeated(args, session.facts.model)])),
         prompts={
             "searched": len(searched),
             "held_out": len(held_out),
@@ -188,14 +190,14 @@ async def measure(args: argparse.Namespace, options: AdviseOptions, target: Sequ
         additional_config=served_config(found, files_of(served)),
     )
     write(advice, args.out, console)
-    speed = ""
+    speed, pays = "", True
     if found:
         with console.status("the longest prompts, dense and with star"):
             async with connect(args) as client:
-                plan = parse_plan(size_text(words[DEFAULT_QUALITY].num_blocks))
-                speed = await measured_speed(client, session.prompts, plan)
+                plan = plan_of(words[DEFAULT_QUALITY].num_blocks)
+                speed, pays = await measured_speed(client, session.prompts, plan)
     served = without_secrets(served)
-    for text in [*advice_lines(advice, served, speed), *document_lines(advice, served)]:
+    for text in [*advice_lines(advice, served, speed, pays=pays), *document_lines(advice, served)]:
         console.print(escape(text), soft_wrap=True)
     return 0 if found else NOT_FOUND
 
@@ -206,36 +208,62 @@ async def measure_candidates(
     """The candidates with their losses, the cheapest first: on all searched prompts, and of those that are chosen on
     the held-out ones.
 
-    None is measured that costs more than one that is within the strictest limit.
+    None is measured that costs more than one that is within the strictest limit. None is left that costs what dense
+    attention does: it would be unmeasured on longer prompts.
 
     Raises:
         ServerError: a request failed.
         ValueError: the prompts are too short for any candidate.
     """
-    bar = session.progress.add_task("answers, at most", total=len(session.prompts) * (1 + len(NUM_BLOCKS)))
+    plans = await usable_plans(session)
+    keys = {
+        key_of(prompt, plan, session.facts.model, NUM_LOGPROBS)
+        for prompt in session.prompts
+        for plan in (DENSE, *map(plan_of, plans))
+    }
+    bar = session.progress.add_task("answers, at most", total=len(keys - session.store.answers.keys()))
     candidates: list[Candidate] = []
-    shortest = min(session.prompts, key=lambda prompt: len(prompt.token_ids))
-    for number in NUM_BLOCKS:
+    for number in plans:
         candidate = Candidate(number)
-        try:
-            await session.client.complete(shortest.token_ids, candidate.plan, 1)
-        except NotEngaged:
-            continue
         candidate.searched, candidate.keys = await measure_losses(session, searched, candidate.plan, bar)
+        if candidate.attended_keys >= 1:
+            continue
         candidates.append(candidate)
         if is_within(candidate.searched, min(LIMITS.values())):
             break
     if not candidates:
+        shortest = shortest_of(session.prompts)
         raise ValueError(
             f"the prompts are too short for star blocks of whole pages: {shortest.name} has {len(shortest.token_ids)} "
             "tokens. Allowed: longer prompts, or a smaller --block-size of the server"
         )
     for number in {found.num_blocks for limit in LIMITS.values() if (found := chosen(candidates, limit))}:
         candidate = next(one for one in candidates if one.num_blocks == number)
-        candidate.held_out, keys = await measure_losses(session, held_out, candidate.plan, bar)
-        candidate.keys += keys
+        candidate.held_out, shares = await measure_losses(session, held_out, candidate.plan, bar)
+        candidate.keys += shares
     session.progress.update(bar, visible=False)
     return candidates
+
+
+async def usable_plans(session: Session) -> list[int]:
+    """The numbers of star blocks of the candidates, the cheapest first (raises ServerError).
+
+    Without those under which the shortest prompt is dense, or has blocks of the same size, of whole pages, as with
+    fewer blocks.
+    """
+    sizes: dict[int, int] = {}
+    for number in reversed(NUM_BLOCKS):
+        try:
+            answer = await session.client.complete(shortest_of(session.prompts).token_ids, plan_of(number), 1)
+        except NotEngaged:
+            continue
+        assert answer.plan is not None
+        sizes.setdefault(int(answer.plan["block_size"]), number)
+    return list(reversed(sizes.values()))
+
+
+def shortest_of(prompts: Sequence[Prompt]) -> Prompt:
+    return min(prompts, key=lambda prompt: len(prompt.token_ids))
 
 
 async def measure_losses(
@@ -262,8 +290,8 @@ async def measure_losses(
     return [-logprob_difference(pair) for pair in pairs], [key_share(pair.answer) or 1.0 for pair in pairs]
 
 
-async def measured_speed(client: Client, prompts: Sequence[Prompt], plan: Plan) -> str:
-    """How much sooner the first token of the longest prompts comes, in a sentence (raises ServerError)."""
+async def measured_speed(client: Client, prompts: Sequence[Prompt], plan: Plan) -> tuple[str, bool]:
+    """How much sooner the first token of the longest prompts comes, and whether it does (raises ServerError)."""
     longest = sorted(prompts, key=lambda prompt: -len(prompt.token_ids))[:TIMED]
     pairs = []
     for prompt in longest:
@@ -272,11 +300,12 @@ async def measured_speed(client: Client, prompts: Sequence[Prompt], plan: Plan) 
             pairs.append((dense, await client.seconds_to_first_token(prompt.token_ids, plan)))
     ratio = statistics.median(dense / star for dense, star in pairs)
     seconds = [statistics.median(times) for times in zip(*pairs, strict=True)]
-    sooner = f"{ratio:.2f} times sooner" if ratio >= LEAST_GAIN else "no sooner, so serve such prompts without star"
-    return (
-        f"{sooner}: {seconds[0]:.2f} s dense, {seconds[1]:.2f} s with star, for prompts of "
-        f"{len(longest[-1].token_ids):,} to {len(longest[0].token_ids):,} tokens ({len(pairs)} pairs, nothing cached)"
+    text = (
+        f"{f'{ratio:.2f} times' if ratio >= LEAST_GAIN else 'no'} sooner: {seconds[0]:.2f} s dense, {seconds[1]:.2f} s "
+        f"with star, for prompts of {len(longest[-1].token_ids):,} to {len(longest[0].token_ids):,} tokens "
+        f"({len(pairs)} pairs, nothing cached)"
     )
+    return text, ratio >= LEAST_GAIN
 
 
 def write(advice: Advice, folder: Path, console: Console) -> None:

@@ -90,7 +90,7 @@ async def measure(args: argparse.Namespace, options: EvalOptions, target: Sequen
     pairs = make_pairs(prompts, answers)
     report = Report(
         **session.described(options.command([*target, *repeated(args, model)])),
-        setup=options.setup(model),
+        setup=options.setup(model, args.server_options),
         cells=compare(pairs),
         depths=compare_depths(pairs),
         different=worst(pairs),

@@ -21,7 +21,7 @@ from rich.progress import Progress
 from starling.lab.command_line import make_console, progress_bars, run_command
 from starling.lab.evaluation.answers import naming
 from starling.lab.evaluation.client import Client, ServerFacts, refuse_key
-from starling.lab.evaluation.prompt_options import PromptOptions, folder_setup
+from starling.lab.evaluation.prompt_options import PromptOptions, folder_setup, without_secrets
 from starling.lab.evaluation.prompts import Prompt, Tokenizer, distinct, own_prompt, read_own_prompts, task_prompts
 from starling.lab.evaluation.server_process import served
 from starling.lab.evaluation.store import Store, check_setup, locked, stored_setup
@@ -77,9 +77,10 @@ def run_measurement(
         if args.serve is not None and args.tokenizer is not None:
             options += ["--tokenizer", args.tokenizer]  # an option of vLLM's too
             args.tokenizer = None  # prompts are made with the server's
+        args.server_options = options
         measure = prepare(args)
         with locked(args.out), contextlib.ExitStack() as stack:
-            check_folder(args.out)
+            check_folder(args.out, options)
             if args.serve is not None:
                 log = args.out / LOG_FILE
                 with console.status(f"starting starling serve {escape(args.serve)} (log: {escape(str(log))})"):
@@ -98,7 +99,9 @@ def run_measurement(
 def check_arguments(args: argparse.Namespace, serve_options: Sequence[str]) -> None:
     """Refuse (ValueError) arguments that contradict one another."""
     if args.base_url is not None and serve_options:
-        raise ValueError(f"unknown options: {' '.join(serve_options)}. Options of `starling serve` go with MODEL")
+        raise ValueError(
+            f"unknown options: {' '.join(without_secrets(serve_options))}. Options of `starling serve` go with MODEL"
+        )
     if (args.serve is None) == (args.base_url is None):
         raise ValueError("either MODEL, which is then served, or --base-url is needed, and not both")
     if args.base_url is not None:
@@ -137,11 +140,11 @@ def chosen_key(args: argparse.Namespace) -> str | None:
     return key
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse (ValueError) a folder with answers in another format, before a server starts and says its model."""
+def check_folder(folder: Path, server_options: Sequence[str]) -> None:
+    """Refuse (ValueError) a folder with answers of other options, before a server starts and says its model."""
     before = stored_setup(folder)
     if before is not None:
-        check_setup(folder, folder_setup(before.get("model", "")))
+        check_setup(folder, folder_setup(before.get("model", ""), server_options))
 
 
 def connect(args: argparse.Namespace) -> Client:
@@ -196,7 +199,10 @@ async def open_session(
     """
     async with connect(args) as client:
         facts = await checked_facts(client, options, star_plans)
-        with Store(args.out, folder_setup(facts.model)) as store, progress_bars(console) as progress:
+        with (
+            Store(args.out, folder_setup(facts.model, args.server_options)) as store,
+            progress_bars(console) as progress,
+        ):
             made = await make_prompts(options, client.tokenizer, progress)
             if not options.compares_text:
                 made = [replace(prompt, max_tokens=0) for prompt in made]

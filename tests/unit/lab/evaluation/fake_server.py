@@ -37,7 +37,6 @@ class FakeServer:
         raw_logprobs: whether log-probabilities are those before restrictions.
         page_size: tokens of a page, of which star blocks are whole numbers.
         kv_heads: of the model, whose scores the server has; 0: it has none.
-        defaults: the server's own star options.
         loss: (prompt, vllm_xargs with the block size in tokens) -> how much less probable star finds each forced token,
             in nats.
         counts: tokens of a prompt -> those that the server counts.
@@ -60,7 +59,6 @@ class FakeServer:
     raw_logprobs: bool = True
     page_size: int = 1
     kv_heads: int = 0
-    defaults: dict = field(default_factory=dict)
     loss: Callable[[str, dict], float] = lambda prompt, xargs: 0.5
     counts: Callable[[int], int] = lambda num_tokens: num_tokens
     sources: list[dict[str, int]] | None = None
@@ -131,7 +129,7 @@ class FakeServer:
         plan = None
         if self.engages:
             scores = HeadScores(scores=[[0.0] * self.kv_heads]) if self.kv_heads else None
-            plan = make_plan(num_tokens, self.defaults, xargs, self.page_size, find_heads=lambda: scores)
+            plan = make_plan(num_tokens, {}, xargs, self.page_size, find_heads=lambda: scores)
         if plan is None:
             return {"attention": "dense", "prompt_tokens": num_tokens}
         return summary(plan)

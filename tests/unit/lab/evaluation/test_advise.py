@@ -162,7 +162,7 @@ def test_a_server_that_starts_as_advised_has_the_words(tmp_path, capsys, own):
         assert "found 96 answers in" in capsys.readouterr().out
     assert (read(tmp_path).candidates, read(tmp_path).words) == (first.candidates, first.words)
     sizes = "--star-quality-sizes careful=n/4,balanced=n/8,fast=n/16"
-    assert f"starling serve fake --star auto --star-min-tokens 1002 {sizes}\n" in printed.split("Advice:")[1]
+    assert f"starling serve fake --star auto --star-min-tokens 1002 {sizes}\n" in printed
     counts = {"searched": 12, "held_out": 12, "equal_to_others": 1, "shortest": 1002, "longest": 1118}
     assert first.prompts.items() >= counts.items()
     written = json.loads((tmp_path / "additional-config.json").read_text(encoding="utf-8"))
@@ -213,6 +213,23 @@ def test_a_run_that_failed_goes_on_and_finds_the_same(tmp_path, capsys, own):
     assert read(tmp_path / "out").words == read(tmp_path / "whole").words
 
 
+def test_answers_of_a_server_with_other_options_are_not_used(tmp_path, capsys, own, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with serving() as fake:
+        monkeypatch.setattr(
+            "starling.lab.evaluation.commands.measuring.served", lambda *_: contextlib.nullcontext(fake.url)
+        )
+        assert run(["fake", "--prompts", str(own)]) == 0
+        assert run(["fake", "--prompts", str(own), "--dtype", "float16"]) == 2
+    assert "server_options was [] and is ['--dtype', 'float16']" in capsys.readouterr().err
+
+
+def test_a_key_is_not_shown(tmp_path, capsys, own):
+    assert run(["--base-url", "http://localhost:1", "--prompts", str(own), "--hf-token=sk-1"]) == 2
+    error = capsys.readouterr().err
+    assert "unknown options: --hf-token=..." in error and "sk-1" not in error
+
+
 def test_the_command_of_the_results_repeats_them(tmp_path, own):
     with serving() as fake:
         assert advise(fake, own, tmp_path / "out") == 0
@@ -260,8 +277,8 @@ def test_the_longest_prompts_are_timed_in_turns():
             return 3.0 if plan.is_dense else 1.5
 
     prompts = [SimpleNamespace(token_ids=[1] * length) for length in (100, 4000, 2000)]
-    text = asyncio.run(measured_speed(Client(), prompts, parse_plan("n/8")))
-    assert asked == [(length, plan) for length in (4000, 2000) for _ in range(2) for plan in ("dense", "n/8")]
+    text, pays = asyncio.run(measured_speed(Client(), prompts, parse_plan("n/8")))
+    assert pays and asked == [(length, plan) for length in (4000, 2000) for _ in range(2) for plan in ("dense", "n/8")]
     assert text.startswith("2.00 times sooner: 3.00 s dense, 1.50 s with star, for prompts of 2,000 to 4,000 tokens")
 
 
@@ -270,13 +287,18 @@ def test_times_that_are_no_better_are_no_gain():
         async def seconds_to_first_token(self, token_ids, plan):
             return 1.0
 
-    text = asyncio.run(measured_speed(Client(), [SimpleNamespace(token_ids=[1])], parse_plan("n/8")))
-    assert text.startswith("no sooner, so serve such prompts without star: 1.00 s dense, 1.00 s with star")
+    text, pays = asyncio.run(measured_speed(Client(), [SimpleNamespace(token_ids=[1])], parse_plan("n/8")))
+    assert text.startswith("no sooner: 1.00 s dense, 1.00 s with star")
+    first = advice_lines(advice(0.02), ["MODEL"], text, pays=pays)[0]
+    assert first == "Advice, for longer prompts than these, which star makes no faster:"
 
 
-@pytest.mark.parametrize(("page_size", "plans"), [(256, ["n/16", "n/8", "n/4"]), (600, [])])
+@pytest.mark.parametrize(("page_size", "plans"), [(64, ["n/16", "n/8"]), (128, ["n/8"]), (256, []), (600, [])])
 def test_plans_that_prompts_are_too_short_for_are_left_out(tmp_path, capsys, own, page_size, plans):
-    """The context of the shortest prompt has 501 tokens."""
+    """The context of the shortest prompt has 501 tokens. Of plans with blocks of one size, that with the fewest counts.
+
+    Two blocks with an overlap attend to all that dense attention does: so would n/4, in pages of 64 tokens or more.
+    """
     with serving(page_size=page_size, loss=lambda prompt, xargs: 0.3) as server:
         code = advise(server, own, tmp_path)
     if plans:
@@ -313,8 +335,13 @@ def test_what_a_server_can_not_do(tmp_path, capsys, own, settings, code, reason)
             ["MODEL", "--star-quality-sizes", "x", "--prompts", "many.jsonl"],
             "--star-quality-sizes is refused: it is what is measured",
         ),
-        (["MODEL", "--preset", "rag", "--prompts", "many.jsonl"], "--preset rag is refused: its prompts are documents"),
-        (["MODEL", "--preset=long", "--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["MODEL", "--preset", "rag", "--prompts", "many.jsonl"], "--preset rag is refused: it says how prompts are"),
+        (["MODEL", "--preset=long", "--prompts", "many.jsonl"], "--preset long is refused: it says how prompts are"),
+        (
+            ["MODEL", "--additional-config", '{"starling": {"preset": "rag"}}', "--prompts", "many.jsonl"],
+            "preset in --additional-config is refused",
+        ),
+        (["MODEL", "--api-key", "sk-1", "--prompts", "many.jsonl"], "--api-key goes with --base-url"),
         (
             ["MODEL", "--additional-config", '{"starling": {"star": "on"}}', "--prompts", "many.jsonl"],
             "star in --additional-config is refused: it is what is measured",

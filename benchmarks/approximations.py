@@ -1,11 +1,12 @@
-"""Other approximations than Star Attention, at the same number of keys: `python -m benchmarks.approximations MODEL`.
+"""What else a user could pick, at the same number of keys: `python -m benchmarks.approximations MODEL`.
 
-A document of 2,048 tokens hides passcodes, and things whose place takes two facts to find. The document is prefilled
-once with each approximation: with the model in Transformers and an explicit mask for each layer. Then each question is
-answered with dense attention to the document's KV, as the query of Star Attention is. The benchmark compares the
-log-probability of the right answers. All approximations attend to as many keys as Star Attention with eight blocks and
-A = B, or to a few less. Writes results/approximations_NAME.json and .png. Takes 40 minutes with the model of
-`make eval-model` on one core, 12 with the demo model.
+A document of 2,048 tokens (--tokens) hides passcodes, and things whose place takes two facts to find. The document is
+prefilled once with each approximation: with the model in Transformers and an explicit mask for each layer. Then each
+question is answered with dense attention to the document's KV, as the query of Star Attention is. The benchmark
+compares the log-probability of the right answers, and how many are right. All approximations attend to as many keys as
+Star Attention with eight blocks and A = B, or to a few less. Two of them are block-sparse attention whose blocks each
+head chooses by content. Writes results/approximations_NAME.json and .png, at another length than 2,048 with the length
+in their names. The model needs scores of its KV heads (those that come with Starling).
 """
 
 from __future__ import annotations
@@ -24,22 +25,25 @@ from rich.progress import track
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoTokenizer, DynamicCache
 
+from benchmarks.chosen_blocks import antidiagonals, attention, mask_of
 from benchmarks.report import markdown_table, numbers_table, saved_figure, write_json
 from starling.attention_backends.star.reference import star_mask
+from starling.config.head_scores import read_scores
+from starling.features.dense_heads.model_heads import KNOWN
 from starling.lab.evaluation.tasks.base import hide
 from starling.lab.evaluation.tasks.needles import NEEDLE
 from starling.lab.evaluation.tasks.words import PLACES, distinct, number, prose, pseudo_words
 from starling.lab.models import load_model
-from starling.lab.statistics import bootstrap, mean_ratio
+from starling.lab.statistics import bootstrap
 
-TOKENS, BLOCK, PAGE = 2048, 256, 32
+TOKENS, BLOCKS, PAGE = 2048, 8, 32
+BLOCK = TOKENS // BLOCKS
 CODES, MOVED = 6, 6
-DENSE_LAYERS = 3
-CHOSEN_PAGES = 3
+DENSE_HEADS = 0.1
 NAME, DENSE, STAR = "approximations", "dense", "star, A = B"
 
 Mask = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(layer, (1, H, n, D) queries, (1, KV heads, n, D) keys) -> (n, n) bool: which keys each token sees."""
+"""(layer, (1, H, n, D) queries, (1, KV heads, n, D) keys) -> (n, n) or (H, n, n) bool: which keys each token sees."""
 
 
 @dataclass
@@ -48,7 +52,7 @@ class MaskedAttention:
 
     Attributes:
         mask: of the document that is prefilled; None: dense.
-        keys: the query-key pairs of each layer of the last document.
+        keys: the query-key pairs of each layer of the last document, as a mean over heads.
     """
 
     mask: Mask | None = None
@@ -60,72 +64,69 @@ class MaskedAttention:
             mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
         else:
             mask = self.mask(module.layer_idx, query, key)
-            self.keys.append(int(mask.sum()))
+            self.keys.append(int(mask.sum()) // (len(mask) if mask.dim() == 3 else 1))
         scale = others.get("scaling")
         out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
         return out.transpose(1, 2), None
 
 
-def star_sizes(block: int, anchor: int, overlap: int) -> torch.Tensor:
-    return star_mask(TOKENS, block_size=block, anchor_size=anchor, overlap_size=overlap, context_end=TOKENS)
+def star_sizes(block: int, anchor: int, overlap: int, tokens: int = TOKENS) -> torch.Tensor:
+    return star_mask(tokens, block_size=block, anchor_size=anchor, overlap_size=overlap, context_end=tokens)
 
 
 def same_in_all_layers(mask: torch.Tensor) -> Mask:
     return lambda layer, query, key: mask
 
 
-def with_dense_layers(overlap: bool, num_layers: int, budget: float) -> Mask:
-    """A few layers in the middle are dense; the blocks of the others are smaller, so that the keys are the budget's."""
-    first = (num_layers - DENSE_LAYERS) // 2
-    causal = star_sizes(TOKENS, TOKENS, 0)
-    for block in range(BLOCK, 0, -PAGE):
-        mask = star_sizes(block, PAGE, block - PAGE) if overlap else star_sizes(block, block, 0)
-        keys = (DENSE_LAYERS * causal.sum() + (num_layers - DENSE_LAYERS) * mask.sum()) / num_layers
-        if keys <= budget:
-            return lambda layer, query, key: causal if first <= layer < first + DENSE_LAYERS else mask
-    raise ValueError(f"{DENSE_LAYERS} dense layers of {num_layers} have more keys than all layers of star")
+def with_dense_heads(model: str, budget: float, tokens: int) -> Mask:
+    """A tenth of the KV heads are dense; the blocks of the others are smaller, so that the keys are the budget's."""
+    scores = read_scores(str(KNOWN / f"{model}.json"))
+    dense = set(scores.order[: scores.count(DENSE_HEADS)])
+    causal = star_sizes(tokens, tokens, 0, tokens)
+    for block in range(tokens // BLOCKS, PAGE, -PAGE):
+        sparse = star_sizes(block, PAGE, block - PAGE, tokens)
+        share = len(dense) / scores.num_heads
+        if share * causal.sum() + (1 - share) * sparse.sum() <= budget:
+            break
+    else:
+        raise ValueError(f"{len(dense)} dense heads of {scores.num_heads} have more keys than all heads of star")
 
+    def mask(layer: int, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        groups = query.shape[1] // key.shape[1]
+        heads = [causal if (layer, head) in dense else sparse for head in range(key.shape[1])]
+        return torch.stack(heads).repeat_interleave(groups, 0)
 
-def with_chosen_pages(layer: int, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """One anchor page, a smaller overlap, and for each block the earlier pages whose mean key fits its mean query."""
-    overlap = BLOCK - (1 + CHOSEN_PAGES) * PAGE
-    mask = star_sizes(BLOCK, PAGE, overlap)
-    groups = query.shape[1] // key.shape[1]
-    pages = key[0].unflatten(1, (-1, PAGE)).mean(2).repeat_interleave(groups, 0)
-    blocks = query[0].unflatten(1, (-1, BLOCK)).mean(2)
-    scores = torch.einsum("hbd,hpd->bp", blocks.float(), pages.float())
-    for block in range(1, TOKENS // BLOCK):
-        own = block * BLOCK
-        seen = (own - overlap) // PAGE
-        for page in scores[block, 1:seen].topk(min(CHOSEN_PAGES, max(seen - 1, 0))).indices.tolist():
-            mask[own : own + BLOCK, (1 + page) * PAGE : (2 + page) * PAGE] = True
     return mask
 
 
-def approximations(num_layers: int) -> dict[str, Mask]:
-    """Name -> mask."""
-    star = star_sizes(BLOCK, BLOCK, 0)
+def approximations(model: str, tokens: int = TOKENS) -> dict[str, Mask]:
+    """Name -> mask.
+
+    Args:
+        model: its name, by which the scores of its heads are known.
+    """
+    size = tokens // BLOCKS
+    star = star_sizes(size, size, 0, tokens)
     budget = float(star.sum())
     return {
-        DENSE: same_in_all_layers(star_sizes(TOKENS, TOKENS, 0)),
+        DENSE: same_in_all_layers(star_sizes(tokens, tokens, 0, tokens)),
         STAR: same_in_all_layers(star),
-        "a page and overlap": same_in_all_layers(star_sizes(BLOCK, PAGE, BLOCK - PAGE)),
-        "half an anchor and half an overlap": same_in_all_layers(star_sizes(BLOCK, BLOCK // 2, BLOCK // 2)),
-        "star, 3 dense layers": with_dense_layers(False, num_layers, budget),
-        "overlap, 3 dense layers": with_dense_layers(True, num_layers, budget),
-        "overlap, chosen pages": with_chosen_pages,
+        "a page and overlap": same_in_all_layers(star_sizes(size, PAGE, size - PAGE, tokens)),
+        "a page, overlap and dense heads": with_dense_heads(model, budget, tokens),
+        "blocks by antidiagonals": mask_of(antidiagonals, budget),
+        "blocks by attention": mask_of(attention, budget),
     }
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text of TOKENS tokens, and (question, answer) pairs, all as token ids."""
+    """A text, and (question, answer) pairs, all as token ids."""
 
     ids: list[int]
     questions: list[tuple[list[int], list[int]]]
 
 
-def make_document(rng: Random, tokenizer: Any) -> Document:
+def make_document(rng: Random, tokenizer: Any, tokens: int = TOKENS) -> Document:
     """Passcodes, and things that are carried to places, in prose that fills the document."""
 
     def encode(text: str) -> list[int]:
@@ -141,8 +142,8 @@ def make_document(rng: Random, tokenizer: Any) -> Document:
     rng.shuffle(needles)
     went = [f"{person} lives {place}." for person, place in zip(people, places, strict=True)]
     start = "Remember the passcodes, who took what, and who lives where: questions follow the text.\n\n"
-    sentences = prose(rng, 200)
-    while len(encode(start + hide(Random(0), sentences, [*needles, *went]))) > TOKENS:
+    sentences = prose(rng, tokens // 10)
+    while len(encode(start + hide(Random(0), sentences, [*needles, *went]))) > tokens:
         sentences.pop()
     ids = encode(start + hide(rng, sentences, [*needles, *went]))
     ids += encode(" " + " ".join(prose(rng, 20)))
@@ -152,17 +153,19 @@ def make_document(rng: Random, tokenizer: Any) -> Document:
         else (f"\n\nThe one who took the {thing} away lives", f" {place}.")
         for number_of, (person, thing, place) in enumerate(zip(people, things, places, strict=True))
     ]
-    return Document(ids[:TOKENS], [(encode(question), encode(answer)) for question, answer in questions])
+    return Document(ids[:tokens], [(encode(question), encode(answer)) for question, answer in questions])
 
 
 @torch.inference_mode()
-def answer_logprobs(model: Any, attention: MaskedAttention, document: Document, mask: Mask) -> tuple[list[float], int]:
-    """The mean log-probability of each answer's tokens, and the query-key pairs of a layer, on average."""
+def score_document(
+    model: Any, attention: MaskedAttention, document: Document, mask: Mask
+) -> tuple[list[tuple[float, bool]], int]:
+    """The scores of each answer (``score_answers``), and the query-key pairs of a layer, on average."""
     attention.mask, attention.keys = mask, []
     cache = DynamicCache(config=model.config)
     model(torch.tensor([document.ids]), past_key_values=cache, logits_to_keep=1)
     keys = round(sum(attention.keys) / len(attention.keys))
-    return [logprob for logprob, _ in score_answers(model, attention, cache, document.questions)], keys
+    return score_answers(model, attention, cache, document.questions), keys
 
 
 @torch.inference_mode()
@@ -204,23 +207,25 @@ def interval(differences: np.ndarray) -> list[float]:
     return [found.mean, found.low, found.high]
 
 
-def rows_of(logprobs: dict[str, np.ndarray], keys: dict[str, int]) -> dict[str, dict[str, Any]]:
+def rows_of(
+    logprobs: dict[str, np.ndarray], right: dict[str, np.ndarray], keys: dict[str, int]
+) -> dict[str, dict[str, Any]]:
     """Approximation -> keys over dense's, and the answers' log-probability over dense's, for both kinds of question.
 
     Args:
         logprobs: approximation -> (documents, questions).
+        right: approximation -> (documents, questions), which answers greedy decoding gives.
         keys: approximation -> query-key pairs of a layer.
     """
     rows: dict[str, dict[str, Any]] = {}
     for name, values in logprobs.items():
-        loss, star_loss = ((logprobs[DENSE] - other).mean(1) for other in (values, logprobs[STAR]))
         codes, moved = ((values - logprobs[DENSE])[:, part].mean(1) for part in (slice(CODES), slice(CODES, None)))
         rows[name] = {
             "keys": keys[name] / keys[DENSE],
-            "over_dense": interval(-loss),
+            "over_dense": interval((values - logprobs[DENSE]).mean(1)),
             "passcodes_over_dense": interval(codes),
             "two_facts_over_dense": interval(moved),
-            "loss_over_stars": mean_ratio(loss, star_loss),
+            "points_over_dense": interval(100 * (right[name] - right[DENSE]).mean(1)),
         }
     return rows
 
@@ -230,6 +235,11 @@ def shown(values: list[float]) -> str:
     return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*values)
 
 
+def in_points(row: dict[str, Any]) -> str:
+    """How many more answers of 100 are right than with dense attention, as text."""
+    return "{:+.0f} [{:+.0f}, {:+.0f}]".format(*row["points_over_dense"])
+
+
 def markdown(result: dict[str, Any]) -> str:
     """A table for one model; docs/star-accuracy.md says what it shows."""
     title = f"{result['model']}, {result['documents']} documents"
@@ -237,9 +247,9 @@ def markdown(result: dict[str, Any]) -> str:
     for name, row in result["rows"].items():
         if name != DENSE:
             intervals = (row["passcodes_over_dense"], row["two_facts_over_dense"], row["over_dense"])
-            ratio = "{:.2f} [{:.2f}, {:.2f}]".format(*row["loss_over_stars"])
-            rows.append([name, f"{100 * row['keys']:.0f} %", *map(shown, intervals), ratio])
-    return markdown_table([title, "attention work", "passcodes", "two facts", "both", "loss over star's"], rows)
+            rows.append([name, f"{100 * row['keys']:.0f} %", *map(shown, intervals), in_points(row)])
+    columns = ["attention work", "passcodes", "two facts", "both", "points"]
+    return markdown_table([title, *columns], rows)
 
 
 def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
@@ -258,29 +268,32 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="a folder with a model of Transformers")
     parser.add_argument("--documents", type=int, default=24, help="number of documents (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the documents")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of a document (%(default)s)")
     args = parser.parse_args()
     model, tokenizer, attention = load(args.model)
-    masks = approximations(model.config.num_hidden_layers)
+    masks = approximations(args.model.name, args.tokens)
     rng = Random(args.seed)
-    logprobs: dict[str, list[list[float]]] = {name: [] for name in masks}
+    scores: dict[str, list[list[tuple[float, bool]]]] = {name: [] for name in masks}
     keys: dict[str, int] = {}
     for _ in track(range(args.documents), description="documents"):
-        document = make_document(rng, tokenizer)
+        document = make_document(rng, tokenizer, args.tokens)
         for name, mask in masks.items():
-            values, keys[name] = answer_logprobs(model, attention, document, mask)
-            logprobs[name].append(values)
-    rows = rows_of({name: np.asarray(values) for name, values in logprobs.items()}, keys)
-    columns = ("approximation", "keys", "over dense [95 %]", "passcodes", "two facts", "loss over star's [95 %]")
+            found, keys[name] = score_document(model, attention, document, mask)
+            scores[name].append(found)
+    arrays = {name: np.asarray(found, dtype=float) for name, found in scores.items()}
+    logprobs, right = ({name: array[..., part] for name, array in arrays.items()} for part in (0, 1))
+    rows = rows_of(logprobs, right, keys)
+    columns = ("approximation", "keys", "over dense [95 %]", "passcodes", "two facts", "points")
     table = numbers_table(
         f"{args.model.name}: log-probability of a token of the answer, {args.documents} documents", columns
     )
     for name, row in rows.items():
         intervals = (row["over_dense"], row["passcodes_over_dense"], row["two_facts_over_dense"])
-        ratio = "" if name == DENSE else shown(row["loss_over_stars"])
-        table.add_row(name, f"{row['keys']:.1%}", *map(shown, intervals), ratio)
+        table.add_row(name, f"{row['keys']:.1%}", *map(shown, intervals), in_points(row))
     Console(width=160).print(table)
-    result = {"model": args.model.name, "documents": args.documents, "tokens": TOKENS, "block": BLOCK, "rows": rows}
-    name = f"{NAME}_{args.model.name}"
+    result = {"model": args.model.name, "documents": args.documents, "tokens": args.tokens}
+    result |= {"block": args.tokens // BLOCKS, "rows": rows}
+    name = f"{NAME}_{args.model.name}" + (f"_{args.tokens}" if args.tokens != TOKENS else "")
     path = write_json(name, result)
     plot(rows, path.with_suffix(".png"))
     print(f"written to {path}")

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from starling.lab.evaluation.plans import Plan, parse_plan, with_dense
 from starling.lab.evaluation.prompts import Format, read_own_prompts
+from starling.lab.evaluation.store import SERVER_OPTIONS
 from starling.lab.evaluation.tasks import GROUPS, TASKS, Task, choose_tasks
 
 SETUP_VERSION = 1
@@ -104,13 +105,14 @@ class PromptOptions(CommandOptions):
         return shlex.join([*parts, "--out", "DIR"])
 
 
-def folder_setup(model: str, server_options: Sequence[str]) -> dict[str, Any]:
+def folder_setup(model: str, server_options: Sequence[str] | None) -> dict[str, Any]:
     """What all answers in a folder have in common, as JSON. An answer's key says the rest: its prompt and plan.
 
     Args:
-        server_options: of the server that was started for the command; none for one that runs.
+        server_options: of the server that was started for the command; None: of one that runs, they are not known.
     """
-    return {"version": SETUP_VERSION, "model": model, "server_options": without_secrets(server_options)}
+    setup: dict[str, Any] = {"version": SETUP_VERSION, "model": model}
+    return setup if server_options is None else setup | {SERVER_OPTIONS: without_secrets(server_options)}
 
 
 class EvalOptions(PromptOptions):
@@ -130,7 +132,7 @@ class EvalOptions(PromptOptions):
         super().check()
         _ = self.all_plans
 
-    def setup(self, model: str, server_options: Sequence[str]) -> dict[str, Any]:
+    def setup(self, model: str, server_options: Sequence[str] | None) -> dict[str, Any]:
         """What is measured, as JSON.
 
         Args:

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 SETUP, RESULTS = "setup.json", "results.jsonl"
+SERVER_OPTIONS = "server_options"
 
 
 class TokenScore(BaseModel):
@@ -112,14 +113,20 @@ class Store:
 
 
 def check_setup(folder: Path, setup: dict[str, Any]) -> None:
-    """Write the setup into an empty folder; refuse (ValueError) a folder with another one."""
+    """Write the setup into an empty folder; refuse (ValueError) a folder with another one.
+
+    What one of the two does not know, the options of a server that ran already, makes no difference.
+    """
     before = stored_setup(folder)
     if before is None:
         (folder / SETUP).write_text(json.dumps(setup, indent=2) + "\n", encoding="utf-8")
         return
+    names = before.keys() | setup.keys()
+    if SERVER_OPTIONS not in before or SERVER_OPTIONS not in setup:
+        names -= {SERVER_OPTIONS}
     changed = [
         f"{name} was {before.get(name)!r} and is {setup.get(name)!r}"
-        for name in sorted(before.keys() | setup.keys())
+        for name in sorted(names)
         if before.get(name) != setup.get(name)
     ]
     if changed:

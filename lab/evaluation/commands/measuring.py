@@ -77,10 +77,10 @@ def run_measurement(
         if args.serve is not None and args.tokenizer is not None:
             options += ["--tokenizer", args.tokenizer]  # an option of vLLM's too
             args.tokenizer = None  # prompts are made with the server's
-        args.server_options = options
+        args.server_options = options if args.serve is not None else None
         measure = prepare(args)
         with locked(args.out), contextlib.ExitStack() as stack:
-            check_folder(args.out, options)
+            check_folder(args.out, args.server_options)
             if args.serve is not None:
                 log = args.out / LOG_FILE
                 with console.status(f"starting starling serve {escape(args.serve)} (log: {escape(str(log))})"):
@@ -140,7 +140,7 @@ def chosen_key(args: argparse.Namespace) -> str | None:
     return key
 
 
-def check_folder(folder: Path, server_options: Sequence[str]) -> None:
+def check_folder(folder: Path, server_options: Sequence[str] | None) -> None:
     """Refuse (ValueError) a folder with answers of other options, before a server starts and says its model."""
     before = stored_setup(folder)
     if before is not None:

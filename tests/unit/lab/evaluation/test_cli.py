@@ -49,11 +49,7 @@ def test_a_run_writes_results_that_a_second_run_finds(tmp_path, capsys):
         more = (*TASKS, "--plan", "n/4", "--prompts-per-cell", "4")
         assert evaluate(fake, tmp_path, *more) == 0
         assert "found 24 of 48 answers" in capsys.readouterr().out
-        assert json.loads((tmp_path / "setup.json").read_text()) == {
-            "version": 1,
-            "model": "fake",
-            "server_options": [],
-        }
+        assert json.loads((tmp_path / "setup.json").read_text()) == {"version": 1, "model": "fake"}
 
 
 def test_another_format_is_refused_before_a_server_starts_and_another_model_after(tmp_path, capsys, monkeypatch):
@@ -63,7 +59,7 @@ def test_another_format_is_refused_before_a_server_starts_and_another_model_afte
     (tmp_path / "setup.json").write_text('{"version": 0, "model": "fake"}')
     assert cli.run(["some/model", *TASKS, "--out", str(tmp_path)]) == 2
     assert "version was 0 and is 1" in capsys.readouterr().err
-    (tmp_path / "setup.json").write_text('{"version": 1, "model": "fake", "server_options": []}')
+    (tmp_path / "setup.json").write_text('{"version": 1, "model": "fake"}')
     with served(answer=knows, models=("other",)) as fake:
         assert evaluate(fake, tmp_path) == 2
     assert "model was 'fake' and is 'other'" in capsys.readouterr().err

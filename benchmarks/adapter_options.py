@@ -32,7 +32,7 @@ from starling.lab.statistics import mean_ratio
 
 SHARED: dict[str, Any] = {"tokens": 640, "questions": 5, "rank": 6}
 SETS: dict[str, dict[str, Any]] = {
-    "as `make adapter`": {},
+    "rank 6": {},
     "rank 2": {"rank": 2},
     "rank 24": {"rank": 24},
     "attention alone, rank 16": {"modules": ("attention",), "rank": 16},

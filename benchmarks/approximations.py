@@ -37,10 +37,10 @@ from starling.lab.models import load_model
 from starling.lab.statistics import bootstrap
 
 TOKENS, BLOCKS, PAGE = 2048, 8, 32
-BLOCK = TOKENS // BLOCKS
 CODES, MOVED = 6, 6
 DENSE_HEADS = 0.1
 NAME, DENSE, STAR = "approximations", "dense", "star, A = B"
+COLUMNS = ("attention work", "passcodes", "two facts", "both", "points")
 
 Mask = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, (1, H, n, D) queries, (1, KV heads, n, D) keys) -> (n, n) or (H, n, n) bool: which keys each token sees."""
@@ -235,21 +235,18 @@ def shown(values: list[float]) -> str:
     return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*values)
 
 
-def in_points(row: dict[str, Any]) -> str:
-    """How many more answers of 100 are right than with dense attention, as text."""
-    return "{:+.0f} [{:+.0f}, {:+.0f}]".format(*row["points_over_dense"])
+def cells_of(row: dict[str, Any]) -> list[str]:
+    """A row of ``rows_of`` as texts for COLUMNS."""
+    intervals = (row["passcodes_over_dense"], row["two_facts_over_dense"], row["over_dense"])
+    points = "{:+.0f} [{:+.0f}, {:+.0f}]".format(*row["points_over_dense"])
+    return [f"{100 * row['keys']:.0f} %", *map(shown, intervals), points]
 
 
 def markdown(result: dict[str, Any]) -> str:
     """A table for one model; docs/star-accuracy.md says what it shows."""
     title = f"{result['model']}, {result['documents']} documents"
-    rows = []
-    for name, row in result["rows"].items():
-        if name != DENSE:
-            intervals = (row["passcodes_over_dense"], row["two_facts_over_dense"], row["over_dense"])
-            rows.append([name, f"{100 * row['keys']:.0f} %", *map(shown, intervals), in_points(row)])
-    columns = ["attention work", "passcodes", "two facts", "both", "points"]
-    return markdown_table([title, *columns], rows)
+    rows = [[name, *cells_of(row)] for name, row in result["rows"].items() if name != DENSE]
+    return markdown_table([title, *COLUMNS], rows)
 
 
 def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
@@ -283,13 +280,12 @@ def main() -> None:
     arrays = {name: np.asarray(found, dtype=float) for name, found in scores.items()}
     logprobs, right = ({name: array[..., part] for name, array in arrays.items()} for part in (0, 1))
     rows = rows_of(logprobs, right, keys)
-    columns = ("approximation", "keys", "over dense [95 %]", "passcodes", "two facts", "points")
     table = numbers_table(
-        f"{args.model.name}: log-probability of a token of the answer, {args.documents} documents", columns
+        f"{args.model.name}: log-probability of a token of the answer, {args.documents} documents",
+        ("approximation", *COLUMNS),
     )
     for name, row in rows.items():
-        intervals = (row["over_dense"], row["passcodes_over_dense"], row["two_facts_over_dense"])
-        table.add_row(name, f"{row['keys']:.1%}", *map(shown, intervals), in_points(row))
+        table.add_row(name, *cells_of(row))
     Console(width=160).print(table)
     result = {"model": args.model.name, "documents": args.documents, "tokens": args.tokens}
     result |= {"block": args.tokens // BLOCKS, "rows": rows}

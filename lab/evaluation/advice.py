@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from starling.config.entry import ENTRY
 from starling.config.quality import size_text, size_texts
 from starling.config.star import PREFIX, QUALITY_SIZES, flat_name
 from starling.lab.evaluation.plans import Plan, parse_plan
@@ -211,17 +210,18 @@ def find_words(candidates: Sequence[Candidate]) -> dict[str, Word]:
             and found.num_blocks > (shown.num_blocks if shown else 1)
         ):
             shown = Word(limit=word, num_blocks=found.num_blocks, loss=make_loss(found.held_out))
-        words[word] = shown or Word(limit=word, num_blocks=1, closest=find_closest(candidates, limit))
+        words[word] = shown or Word(limit=word, num_blocks=1, closest=find_closest(candidates, found, limit))
     return words
 
 
-def find_closest(candidates: Sequence[Candidate], limit: float) -> Closest:
-    """The plan that was chosen and not confirmed, or else the one with the lowest upper bound."""
-    found = chosen(candidates, limit)
-    losses = found.held_out if found else []
-    if found is None:
-        found = min(candidates, key=lambda candidate: make_loss(candidate.searched).high)
-        losses = found.searched
+def find_closest(candidates: Sequence[Candidate], unconfirmed: Candidate | None, limit: float) -> Closest:
+    """The plan that was chosen and not confirmed, or else the one with the lowest upper bound.
+
+    Args:
+        limit: percent.
+    """
+    found = unconfirmed or min(candidates, key=lambda candidate: make_loss(candidate.searched).high)
+    losses = found.held_out if unconfirmed else found.searched
     needed = prompts_needed(losses, max(*losses, 0.0), limit / 100)
     return Closest(plan=found.plan.name, loss=make_loss(losses), prompts_needed=needed and 2 * needed)
 
@@ -257,15 +257,6 @@ def server_flags(options: Mapping[str, Any]) -> list[str]:
         text = ",".join(f"{key}={part}" for key, part in value.items()) if isinstance(value, dict) else str(value)
         flags += [f"--{name.replace('_', '-')}", text]
     return flags
-
-
-def served_config(options: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, Any] | None:
-    """The same as ``additional_config``; None without options.
-
-    Args:
-        files: further entries of the measured server.
-    """
-    return {ENTRY: {**options, **files}} if options else None
 
 
 def table_rows(advice: Advice) -> list[list[str]]:

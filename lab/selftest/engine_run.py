@@ -141,26 +141,22 @@ def run_engine(job: dict[str, Any], env: dict[str, str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="starling-selftest-") as folder:
         path = Path(folder) / "job.json"
         path.write_text(json.dumps(job))
-        environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment_of_engines() | QUIET | ONE_PROCESS | env
+        own = {name: value for name, value in os.environ.items() if name not in COUNTERS}
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | own | QUIET | ONE_PROCESS | env
         return read_result(
             "the engine's process", ["-m", "starling.lab.selftest.engine", str(path)], TIMEOUT, environment
         )
 
 
-def environment_of_engines() -> dict[str, str]:
-    """This process's environment, without the folders that its own metrics are in."""
-    return {name: value for name, value in os.environ.items() if name not in COUNTERS}
-
-
-def run_python(what: str, arguments: Sequence[str], timeout: float, env: Mapping[str, str]) -> str:
-    """The standard output of a process of this Python.
+def read_result(what: str, arguments: Sequence[str], timeout: float, env: Mapping[str, str]) -> dict[str, Any]:
+    """What a process of this Python prints behind ``RESULT``, as JSON.
 
     Args:
         what: says in messages what runs in it.
         timeout: seconds.
 
     Raises:
-        EngineError: it fails, with the last lines that it printed, or takes too long.
+        EngineError: it fails, or prints no result, with the last lines that it printed; or it takes too long.
     """
     try:
         done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=timeout, env=env)
@@ -168,15 +164,9 @@ def run_python(what: str, arguments: Sequence[str], timeout: float, env: Mapping
         raise EngineError(f"{what} did not finish in {timeout} seconds") from error
     if done.returncode:
         raise EngineError(f"{what} ended with {done.returncode}:\n{last_lines(done.stdout + done.stderr)}")
-    return done.stdout
-
-
-def read_result(what: str, arguments: Sequence[str], timeout: float, env: Mapping[str, str]) -> dict[str, Any]:
-    """What a process prints behind ``RESULT``, as JSON; as ``run_python``, also where it prints no result."""
-    printed = run_python(what, arguments, timeout, env)
-    lines = [line for line in printed.splitlines() if line.startswith(RESULT)]
+    lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
     if not lines:
-        raise EngineError(f"{what} ended without a result:\n{last_lines(printed)}")
+        raise EngineError(f"{what} ended without a result:\n{last_lines(done.stdout)}")
     return json.loads(lines[-1].removeprefix(RESULT))
 
 

@@ -34,7 +34,6 @@ from starling.lab.evaluation.advice import (
     plan_of,
     refuse_few,
     results,
-    served_config,
     served_options,
     server_flags,
     table_rows,
@@ -187,7 +186,7 @@ async def measure(args: argparse.Namespace, options: AdviseOptions, target: Sequ
         candidates=results(candidates),
         words=words,
         flags=server_flags(found),
-        additional_config=served_config(found, files_of(served)),
+        additional_config={ENTRY: found | files_of(served)} if found else None,
     )
     write(advice, args.out, console)
     speed, pays = "", True
@@ -237,8 +236,10 @@ async def measure_candidates(
             f"the prompts are too short for star blocks of whole pages: {shortest.name} has {len(shortest.token_ids)} "
             "tokens. Allowed: longer prompts, or a smaller --block-size of the server"
         )
-    for number in {found.num_blocks for limit in LIMITS.values() if (found := chosen(candidates, limit))}:
-        candidate = next(one for one in candidates if one.num_blocks == number)
+    to_confirm = [chosen(candidates, limit) for limit in LIMITS.values()]
+    for candidate in candidates:
+        if candidate not in to_confirm:
+            continue
         candidate.held_out, shares = await measure_losses(session, held_out, candidate.plan, bar)
         candidate.keys += shares
     session.progress.update(bar, visible=False)

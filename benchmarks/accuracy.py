@@ -2,8 +2,7 @@
 
 Runs `starling eval` on one model and length: dense attention, the paper's star blocks (A = B), a small anchor with an
 overlap at the same number of keys, and half an anchor and half an overlap. Goes on where an earlier run of the same
-model and length ended. Writes results/accuracy_NAME_LENGTH.json and .png, which docs/star-accuracy.md shows, and the
-rows of `starling doctor` in lab/evaluation/measured.json, of results with at least 100 prompts.
+model and length ended. Writes results/accuracy_NAME_LENGTH.json and .png, which docs/star-accuracy.md shows.
 """
 
 from __future__ import annotations
@@ -19,11 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import OUT, markdown_table, write_json
-from benchmarks.report import RESULTS as REPORTS
-from starling.config.star import FIELD_OF
+from benchmarks.report import markdown_table, write_json
 from starling.lab.evaluation.comparison import ALL
-from starling.lab.evaluation.measured import FILE, MeasuredLoss
 from starling.lab.evaluation.plans import DENSE, parse_plan
 from starling.lab.evaluation.store import RESULTS, Answer, read_answers
 from starling.lab.statistics import kl_divergence, mean_ratio
@@ -33,11 +29,8 @@ FOLDER = Path(__file__).resolve().parent / "out" / "accuracy"
 TASKS = "vt,niah_multikey_2,niah_multivalue,fwe,moves,association,nth_note,code"
 PAGE_SIZE, QUERY_TOKENS, LOGPROBS = 32, 128, 4
 PAPER = "A = B"
-SIZES = ("star_block_size", "star_anchor_size", "star_overlap_size")
 OWN_POSITIONS = "P=block"
 """In the name of a plan of older results: A = B, but with positions of a block's own. No request can ask for it now."""
-LEAST_PROMPTS = 100  # over all tasks, of the plans that `starling doctor` shows
-CELL_FIELDS = ("prompts", "attended_keys", "dense_score", "score", "difference", "logprob_difference", "kl")
 ENGINE = ("--block-size", str(PAGE_SIZE), "--max-num-batched-tokens", "2048", "--enforce-eager")
 
 
@@ -54,7 +47,7 @@ def plans(length: int, parts: list[int]) -> list[str]:
 
 def half_anchor(name: str) -> str:
     """The plan of that name, but with an anchor of half a block and an overlap of the other half."""
-    block = int(parse_plan(name).options[SIZES[0]])
+    block = int(parse_plan(name).options["star_block_size"])
     half = block // 2 // PAGE_SIZE * PAGE_SIZE
     return f"B={block},A={half},O={block - half},Q={QUERY_TOKENS}"
 
@@ -67,23 +60,6 @@ def evaluation(results: dict[str, Any]) -> dict[str, Any]:
     """The part of `starling eval`'s results that is kept: without answers, paths and the server's name."""
     kept = ("version", "created", "setup", "cells")
     return {name: results[name] for name in kept}
-
-
-def measured_rows(model: str, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of one model and length for measured.json: the mean over tasks of each star plan, of enough prompts."""
-    rows = []
-    (tokens,) = evaluation["setup"]["lengths"]
-    for cell in evaluation["cells"]:
-        options = evaluation["setup"]["plans"][cell["plan"]]
-        if cell["task"] != ALL or cell["plan"] == DENSE.name or has_own_positions(cell["plan"]):
-            continue
-        if cell["prompts"] < LEAST_PROMPTS:
-            continue
-        sizes = {FIELD_OF[name]: options[name] for name in SIZES}
-        kept = {name: cell[name] for name in CELL_FIELDS}
-        row = {"model": model, "tokens": tokens, **sizes, **kept}
-        rows.append(MeasuredLoss.model_validate(row).model_dump())
-    return rows
 
 
 def loss_ratios(answers: list[Answer], pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
@@ -189,14 +165,6 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
     return markdown_table(head, rows)
 
 
-def all_measured_rows() -> list[dict[str, Any]]:
-    """The rows of measured.json, from all committed results."""
-    rows: list[dict[str, Any]] = []
-    for path in sorted(REPORTS.glob("accuracy_*.json")):
-        rows += measured_rows(path.stem.split("_")[1], json.loads(path.read_text()))
-    return rows
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a folder with a model")
@@ -221,8 +189,6 @@ def main() -> int:
     path = write_json(args.result or f"accuracy_{name}", result)
     shutil.copy(FOLDER / name / "differences.png", path.with_suffix(".png"))
     print(markdown([result]))
-    if OUT == REPORTS:
-        FILE.write_text(json.dumps(all_measured_rows(), indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
     return 0
 

@@ -5,8 +5,8 @@ and overlap with shares of dense KV heads, whose scores the server knows or gets
 to that of A = B at n/8, over the same prompts. Goes on where an earlier run of the same model and length ended. Writes
 results/dense_heads_NAME_LENGTH.json, and draws all these files as results/dense_heads.png.
 
-With --scores, it measures other scores than those that the server knows: the heads of whole layers (--whole-layers), or
-scores from other prompts. Such a run has a --label of its own, by which its results are named; they are not drawn.
+With --scores, it measures other scores than those that the server knows, such as scores from other prompts. Such a run
+has a --label of its own, by which its results are named; they are not drawn.
 
 With --adapter, a folder that `starling distil --for star` has made of the model, each plan is measured with the adapter
 and without. Writes results/adapter_star_NAME_LENGTH.json and .png.
@@ -140,15 +140,6 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         axes[0][0].legend()
 
 
-def by_layers(scores: Path, path: Path) -> Path:
-    """Write the scores of a file so that the heads of a layer are dense together: each has the sum of its layer's."""
-    found = json.loads(scores.read_text())
-    found["scores"] = [[sum(layer)] * len(layer) for layer in found["scores"]]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found))
-    return path
-
-
 def length_of(result: dict[str, Any]) -> int:
     return int(result["setup"]["lengths"][0])
 
@@ -161,15 +152,12 @@ def options() -> argparse.Namespace:
     parser.add_argument("--few", action="store_true", help="only A = B at n/8, and the plans with the least loss")
     parser.add_argument("--tasks", default=TASKS, help="of `starling eval` (%(default)s)")
     parser.add_argument("--scores", type=Path, help="a file of scores, in place of those that the server knows")
-    parser.add_argument("--whole-layers", action="store_true", help="dense heads are whole layers, by sums of --scores")
     parser.add_argument("--label", help="ends the names of the results, which are not drawn; needed with --scores")
     parser.add_argument("--adapter", type=Path, help="measure each plan with this adapter and without")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="more options of `starling serve`")
     args = parser.parse_args()
     if (args.scores is None) != (args.label is None):
         parser.error("--scores and --label go together")
-    if args.whole_layers and args.scores is None:
-        parser.error("--whole-layers needs --scores")
     return args
 
 
@@ -177,8 +165,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run `starling eval`, and return what is kept of its results. Raises SystemExit with its exit code if it fails."""
     serve = args.serve
     if args.scores is not None:
-        scores = by_layers(args.scores, FOLDER / f"{folder.name}.json") if args.whole_layers else args.scores
-        serve = ["--star-heads", str(scores), *serve]
+        serve = ["--star-heads", str(args.scores), *serve]
     names = named_plans(args.length, args.few)
     if args.adapter is not None:
         names, serve = with_and_without(names), ["--star-adapter", str(args.adapter), *serve]

@@ -3,9 +3,9 @@
 One engine runs in this process with one or three long prompts, dense or star. The benchmark measures the time to first
 token of short prompts, which arrive at regular times and so at any moment of a step, and the time between the tokens of
 a request that decodes. Starling's scheduling, vLLM's default, and vLLM with bounded chunks of long prompts take turns,
-with the same prompts at the same times. vLLM's scheduling is the same scheduler without Starling's limiter. Then single
-requests run alone on the engine, in pairs with and without the limiter. Writes results/fairness.json and .png; rows
-that a run does not measure keep their figures. Takes 3 minutes with --tokens 8192, 45 with prompts of 64k tokens.
+with the same prompts at the same times. vLLM's scheduling is the same scheduler without Starling's limiter. Writes
+results/fairness.json and .png; rows that a run does not measure keep their figures. Takes 3 minutes with --tokens 8192,
+45 with prompts of 64k tokens.
 """
 
 from __future__ import annotations
@@ -25,18 +25,9 @@ from rich.progress import track
 
 from benchmarks.engine import QUIET
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import (
-    legend_below,
-    numbers_table,
-    plot_two_times,
-    read_json,
-    saved_figure,
-    write_json,
-    write_row,
-)
+from benchmarks.report import legend_below, numbers_table, plot_two_times, saved_figure, write_row
 from benchmarks.star_ttft import ENGINE, QUERY_TOKENS, RANDOM_LLAMA
 from starling.features.fairness.core import PrefillLimiter
-from starling.lab.statistics import ratio_interval
 
 STEP = ENGINE["max_num_batched_tokens"]
 SHORT, EVERY_SECONDS = 128, 0.83  # not a multiple of a step's time
@@ -65,12 +56,10 @@ class Engine:
     count: int = 0
 
     @classmethod
-    def start(cls, model: Path, **options: Any) -> Engine:
-        """Start it; ``options`` are vLLM's, and replace those of this benchmark."""
+    def start(cls, model: Path) -> Engine:
         from vllm import LLM
 
         arguments = ENGINE | {"max_num_seqs": 16, "kv_cache_memory_bytes": 4 << 30, "enable_prefix_caching": False}
-        arguments |= options
         llm = LLM(str(model), dtype="float32", enforce_eager=True, skip_tokenizer_init=True, **arguments)
         client: Any = llm.llm_engine.engine_core
         scheduler = client.engine_core.scheduler
@@ -78,11 +67,8 @@ class Engine:
 
     def schedule_as(self, name: str) -> None:
         """Use Starling's scheduling, or one of VLLM, from the next step on."""
-        self.schedule(name == OURS, *VLLM.get(name, (0, False)))
-
-    def schedule(self, ours: bool, threshold: int, adaptive: bool) -> None:
-        """Use Starling's scheduling or vLLM's, with vLLM's --long-prefill-token-threshold(-adaptive)."""
-        self.scheduler.use_parts(part for part in self.parts if ours or not isinstance(part, PrefillLimiter))
+        threshold, adaptive = VLLM.get(name, (0, False))
+        self.scheduler.use_parts(part for part in self.parts if name == OURS or not isinstance(part, PrefillLimiter))
         self.scheduler.scheduler_config.long_prefill_token_threshold = threshold
         self.scheduler.adaptive_long_prefill_threshold = adaptive
 
@@ -144,15 +130,6 @@ def time_beside_long_prompts(engine: Engine, length: int, count: int, options: d
     return {"short_ttft": first_tokens, "pauses": pauses, "long_seconds": seconds, "steps": steps}
 
 
-def time_alone(engine: Engine, ids: list[int], options: dict[str, Any]) -> float:
-    """Seconds to the first token of a request that runs alone."""
-    start = clock()
-    name = engine.add(ids, 1, options)
-    while name not in engine.step():
-        pass
-    return clock() - start
-
-
 def summary(rounds: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
     """The figures of all rounds together, and the throughput of the long prompts in each round.
 
@@ -205,13 +182,11 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="long prompts of 16k tokens instead of 64k")
-    parser.add_argument("--tokens", type=int, help="tokens of a long prompt")
+    parser.add_argument("--tokens", type=int, default=65536, help="tokens of a long prompt (%(default)s)")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS), help="kinds of long prompts")
     parser.add_argument("--against", nargs="*", choices=VLLM, default=list(VLLM), help="vLLM's settings to measure")
     parser.add_argument("--counts", type=int, nargs="*", default=[1, 3], help="concurrent long prompts")
     parser.add_argument("--rounds", type=int, default=1, help="rounds of each setting, in turns")
-    parser.add_argument("--pairs", type=int, default=8, help="pairs of a request alone on the engine")
     parser.add_argument(
         "--cpu-time",
         action="store_true",
@@ -220,32 +195,21 @@ def main() -> None:
     args = parser.parse_args()
     global clock
     clock = time.process_time if args.cpu_time else time.perf_counter
-    length = args.tokens or (16384 if args.quick else 65536)
     os.environ.update(QUIET | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
     with tempfile.TemporaryDirectory() as directory:
         engine = Engine.start(make_random_llama(Path(directory) / "llama", **RANDOM_LLAMA))
-        time_alone(engine, [1] * 4096, {})
+        engine.add([1] * 4096, 1)
+        engine.drain([])
         names = (OURS, *args.against)
         turns = [name for turn in range(args.rounds) for name in (names[::-1] if turn % 2 else names)]
         for kind in args.kinds:
             for count in args.counts:
                 runs: dict[str, list] = {name: [] for name in names}
-                for name in track(turns, description=f"{count} x {length // 1024}k {kind}"):
+                for name in track(turns, description=f"{count} x {args.tokens // 1024}k {kind}"):
                     engine.schedule_as(name)
-                    runs[name].append(time_beside_long_prompts(engine, length, count, KINDS[kind]))
-                rows = {name: summary(rounds, count * length) for name, rounds in runs.items()}
-                report({"count": count, "tokens": length, "kind": kind, "cpu_time": args.cpu_time, "rows": rows})
-        pairs: dict[str, list[float]] = {OURS: [], "vLLM": []}
-        tokens = random.Random(1)
-        for number in range(args.pairs):
-            ids = draw_ids(tokens, 8192)
-            for name in (OURS, "vLLM") if number % 2 else ("vLLM", OURS):
-                engine.schedule_as(name)
-                pairs[name].append(time_alone(engine, ids, STAR if number % 4 < 2 else {}))
-    if args.pairs:
-        ratio = ratio_interval(pairs["vLLM"], pairs[OURS])
-        print(f"a request alone, Starling over vLLM: {ratio[0]:.3f} [{ratio[1]:.3f}, {ratio[2]:.3f}]")
-        write_json(NAME, read_json(NAME) | {"alone_seconds": pairs, "alone_over_vllm": list(ratio)})
+                    runs[name].append(time_beside_long_prompts(engine, args.tokens, count, KINDS[kind]))
+                rows = {name: summary(rounds, count * args.tokens) for name, rounds in runs.items()}
+                report({"count": count, "tokens": args.tokens, "kind": kind, "cpu_time": args.cpu_time, "rows": rows})
 
 
 def report(result: dict[str, Any]) -> None:

@@ -71,7 +71,6 @@ FULL: dict[str, str] = {
     "replicas.shards": "",
     "goodput": "",
     "llama_cpp": "",
-    "worst_requests": "",
     "soak": "--minutes 10",
 }
 

@@ -7,16 +7,12 @@ thousand requests, take some 4 minutes for each setting.
 
 With --compaction, sessions are summarised and start anew (benchmarks/agents/compaction.py), and tokens are counted.
 Writes results/agents_compaction.json and .png; a minute for each setting.
-
-With --live, the trace is divided by 16 and played on an engine with a random Llama of 2 layers, in seconds of its
-process on one core. Writes results/agents_live.json and .png.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -28,11 +24,8 @@ from rich.progress import track
 
 from benchmarks.agents import compaction
 from benchmarks.agents.cost import Machine
-from benchmarks.agents.live import FACTOR, play_all
-from benchmarks.agents.live import SETTINGS as LIVE
 from benchmarks.agents.simulator import SETTINGS, STEP, play
 from benchmarks.agents.trace import Shape, make_trace, summary
-from benchmarks.engine import QUIET
 from benchmarks.report import legend_below, numbers_table, plot_two_times, saved_figure, write_json
 
 COLUMNS = {
@@ -66,13 +59,12 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    names = list(SETTINGS | LIVE)
+    names = list(SETTINGS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sessions", type=int, default=24, help="agents' sessions in the trace")
     parser.add_argument("--seed", type=int, default=0, help="of the trace")
     parser.add_argument("--settings", nargs="*", choices=names, default=names, help="settings to play")
     parser.add_argument("--workers", type=int, default=1, help="settings played at the same time")
-    parser.add_argument("--live", action="store_true", help="play the trace, divided by 16, on an engine")
     parser.add_argument("--compaction", action="store_true", help="count what sessions that start anew compute")
     args = parser.parse_args()
     if args.compaction:
@@ -83,28 +75,20 @@ def main() -> None:
             table.add_row(name, *(f"{value:,.0f}" for value in row.values()))
         Console().print(table)
         return
-    if args.live:
-        os.environ.update(QUIET | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
-        shape, rows = play_all([name for name in LIVE if name in args.settings], args.sessions, args.seed)
-        report("agents_live", {"trace": shape, "factor": FACTOR, "rows": rows})
-        return
     trace = make_trace(Shape(), args.sessions, args.seed)
     shape = summary(trace)
     chosen = [name for name in SETTINGS if name in args.settings]
     rows = played(partial(play, num_sessions=args.sessions, seed=args.seed), chosen, args.workers)
-    report("agents", {"trace": shape, "model": asdict(Machine()), "step_tokens": STEP, "rows": rows})
+    print(", ".join(f"{key} {value:.4g}" for key, value in shape.items()))
+    show(rows)
+    result = {"trace": shape, "model": asdict(Machine()), "step_tokens": STEP, "rows": rows}
+    plot(rows, write_json("agents", result).with_suffix(".png"))
 
 
 def played(play_one: Callable[[str], dict[str, Any]], names: list[str], workers: int) -> dict[str, dict[str, Any]]:
     """Name -> what was played under it, in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
         return dict(zip(names, track(pool.imap(play_one, names), "settings", len(names)), strict=True))
-
-
-def report(name: str, result: dict[str, Any]) -> None:
-    print(", ".join(f"{key} {value:.4g}" for key, value in result["trace"].items()))
-    show(result["rows"])
-    plot(result["rows"], write_json(name, result).with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -27,14 +27,6 @@ class Outcome:
     steps: int = 0
     preemptions: int = 0
 
-    def note(self, now: float, arrived: float, last_token: float | None, new_tokens: int) -> None:
-        """A request has got tokens; ``last_token``: when it got the one before."""
-        self.output_tokens += new_tokens
-        if last_token is None:
-            self.first_tokens.append(now - arrived)
-        else:
-            self.pauses.append(now - last_token)
-
     def summary(self) -> dict[str, Any]:
         first, pauses = np.array(self.first_tokens), np.array(self.pauses)
         return {

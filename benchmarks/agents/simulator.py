@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.agents.conversation import Conversation
+from benchmarks.agents.conversation import Conversation, conversations
 from benchmarks.agents.cost import Machine
-from benchmarks.agents.playback import Playback
-from benchmarks.agents.trace import Shape, make_trace
+from benchmarks.agents.outcome import Outcome
+from benchmarks.agents.trace import Session, Shape, make_trace
 from benchmarks.engine import QUIET
 from benchmarks.random_llama import make_tiny_llama
 from starling.config.star import parse_options
@@ -100,23 +101,43 @@ def make_scheduler(machine: Machine, max_model_len: int, setting: Setting) -> tu
     return scheduler, core.get_request_block_hasher(PAGE, hash_function)
 
 
-class Simulator(Playback):
-    """Plays the requests of sessions. Time passes by ``machine.step_seconds`` alone."""
+class Simulator:
+    """Plays the requests of sessions, one turn after the other. Time passes by ``machine.step_seconds`` alone.
+
+    Attributes:
+        live: request -> its session, and when it arrived.
+        last_token: request -> when it got its last token.
+    """
 
     def __init__(self, machine: Machine, max_model_len: int, setting: Setting) -> None:
-        super().__init__()
+        self.live: dict[str, tuple[Conversation, float]] = {}
+        self.last_token: dict[str, float] = {}
+        self.outcome = Outcome()
         self.scheduler, self.hasher = make_scheduler(machine, max_model_len, setting)
         self.machine, self.star = machine, parse_options(setting.star)
         self.now, self.count = 0.0, 0
         self.plans: dict[str, StarPlan | None] = {}
 
-    def time(self) -> float:
-        return self.now
-
-    def leap_to(self, moment: float) -> None:
-        self.now = max(self.now, moment)
+    def play(self, trace: list[Session]) -> Outcome:
+        arrivals = [(each.session.start, each.number, each) for each in conversations(trace)]
+        heapq.heapify(arrivals)
+        self.now = begin = arrivals[0][0]
+        while arrivals or self.live:
+            if not self.live:
+                self.now = max(self.now, arrivals[0][0])
+            while arrivals and arrivals[0][0] <= self.now:
+                arrived, _, conversation = heapq.heappop(arrivals)
+                ids = conversation.prompt()
+                self.outcome.prompt_tokens += len(ids)
+                self.live[self.add(conversation, ids, arrived)] = conversation, arrived
+            for conversation, pause in self.step():
+                if conversation.turn is not None:
+                    heapq.heappush(arrivals, (self.now + pause, conversation.number, conversation))
+        self.outcome.seconds = self.now - begin
+        return self.outcome
 
     def add(self, conversation: Conversation, ids: list[int], arrived: float) -> str:
+        """Add the request of a session's next turn; returns its id."""
         from vllm.sampling_params import SamplingParams
         from vllm.v1.request import Request
 
@@ -133,6 +154,7 @@ class Simulator(Playback):
         return name
 
     def step(self) -> list[tuple[Conversation, float]]:
+        """Run one step; returns the sessions whose answer has ended, and the seconds until their next turn."""
         from vllm.v1.outputs import ModelRunnerOutput
 
         output = self.scheduler.schedule()
@@ -159,3 +181,23 @@ class Simulator(Playback):
                     del self.plans[name]
                     done.append(self.end(name, [TOKEN] * requests[name].max_tokens))
         return done
+
+    def note(self, name: str, new_tokens: int, cached_tokens: int | None) -> None:
+        """A request has got tokens.
+
+        Args:
+            cached_tokens: prompt tokens that were in the prefix cache; read with the first token only.
+        """
+        self.outcome.output_tokens += new_tokens
+        if name in self.last_token:
+            self.outcome.pauses.append(self.now - self.last_token[name])
+        else:
+            self.outcome.first_tokens.append(self.now - self.live[name][1])
+            self.outcome.cached_tokens += cached_tokens or 0
+        self.last_token[name] = self.now
+
+    def end(self, name: str, answer: list[int]) -> tuple[Conversation, float]:
+        """A request has ended; returns its session and the seconds until the next turn."""
+        conversation, _ = self.live.pop(name)
+        del self.last_token[name]
+        return conversation, conversation.answered(answer)

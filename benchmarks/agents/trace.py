@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -40,13 +40,6 @@ class Shape:
     think_spread: float = 1.0
     compact_at: int = 240_000
     between_sessions: float = 120.0
-
-    def scaled(self, factor: int) -> Shape:
-        """The same with all sizes and times divided by ``factor``."""
-        divided = ("first", "more", "answer", "think", "between_sessions")
-        whole = ("shared", "compact_at")
-        fields = {name: getattr(self, name) / factor for name in divided}
-        return replace(self, **fields, **{name: getattr(self, name) // factor for name in whole})
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from starling.lab.doctor.attention_report import (
 from starling.lab.machine import describe_gpus
 from starling.scheduler.star.independence import FULL_ATTENTION, HYBRID
 from starling.vllm_compat import versions
-from starling.vllm_compat.config import hybrid_page_size, kv_cache_capacity, page_size_before_start, plain_message
+from starling.vllm_compat.config import hybrid_page_size, page_size_before_start, plain_message
 
 OK, REFUSED = 0, 1
 
@@ -271,26 +271,16 @@ def page_and_token_size(config: Any) -> tuple[int, int]:
 
 
 def kv_cache(config: Any) -> dict[str, Any]:
-    """The sizes of a page and of a token, in all layers of all ranks; for Attamba also those of its three caches.
-
-    For Attamba, the report has the tokens that fit in 1 GiB of each rank, as vLLM would report them at its start: as
-    requests of max_model_len, each with pages for the tokens of a step. It has the same number for layers with a K and
-    V for every token.
-    """
+    """The sizes of a page and of a token, in all layers of all ranks; for Attamba also those of its three caches."""
     page_size, bytes_per_token = page_and_token_size(config)
     specs = attamba_specs(config)
     if not specs:
         page_bytes = page_size * bytes_per_token
         return {"page_tokens": page_size, "page_bytes": page_bytes, "bytes_per_token": bytes_per_token}
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-    from starling.attention_backends.attamba.cache import model_specs
-
-    model, dtype = config.model_config.hf_config, config.model_config.dtype
-    ranks, layers = config.parallel_config.tensor_parallel_size, model.num_hidden_layers
+    ranks, layers = config.parallel_config.tensor_parallel_size, config.model_config.hf_config.num_hidden_layers
     page_bytes = specs["states"].page_size_bytes * layers * ranks  # the same in all three
-    heads = model.num_attention_heads // ranks
-    plain = FullAttentionSpec(block_size=16, num_kv_heads=heads, head_size=model.head_dim, dtype=dtype)
     return {
         "page_tokens": specs["states"].block_size,
         "page_bytes": page_bytes,
@@ -307,8 +297,6 @@ def kv_cache(config: Any) -> dict[str, Any]:
             }
             for name, spec in specs.items()
         },
-        "tokens_in_1_gib": _tokens_in(config, model_specs(model, dtype, ranks)),
-        "tokens_in_1_gib_uncompressed": _tokens_in(config, {f"layers.{layer}": plain for layer in range(layers)}),
     }
 
 
@@ -332,14 +320,6 @@ def num_pages_held(num_tokens: int, page_size: int, window: int | None) -> int:
     """
     first = 0 if window is None else max(0, num_tokens - window + 1)
     return -(-num_tokens // page_size) - first // page_size
-
-
-def _tokens_in(config: Any, specs: dict[str, Any], available: int = 1 << 30) -> int | None:
-    """Tokens that fit in ``available`` bytes of each rank; None where not even one request of max_model_len fits."""
-    try:
-        return kv_cache_capacity(config, specs, available)
-    except ValueError:
-        return None
 
 
 def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], engine: Any, config: Any) -> dict[str, Any]:
@@ -382,18 +362,4 @@ def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], engine: Any, 
         "plan_with_star_on": plan if has_star else None,
         "attention_work_dense_over_star": ratio if has_star else None,
         "decode_step": None if specs else decode_step(num_tokens, cache),
-        "loss_measured_with_such_a_plan": None if with_star is None else measured_loss(with_star),
     }
-
-
-def measured_loss(plan: Any) -> list[str]:
-    """What the most similar plans of docs/star-accuracy.md cost, on other models and shorter prompts.
-
-    All of them are without dense heads, which lose less: of a plan with them they say nothing.
-    """
-    from starling.lab.evaluation.measured import closest, read_measured
-
-    if plan.dense_heads is not None:
-        return ["not measured with dense heads on these prompts: `starling eval` measures yours (docs/dense-heads.md)"]
-    found = [str(row) for row in closest(plan, read_measured())]
-    return [*found, "measured on small models: `starling eval` measures yours (docs/star-accuracy.md)"]

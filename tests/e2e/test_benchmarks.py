@@ -31,7 +31,7 @@ LEFT_OUT = {
     **dict.fromkeys(
         (
             *("star_ttft", "dense_cost", "block_reuse", "block_positions", "library", "routing", "fairness", "goodput"),
-            *("worst_requests", "retrieval", "kernels.cpu_attention", "kv_shift.cost", "attamba.speed"),
+            *("retrieval", "kernels.cpu_attention", "kv_shift.cost", "attamba.speed"),
             *("replicas.ttft", "replicas.model", "replicas.shards", "soak", "adapter_cost"),
         ),
         ENGINES,

@@ -17,7 +17,6 @@ NOT_RUN = {
     "engine": "an engine's process",
     "random_llama": "makes a model",
     "report": "writes results",
-    "redraw": "draws pictures of stored results again",
     "run": "runs the others",
     "streaming_clients": "clients of front_overhead",
 }

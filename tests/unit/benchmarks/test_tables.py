@@ -1,4 +1,4 @@
-"""The tables of the docs, and the rows of `starling doctor`, are those of the JSON files in benchmarks/results."""
+"""The tables of the docs are those of the JSON files in benchmarks/results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 
 from benchmarks import accuracy, approximations, lm_eval
 from benchmarks.report import RESULTS
-from starling.lab.evaluation.measured import read_measured
 
 PAGE = (RESULTS.parents[1] / "docs" / "star-accuracy.md").read_text(encoding="utf-8")
 
@@ -25,10 +24,6 @@ def test_the_page_has_the_tables_of_the_results():
 def test_the_page_has_the_tables_of_other_approximations():
     results = stored("approximations_*.json")
     assert len(results) == 2 and all(approximations.markdown(result) in PAGE for result in results)
-
-
-def test_the_rows_of_doctor_are_those_of_the_results():
-    assert accuracy.all_measured_rows() == [row.model_dump() for row in read_measured()]
 
 
 def test_the_model_made_to_retrieve_finds_what_the_definition_of_star_attention_says():

@@ -14,7 +14,6 @@ from starling.scheduler.cache_keys import page_keys
 from starling.scheduler.core_rpc import add_core_rpc
 from starling.scheduler.part import CorePart, HasParts, hooks_of
 from starling.scheduler.star.rules import check_sizes
-from starling.vllm_compat.kv_pages import Page
 from starling.vllm_compat.patching import extends
 from starling.vllm_compat.prefix_cache import add_page_keys
 from starling.vllm_compat.scheduler_hooks import SchedulerHooks
@@ -59,51 +58,19 @@ class StarMixin(HasParts, SchedulerHooks):
     # What vLLM calls.
 
     def add_request(self, request: Any) -> None:
-        for hook in self.hooks["arriving"]:
-            hook(request)
+        self._call("arriving", request)
         super().add_request(request)  # type: ignore[misc]
         if self.requests.get(request.request_id) is request:  # else more input of a session
-            for hook in self.hooks["added"]:
-                hook(request)
+            self._call("added", request)
 
     def schedule(self, throttle_prefills: bool = False) -> Any:
-        for hook in self.hooks["before_step"]:
-            hook()
+        self._call("before_step")
         around = next((found for hook in self.hooks["around_step"] if (found := hook()) is not None), nullcontext())
         with around:
             return super().schedule(throttle_prefills)  # type: ignore[misc]
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        for hook in self.hooks["before_outputs"]:
-            hook(model_runner_output)
+        self._call("before_outputs", model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
-        for hook in self.hooks["outputs"]:
-            hook(outputs)
+        self._call("outputs", outputs)
         return outputs
-
-    # Hooks of SchedulerHooks.
-
-    def extend_prefix_hit(self, request: Any, pages: Sequence[Page], num_tokens: int) -> list[Page] | None:
-        hits = (hook(request, pages, num_tokens) for hook in self.hooks["extend_hit"])
-        return next((hit for hit in hits if hit is not None), None)
-
-    def kept_boundary(self, request: Any, num_tokens: int, found: int) -> int:
-        for hook in self.hooks["kept_boundary"]:
-            found = hook(request, num_tokens, found)
-        return found
-
-    def bound_chunk(self, request: Any, start: int, num_tokens: int) -> int:
-        for hook in self.hooks["bound"]:
-            num_tokens = hook(request, start, num_tokens)
-        return num_tokens
-
-    def refuse_chunk(self, request: Any, start: int, num_tokens: int) -> bool:
-        return any(hook(request, start, num_tokens) for hook in self.hooks["refuses"])
-
-    def after_schedule(self, output: Any) -> None:
-        for hook in self.hooks["scheduled"]:
-            hook(output)
-
-    def before_pages_freed(self, request: Any) -> None:
-        for hook in self.hooks["pages_freed"]:
-            hook(request)

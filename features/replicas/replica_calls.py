@@ -9,10 +9,12 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Any
 
+import msgspec
+
 from starling.features.replicas.replica_state import replica_state
 from starling.features.replicas.weights import KNOWN, changed_by, note_changes, worker_digest
 from starling.features.replicas.worker import close_shards, forget_servers, open_shard
-from starling.scheduler.star.plan import plan_from_wire
+from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import metadata_of
 from starling.vllm_compat.core_process import add_core_utility, on_worker_call
 from starling.vllm_compat.scheduler_view import SchedulerView
@@ -29,10 +31,10 @@ WEIGHTS_CHANGED_BY = "starling_weights_changed_by"
 
 
 def _replica_state(
-    core: Any, token_ids: list[int], plan: list[Any], cache_salt: str | None, adapter: list[Any] | None
+    core: Any, token_ids: list[int], plan: dict[str, Any], cache_salt: str | None, adapter: list[Any] | None
 ) -> Future[dict[str, Any]]:
     hasher = core.request_block_hasher
-    return replica_state(core.scheduler, hasher, token_ids, plan_from_wire(plan), cache_salt, adapter)
+    return replica_state(core.scheduler, hasher, token_ids, msgspec.convert(plan, StarPlan), cache_salt, adapter)
 
 
 def _open_shard(core: Any, name: str) -> list[dict[str, Any]]:

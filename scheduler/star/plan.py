@@ -22,9 +22,9 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -249,28 +249,3 @@ def count_pairs(num_queries: int, keys: KeyRanges) -> int:
     """Query-key pairs of a causal piece of ``num_queries`` tokens whose last one sees all ``keys``."""
     length = sum(stop - start for start, stop in keys)
     return num_queries * length - num_queries * (num_queries - 1) // 2
-
-
-SCALARS = (
-    *("block_size", "anchor_size", "overlap_size", "context_end", "num_prompt_tokens", "replicas", "shards"),
-    "adapter",
-)
-
-
-def plan_to_wire(plan: StarPlan) -> list[Any]:
-    """The plan as msgpack takes it: single values, and behind them the documents or the dense heads, if any."""
-    wire: list[Any] = [getattr(plan, name) for name in SCALARS]
-    if plan.documents:
-        return [*wire, [list(one) for one in plan.documents], plan.padding_token]
-    return wire if plan.dense_heads is None else [*wire, list(astuple(plan.dense_heads))]
-
-
-def plan_from_wire(wire: Sequence[Any]) -> StarPlan:
-    """The plan that ``plan_to_wire`` gave."""
-    fields = dict(zip(SCALARS, wire, strict=False))
-    match wire[len(SCALARS) :]:
-        case [documents, padding_token]:
-            fields |= {"documents": tuple((start, end) for start, end in documents), "padding_token": padding_token}
-        case [heads]:
-            fields["dense_heads"] = DenseHeads(*heads)
-    return StarPlan(**fields)

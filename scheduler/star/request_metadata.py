@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from starling.scheduler.star.plan import StarPlan, plan_from_wire, plan_to_wire
+import msgspec
+
+from starling.scheduler.star.plan import StarPlan
 
 KEY = "starling"
 """The key in ``extra_args``."""
@@ -159,29 +161,15 @@ class RequestMetadata:
         return self.part is not None or self.fetch is not None or self.remote is not None
 
     def to_wire(self) -> dict[str, Any]:
-        """The metadata as msgpack takes it."""
-        wire: dict[str, Any] = {} if self.plan is None else {"plan": plan_to_wire(self.plan)}
-        wire |= {name: value for name in ("why", "keys", "retention") if (value := getattr(self, name)) is not None}
-        tasks = {"part": self.part, "fetch": self.fetch, "remote": self.remote}
-        return wire | {name: asdict(task) for name, task in tasks.items() if task is not None}
+        """The metadata as msgpack takes it, without what is None."""
+        wire = msgspec.to_builtins(self, builtin_types=(bytes,))
+        return {name: value for name, value in wire.items() if value is not None}
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> RequestMetadata:
-        plan, part, fetch, remote = (wire.get(name) for name in ("plan", "part", "fetch", "remote"))
-        made = None if plan is None else plan_from_wire(plan)
-        return cls(
-            None if made is None or len(made.starts) < 2 else made,
-            None if part is None else PromptPart(**part),
-            None
-            if fetch is None
-            else PageFetch(tuple(PageSource(**source) for source in fetch["sources"]), fetch["deadline"]),
-            None
-            if remote is None
-            else RemoteShards(remote["local_name"], tuple(Shard(**shard) for shard in remote["shards"])),
-            wire.get("why"),
-            wire.get("keys"),
-            tuple(kept) if isinstance(kept := wire.get("retention"), list) else kept,
-        )
+        made = msgspec.convert(wire, cls)
+        is_dense = made.plan is not None and len(made.plan.starts) < 2
+        return replace(made, plan=None) if is_dense else made
 
 
 NO_METADATA = RequestMetadata()

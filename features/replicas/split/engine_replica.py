@@ -36,7 +36,7 @@ from starling.features.replicas.split.replica_rpc import (
 from starling.features.replicas.split.split_state import SplitState
 from starling.scheduler.star.client_tokens import block_range
 from starling.scheduler.star.decide import PLANNED
-from starling.scheduler.star.plan import StarPlan, plan_to_wire
+from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import KEY, PageSource, PromptPart, RequestMetadata
 from starling.v1 import replica_pb2 as pb
 from starling.vllm_compat.front import run_internal_request
@@ -184,7 +184,7 @@ class EngineReplica:
             raise WeightsChanged(f"the engine's weights may have changed since its start, by {changed_by}")
 
     async def state(self) -> dict[str, Any]:
-        plan, salt = plan_to_wire(self.prompt.plan), self.prompt.inputs.get("cache_salt")
+        plan, salt = msgspec.to_builtins(self.prompt.plan), self.prompt.inputs.get("cache_salt")
         adapter = adapter_fields(self.prompt.lora)
         state: dict[str, Any] = await self._call(REPLICA_STATE, self.prompt.encoded_ids, plan, salt, adapter)
         self.has_anchor = state["has_anchor"]

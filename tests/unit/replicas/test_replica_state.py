@@ -18,7 +18,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from starling.features.replicas.replica_calls import REPLICA_STATE, add_replica_rpc
 from starling.features.replicas.replica_state import replica_state
 from starling.scheduler.cache_keys import independent_block_hasher
-from starling.scheduler.star.plan import StarPlan, plan_to_wire
+from starling.scheduler.star.plan import StarPlan
 from starling.vllm_compat.prefix_cache import plain_request_hasher
 from tests.unit.replicas.test_connector import PLAN, scheduler, tokens  # noqa: F401
 from tests.unit.scheduler.simulation import HASH, PAGE_SIZE, make_request
@@ -49,7 +49,7 @@ def test_the_engine_goes_on_while_a_prompt_is_hashed(scheduler):  # noqa: F811
 
     core = engine_core(scheduler, hasher)
     encoded = msgspec.Raw(msgspec.msgpack.encode(tokens()))  # as the front sends it, once encoded for all replicas
-    call = MsgpackEncoder().encode((0, 7, REPLICA_STATE, (encoded, plan_to_wire(PLAN), None, None)))
+    call = MsgpackEncoder().encode((0, 7, REPLICA_STATE, (encoded, msgspec.to_builtins(PLAN), None, None)))
     core._handle_client_request(EngineCoreRequestType.UTILITY, MsgpackDecoder().decode(call))
     assert not any(on_steps_thread), "the prompt is hashed between two steps"
     assert core.output_queue.empty()
@@ -67,7 +67,7 @@ def test_the_caller_gets_the_error_of_the_thread(scheduler):  # noqa: F811
 
     core = engine_core(scheduler, hasher)
     core._handle_client_request(
-        EngineCoreRequestType.UTILITY, (0, 8, REPLICA_STATE, (tokens(), plan_to_wire(PLAN), None, None))
+        EngineCoreRequestType.UTILITY, (0, 8, REPLICA_STATE, (tokens(), msgspec.to_builtins(PLAN), None, None))
     )
     _, outputs = core.output_queue.get(timeout=SECONDS)
     assert "no hash" in outputs.utility_output.failure_message

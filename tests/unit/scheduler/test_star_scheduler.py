@@ -115,7 +115,7 @@ def test_no_star_chunk_is_taken_for_a_decode_with_drafts(config, v2, refused):
 def test_room_for_drafts_behind_a_prompts_last_token_is_not_cut(config):
     """vLLM's sampler counts on all of these tokens, which the limiter would divide among long prompts."""
     scheduler = make_scheduler(config, StarScheduler)
-    scheduler.bound_chunk = scheduler.refuse_chunk = None
+    scheduler.hooks["bound"] = scheduler.hooks["refuses"] = [None]
     request = make_request("star", PLAN)
     assert scheduler._reserve_prefill_lookahead(request, request.num_tokens - 1, 4) == 4
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -18,8 +19,7 @@ class WithoutCache:
 
 
 class Hooked(SchedulerHooks, WithoutCache):
-    def extend_prefix_hit(self, request, pages, num_tokens):
-        raise AssertionError("there are no pages to extend")
+    hooks: ClassVar = {}  # there are no pages to extend: none is called
 
 
 def test_a_model_without_a_kv_cache_has_no_prefix_hit():
@@ -41,9 +41,7 @@ class WithPages:
 
 class Extending(SchedulerHooks, WithPages):
     __init__ = WithPages.__init__
-
-    def extend_prefix_hit(self, request, pages, num_tokens):
-        return [*pages, "more"]
+    hooks: ClassVar = {"kept_boundary": [], "extend_hit": [lambda request, pages, num_tokens: [*pages, "more"]]}
 
 
 @pytest.mark.parametrize(("limit", "num_tokens"), [((), 32), ((None,), 32), ((16,), 16)], ids=["0.32", "0.33", "limit"])

@@ -52,11 +52,6 @@ def planner(additional_config, page_size: int | None = 16, tokenizer=TOKENIZER, 
     return RequestPlanner(config, tokenizer)
 
 
-def wire(*plan) -> dict:
-    """The metadata of a request with a plan only, as it is sent."""
-    return {KEY: {"plan": list(plan)}}
-
-
 def plan_of(front: RequestPlanner, extra_args, num_tokens: int, token_ids=None) -> Decision:
     return front.plan(extra_args, PromptFacts(num_tokens, token_ids))
 
@@ -90,7 +85,10 @@ def test_star_options_are_replaced_by_the_plan_and_others_are_kept():
     mine = {"theirs": 7} | STAR
     request = processed(mine)
     planner(ON).resolve(request, None)
-    assert request.sampling_params.extra_args == {"theirs": 7} | wire(64, 16, 48, 150, 300, 1, False, "")
+    assert request.sampling_params.extra_args == {
+        "theirs": 7,
+        KEY: RequestMetadata(StarPlan(64, 16, 48, 150, 300)).to_wire(),
+    }
     assert mine == {"theirs": 7} | STAR  # the caller's own, which other prompts may share
 
 
@@ -264,7 +262,7 @@ def test_plans_of_attamba_round_up_to_pages_of_chunk_states_and_count_its_own_ke
     front.resolve(request, None)
     plan = StarPlan(384, 384, 0, 500, 1000)
     keys = prompt_keys(plan, 1000, 8, 16, layers=8)
-    assert request.sampling_params.extra_args == {KEY: wire(384, 384, 0, 500, 1000, 1, False, "")[KEY] | {"keys": keys}}
+    assert request.sampling_params.extra_args == {KEY: RequestMetadata(plan, keys=keys).to_wire()}
     assert plan_of_request(request) == front.describe(Decision(plan, None, 1000))
     for plan in (None, StarPlan(384, 384, 0, 500, 1000)):
         shown = front.describe(Decision(plan, None, 1000))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from starling.config.adapter import Distilled, StarAdapter
@@ -10,7 +11,7 @@ from starling.features.adapter.front import Adapter
 from starling.scheduler.star.counts import describe
 from starling.scheduler.star.decide import decide
 from starling.scheduler.star.facts import EngineFacts, PromptFacts
-from starling.scheduler.star.plan import plan_from_wire, plan_to_wire
+from starling.scheduler.star.plan import StarPlan
 
 IDS = [*[7] * 40, *[8] * 60, *[9] * 20]
 DOCUMENTS = {"star": "on", "star_segments": [20, 60, 100]}
@@ -30,7 +31,7 @@ def used(options: dict, *purposes: str, has_lora: bool = False, defaults: dict |
     if plan is None:
         return None
     assert plan.adapter in ("", "0123")
-    assert plan_from_wire(plan_to_wire(plan)) == plan
+    assert msgspec.convert(msgspec.to_builtins(plan), StarPlan) == plan
     assert describe(plan, len(IDS))["adapter"] is bool(plan.adapter)
     return bool(plan.adapter)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from starling.scheduler.star.client_tokens import blocks_done, client_index, client_indexes, pad
 from starling.scheduler.star.counts import context_pairs, keys_attended, num_client_tokens, summary
 from starling.scheduler.star.documents import lay_out
-from starling.scheduler.star.plan import StarPlan, plan_from_wire, plan_to_wire
+from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import RequestMetadata
 
 PAGE_SIZE, PAD, QUERY = 4, 9, -1
@@ -188,13 +188,5 @@ def test_attended_keys_are_counted_without_padding(layout):
 @given(layouts())
 def test_a_plan_comes_back_from_the_wire(layout):
     plan = layout.plan
-    wire = msgspec.msgpack.decode(msgspec.msgpack.encode(plan_to_wire(plan)))
-    assert plan_from_wire(wire) == plan
     packed = msgspec.msgpack.encode(RequestMetadata(plan).to_wire())
     assert RequestMetadata.from_wire(msgspec.msgpack.decode(packed)) == RequestMetadata(plan)
-
-
-def test_a_plan_without_blocks_of_its_own_comes_back_from_the_wire():
-    plan = StarPlan(8, 8, 0, 30, 36)
-    assert type(plan_from_wire(plan_to_wire(plan))) is StarPlan
-    assert plan_from_wire(plan_to_wire(plan)) == plan

@@ -12,7 +12,8 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from starling.features.replicas.split.replica import OwnReplica, Replica
+from starling.features.replicas.split.engine_replica import EngineReplica
+from starling.features.replicas.split.replica import Replica
 from starling.features.replicas.split.replica_rpc import ReplicaPaused, ReplicaUnavailable
 from starling.vllm_compat.front import engine_request_ids, request_state
 
@@ -25,7 +26,7 @@ RENEW_SECONDS = 5.0
 """How often the front asks whether the pages that a request is about to fetch are still held."""
 
 
-async def until_fetched(engine: Any, request_id: str, reader: OwnReplica, holders: Sequence[Replica]) -> None:
+async def until_fetched(engine: Any, request_id: str, reader: EngineReplica, holders: Sequence[Replica]) -> None:
     """Wait until every choice of a request has its first token, or fetches nothing more.
 
     If a holder loses its pages, the rest is not fetched. Until then the time in which the fetch may begin is extended:

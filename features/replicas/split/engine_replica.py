@@ -124,7 +124,7 @@ async def while_answering(checks: Iterable[Any], work: Awaitable[Any], under_way
 
 
 class EngineReplica:
-    """An engine of this server as an OwnReplica (replica.py).
+    """An engine of this server as a Replica (replica.py), which can run the whole request too.
 
     Args:
         state: what the front keeps of the replicas.
@@ -134,6 +134,9 @@ class EngineReplica:
         under_way: has the parts that run, each of which ends with its task.
         fails_if_paused: whether a paused engine counts as unavailable, since memory of another server waits for it.
             Otherwise requests wait until it is resumed, as vLLM's own do.
+
+    Attributes:
+        reservation: the memory that this server reserves there for the prompt; None: none is.
     """
 
     has_lost_pages = False
@@ -154,10 +157,6 @@ class EngineReplica:
         self.reservation: Reservation | None = None
         self.has_anchor = False
         self._names: list[str] = []  # under which the engine holds pages, or will once a part is complete
-
-    @property
-    def as_own(self) -> EngineReplica:
-        return self
 
     @property
     def has_failed(self) -> bool:
@@ -248,14 +247,17 @@ class EngineReplica:
         return math.inf  # the pages are held until this front releases them
 
     async def extend_fetch(self, engine_request_ids: list[str], deadline: float) -> None:
+        """Let requests begin to fetch their pages until another time (raises as ``check``)."""
         await self.check()
         await self._call(EXTEND_FETCH, engine_request_ids, deadline)
 
     async def cancel_fetch(self, engine_request_ids: list[str]) -> None:
+        """Let requests fetch nothing more. An engine that hangs does so when it is back: pages may be gone by then."""
         with contextlib.suppress(ReplicaUnavailable):
             await self.rpc.call(self.engine, self.rank, CANCEL_FETCH, engine_request_ids, always=True)
 
     async def settle(self) -> None:
+        """Wait until a request that was ended before reads no more pages; raises nothing."""
         # Answered between two steps, after the abort that was sent before.
         await self._release_names([], patient=False)
 

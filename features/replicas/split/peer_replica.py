@@ -62,7 +62,6 @@ class PeerReplica:
     """
 
     label = "peers"
-    as_own = None
 
     def __init__(self, peer: Peer, prompt: SplitPrompt, timeout: float) -> None:
         self.peer, self.prompt, self.timeout = peer, prompt, timeout

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from starling.features.replicas.split.kv_reservations import Reservation
 from starling.scheduler.star.request_metadata import PageSource
 
 
@@ -33,14 +32,10 @@ class Replica(Protocol):
 
     Attributes:
         label: its name in metrics; all other servers have one.
-        as_own: the replica itself, if it can run the whole request; None: it can prefill a part only.
         has_lost_pages: whether the pages that it holds, or will hold, may be gone.
     """
 
     label: str
-
-    @property
-    def as_own(self) -> OwnReplica | None: ...
 
     @property
     def has_lost_pages(self) -> bool: ...
@@ -74,46 +69,3 @@ class Replica(Protocol):
 
         To be called when no part runs there any more. A second call does nothing.
         """
-
-
-class OwnReplica(Replica, Protocol):
-    """A replica of this server: it can run the whole request, and this server reserves its memory.
-
-    Attributes:
-        reservation: the memory that is reserved there for the prompt; None: none is.
-        has_failed: whether it does not answer.
-    """
-
-    reservation: Reservation | None
-
-    @property
-    def has_failed(self) -> bool: ...
-
-    async def check(self) -> None:
-        """Find out whether the replica goes on with its work.
-
-        Raises:
-            ReplicaPaused: its engine is paused, and memory of another server waits for it.
-            ReplicaUnavailable: it does not answer.
-        """
-
-    async def check_weights(self) -> None:
-        """Find out whether the weights are those of the start.
-
-        Raises:
-            WeightsChanged: they may have changed, so that its KV can't be mixed with that of another server.
-            ReplicaUnavailable: it does not answer.
-        """
-
-    async def extend_fetch(self, engine_request_ids: list[str], deadline: float) -> None:
-        """Let requests begin to fetch their pages until another time.
-
-        Raises:
-            ReplicaUnavailable: as ``check`` raises it.
-        """
-
-    async def cancel_fetch(self, engine_request_ids: list[str]) -> None:
-        """Let requests fetch nothing more. A replica that hangs does so when it is back: pages may be gone by then."""
-
-    async def settle(self) -> None:
-        """Wait until a request that was ended before reads no more pages; raises nothing."""

@@ -32,7 +32,7 @@ from starling.features.replicas.split.end_of_reads import renew_all, until_ended
 from starling.features.replicas.split.engine_replica import EngineReplica, SplitPrompt, while_answering
 from starling.features.replicas.split.part_span import part_span
 from starling.features.replicas.split.peer_replica import PeerReplica
-from starling.features.replicas.split.replica import HeldPart, OwnReplica, PartAborted, Replica
+from starling.features.replicas.split.replica import HeldPart, PartAborted, Replica
 from starling.features.replicas.split.replica_rpc import ReplicaUnavailable, WeightsChanged
 from starling.features.replicas.split.split_metrics import split_metrics
 from starling.features.replicas.split.split_state import SplitState
@@ -62,22 +62,6 @@ def is_split(request: FrontRequest) -> bool:
         return False  # vLLM sets the latter for prompt_logprobs: one engine has to compute the whole prompt
     decision = request.decision
     return decision is not None and decision.plan is not None and decision.plan.replicas > 1
-
-
-def replicas_for(
-    state: SplitState, engine: Any, prompt: SplitPrompt, under_way: set[asyncio.Future]
-) -> dict[int, Replica]:
-    """By number: this server's engines, whose numbers are their ranks, and then the peers that can be used.
-
-    Args:
-        under_way: has the parts that run on engines of this server, each of which ends with its task.
-    """
-    usable = state.peers.usable if state.peers is not None else []
-    engines = [
-        EngineReplica(state, engine, rank, prompt, under_way, bool(usable)) for rank in range(num_engine_cores(engine))
-    ]
-    peers = [PeerReplica(peer, prompt, state.rpc.timeout) for peer in usable]
-    return dict(enumerate([*engines, *peers]))
 
 
 class ShardLost(RuntimeError):
@@ -111,10 +95,15 @@ class SplitPrefill:
         shared = SplitPrompt(
             self.request_id, padded, self.plan, page_size, request.prompt, request.keywords, request.lora
         )
-        self.replicas = replicas_for(state, self.engine, shared, self.under_way)
-        self.own_replicas = {number: own for number, each in self.replicas.items() if (own := each.as_own) is not None}
+        peers = state.peers.usable if state.peers is not None else []
+        self.own_replicas = {
+            rank: EngineReplica(state, self.engine, rank, shared, self.under_way, bool(peers))
+            for rank in range(num_engine_cores(self.engine))
+        }
+        others = [PeerReplica(peer, shared, state.rpc.timeout) for peer in peers]
+        self.replicas: dict[int, Replica] = {**self.own_replicas, **dict(enumerate(others, len(self.own_replicas)))}
         self.holders: list[Replica] = []  # whose pages the request reads
-        self.reader: OwnReplica | None = None  # the replica whose request may read pages of others now
+        self.reader: EngineReplica | None = None  # the replica whose request may read pages of others now
         self.has_output = False
         self._releasing: asyncio.Task | None = None
 

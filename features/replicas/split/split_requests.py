@@ -4,34 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from typing import Protocol
-
-
-class Abortable(Protocol):
-    """A request that can be ended by its id.
-
-    Attributes:
-        request_id: as given to AsyncLLM.generate.
-    """
-
-    request_id: str
-
-    def abort(self) -> None:
-        """End the request, unless the engine has it: then the engine ends it."""
+from typing import Any
 
 
 class SplitRequests:
     """Split requests by id. Between its parts and the whole request, and before, the engine does not know one of them.
 
-    Several requests may have one id.
+    Each has the ``request_id`` given to AsyncLLM.generate, which several may share, and ``abort()``, which ends it
+    unless the engine has it.
     """
 
     def __init__(self) -> None:
-        self._requests: list[Abortable] = []
+        self._requests: list[Any] = []
         self._none_left = asyncio.Event()
-
-    def __contains__(self, request_id: object) -> bool:
-        return any(request.request_id == request_id for request in self._requests)
 
     def __iter__(self) -> Iterator[str]:
         return iter([request.request_id for request in self._requests])
@@ -39,11 +24,11 @@ class SplitRequests:
     def __len__(self) -> int:
         return len(self._requests)
 
-    def add(self, request: Abortable) -> None:
+    def add(self, request: Any) -> None:
         self._requests.append(request)
         self._none_left.clear()
 
-    def remove(self, request: Abortable) -> None:
+    def remove(self, request: Any) -> None:
         self._requests.remove(request)
         if not self._requests:
             self._none_left.set()

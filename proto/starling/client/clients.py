@@ -16,6 +16,7 @@ from starling.client.replies import Capabilities, Completion, Event, Tokens, War
 from starling.client.requests import generate_request, tokenize_request, upload_parts, warm_request
 from starling.reply import Reply
 from starling.v1 import inference_pb2 as pb
+from starling.v1.inference_pb2_grpc import InferenceServiceStub
 
 SERVER_MESSAGE_BYTES = 8 * 2**20
 """The largest message that a server takes. Messages and texts can't be uploaded in pieces, and may use all of it."""
@@ -69,29 +70,14 @@ class Connection:
             self.channel = self.library.insecure_channel(address, options)
         else:
             self.channel = self.library.secure_channel(address, credentials, options)
-        # All three calls that generate use the types of GenerateStream: the messages of GenerateUploadStream and
-        # Generate have the same fields (tests/unit/engine_ext/serving/grpc/test_client.py checks that).
-        self._stream = self._method(
-            "unary_stream", "GenerateStream", pb.GenerateStreamRequest, pb.GenerateStreamResponse
+        self._stub = InferenceServiceStub(self.channel)
+        # GenerateRequest has the fields of GenerateStreamRequest (tests/unit/engine_ext/serving/grpc/test_client.py).
+        self._generate = self.channel.unary_unary(
+            f"/{SERVICE}/Generate",
+            request_serializer=pb.GenerateStreamRequest.SerializeToString,
+            response_deserializer=pb.GenerateResponse.FromString,
         )
-        self._upload = self._method(
-            "stream_stream", "GenerateUploadStream", pb.GenerateUploadStreamRequest, pb.GenerateStreamResponse
-        )
-        self._generate = self._method("unary_unary", "Generate", pb.GenerateStreamRequest, pb.GenerateResponse)
-        self._warm = self._method("unary_stream", "WarmDocuments", pb.WarmDocumentsRequest, pb.WarmDocumentsResponse)
-        self._tokenize = self._method("unary_unary", "Tokenize", pb.TokenizeRequest, pb.TokenizeResponse)
-        self._capabilities = self._method(
-            "unary_unary", "GetCapabilities", pb.GetCapabilitiesRequest, pb.GetCapabilitiesResponse
-        )
-
         self._probe = self.channel.unary_unary(PROBE)
-
-    def _method(self, kind: str, name: str, request: Any, response: Any) -> Any:
-        return getattr(self.channel, kind)(
-            f"/{SERVICE}/{name}",
-            request_serializer=request.SerializeToString,
-            response_deserializer=response.FromString,
-        )
 
     def _request(
         self,
@@ -128,8 +114,8 @@ class Connection:
 
     def _start(self, request: pb.GenerateStreamRequest, upload: bool, timeout: float | None) -> Any:
         if upload:
-            return self._upload(upload_parts(request), timeout=timeout, metadata=self.metadata)
-        return self._stream(request, timeout=timeout, metadata=self.metadata)
+            return self._stub.GenerateUploadStream(upload_parts(request), timeout=timeout, metadata=self.metadata)
+        return self._stub.GenerateStream(request, timeout=timeout, metadata=self.metadata)
 
     def _start_warming(
         self,
@@ -141,7 +127,7 @@ class Connection:
         timeout: float | None,
     ) -> Callable[[], Any]:
         request = warm_request(documents, head, concurrency, cache_salt, segments)
-        return lambda: self._warm(request, timeout=timeout, metadata=self.metadata)
+        return lambda: self._stub.WarmDocuments(request, timeout=timeout, metadata=self.metadata)
 
 
 class Client(Connection):
@@ -229,11 +215,11 @@ class Client(Connection):
         add_generation_prompt: bool | None = None,
     ) -> Tokens:
         """The token ids of a text or of messages, by the model's tokenizer."""
-        return read(self._call(self._tokenize, tokenize_request(prompt, messages, add_generation_prompt), timeout))
+        return read(self._call(self._stub.Tokenize, tokenize_request(prompt, messages, add_generation_prompt), timeout))
 
     def capabilities(self, *, timeout: float | None = None) -> Capabilities:
         """What the server supports, and its limits."""
-        return read(self._call(self._capabilities, pb.GetCapabilitiesRequest(), timeout))
+        return read(self._call(self._stub.GetCapabilities, pb.GetCapabilitiesRequest(), timeout))
 
     def close(self) -> None:
         """Close the connection. This ends running calls."""
@@ -333,11 +319,11 @@ class AsyncClient(Connection):
     ) -> Tokens:
         """As Client.tokenize."""
         request = tokenize_request(prompt, messages, add_generation_prompt)
-        return read(await self._call(self._tokenize, request, timeout))
+        return read(await self._call(self._stub.Tokenize, request, timeout))
 
     async def capabilities(self, *, timeout: float | None = None) -> Capabilities:
         """As Client.capabilities."""
-        return read(await self._call(self._capabilities, pb.GetCapabilitiesRequest(), timeout))
+        return read(await self._call(self._stub.GetCapabilities, pb.GetCapabilitiesRequest(), timeout))
 
     async def close(self) -> None:
         """As Client.close."""

@@ -50,27 +50,17 @@ def compile_with_lora(is_activated: Callable[[Any], bool]) -> None:
 
 
 @extends(PunicaWrapperCPU)
-@touches(
-    "vllm.lora.punica_wrapper.punica_base.PunicaWrapperBase.{_token_lora_indices, _sampler_indices}",
-    "vllm.lora.layers.utils.LoRAMapping.index_mapping",
-)
+@touches("vllm.lora.punica_wrapper.punica_base.PunicaWrapperBase.{_token_lora_indices, _sampler_indices}")
 class MaskedLoRA(PunicaWrapperCPU):
     """The same products for all rows, of which each slot keeps those of its own adapter.
 
     There is a handful of slots (--max-loras). Nothing depends on the values of indices, so that it can be compiled.
     """
 
-    is_used = True
-    """Whether a row of this step has an adapter."""
-
     @property
     def slots(self) -> torch.Tensor:
         """(n or more,) int64, the slot of each row; -1: none."""
         return self._token_lora_indices
-
-    def update_metadata(self, mapping: Any, *args: Any, **kwargs: Any) -> None:
-        super().update_metadata(mapping, *args, **kwargs)
-        self.is_used = any(number > 0 for number in mapping.index_mapping)
 
     def add_shrink(
         self, y: Any, x: torch.Tensor, lora_a_stacked: Sequence[torch.Tensor], scale: float, **kwargs: Any
@@ -96,45 +86,6 @@ class MaskedLoRA(PunicaWrapperCPU):
             out = y[:, offset_start : offset_start + size]
             put(out, masked_product(rows.to(y.dtype), weights, self.slots), self._rows(y), add_inputs)
             offset_start += size
-
-    def add_lora_linear(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_a_stacked: Sequence[torch.Tensor],
-        lora_b_stacked: Sequence[torch.Tensor],
-        scale: float,
-        output_slices: Sequence[int],
-        **kwargs: Any,
-    ) -> None:
-        """``y[:, slice i] += scale * (x @ A[i]) @ B[i]``. Shapes as of vLLM's method."""
-        self.add_products(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), lora_a_stacked, lora_b_stacked, scale)
-
-    def add_products(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        first: Sequence[torch.Tensor],
-        second: Sequence[torch.Tensor],
-        scale: float,
-    ) -> None:
-        """Add to the rows of y, slice by slice, what their adapters make of the rows of x.
-
-        Args:
-            y: (n, out of all slices, or more).
-            x: (n, in).
-            first, second: of each slice, (slots, 1, rank, in) and (slots, 1, out, rank).
-        """
-        if not torch.compiler.is_compiling() and not self.is_used:
-            return
-        indices = self._rows(x)
-        for slot in range(first[0].shape[0]):
-            mask = (indices == slot).to(x.dtype) * scale
-            start = 0
-            for a, b in zip(first, second, strict=True):
-                low = (x @ a[slot, 0].to(x.dtype).T) * mask
-                y[:, start : start + b.shape[2]].addmm_(low, b[slot, 0].to(x.dtype).T)
-                start += b.shape[2]
 
     def add_lora_embedding(
         self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **kwargs: Any

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -32,15 +33,19 @@ def _register_shapes() -> None:
 class OwnLoRA(MaskedLoRA):
     """The layers' products by Starling's op."""
 
-    def add_products(
+    def add_lora_linear(
         self,
         y: torch.Tensor,
         x: torch.Tensor,
-        first: Sequence[torch.Tensor],
-        second: Sequence[torch.Tensor],
+        lora_a_stacked: Sequence[torch.Tensor],
+        lora_b_stacked: Sequence[torch.Tensor],
         scale: float,
+        output_slices: Sequence[int],
+        **kwargs: Any,
     ) -> None:
-        if first[0].dtype == x.dtype:
-            torch.ops.starling_kernels.add_lora(y, x, self.slots, list(first), list(second), scale)
-        else:  # --lora-dtype
-            super().add_products(y, x, first, second, scale)
+        """``y[:, slice i] += scale * (x @ A[i]) @ B[i]``. Shapes as of vLLM's method."""
+        if lora_a_stacked[0].dtype != x.dtype:  # --lora-dtype
+            super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs)
+            return
+        x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        torch.ops.starling_kernels.add_lora(y, x, self.slots, list(lora_a_stacked), list(lora_b_stacked), scale)

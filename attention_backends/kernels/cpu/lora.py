@@ -6,7 +6,6 @@ In torch each layer would take several small products, and in a compiled model a
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,10 +36,10 @@ class OwnLoRA(MaskedLoRA):
         self,
         y: torch.Tensor,
         x: torch.Tensor,
-        lora_a_stacked: Sequence[torch.Tensor],
-        lora_b_stacked: Sequence[torch.Tensor],
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
         scale: float,
-        output_slices: Sequence[int],
+        output_slices: tuple[int, ...],
         **kwargs: Any,
     ) -> None:
         """``y[:, slice i] += scale * (x @ A[i]) @ B[i]``. Shapes as of vLLM's method."""

@@ -20,7 +20,7 @@ NEXT_TESTS := tests/e2e/test_plain_vllm.py tests/e2e/test_serving.py tests/e2e/t
 	$(STAR_TINY)prompt_logprobs_are_those_of_the_mask $(STAR_TINY)a_request_preempted_in_its_prefill_gives_the_same \
 	'tests/parity/test_speculation.py::test_generated_tokens_are_those_of_the_mask[eagle-v1]' \
 	tests/parity/test_adapter.py tests/kernels \
-	tests/gpu_contract tests/gpu_shim tests/unit $(addprefix --ignore=tests/unit/,lab/evaluation benchmarks examples ci test_docs.py)
+	tests/gpu_contract tests/gpu_shim tests/unit $(addprefix --ignore=tests/unit/,lab/evaluation benchmarks examples ci test_docs.py engine_ext/front/test_loop_watch.py)
 
 LOCKED_BUILD := --build-constraints .ci/requirements-build.lock --require-build-hashes
 

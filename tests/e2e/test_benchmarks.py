@@ -17,11 +17,9 @@ from benchmarks import run
 from benchmarks.report import RESULTS
 
 SMALLEST = {
-    "front_overhead": "--streams 1 --tokens 4 --rounds 1",
     "host_step": "--rows 2 --documents 4 --rounds 2",
     "agents": "--sessions 1 --settings Starling",
     "attamba.capacity": "--lengths 1024 --chunks 4",
-    "kernels.cpu_kernels": "--budget 0.01 --targets-only",
 }
 """Benchmark -> arguments of a round of seconds."""
 
@@ -31,8 +29,8 @@ LEFT_OUT = {
     **dict.fromkeys(
         (
             *("star_ttft", "dense_cost", "block_reuse", "block_positions", "library", "routing", "fairness", "goodput"),
-            *("retrieval", "kernels.cpu_attention", "kv_shift.cost", "attamba.speed"),
-            *("replicas.ttft", "replicas.model", "replicas.shards", "soak", "adapter_cost"),
+            *("retrieval", "kernels.cpu_attention", "kernels.cpu_kernels", "kv_shift.cost", "attamba.speed"),
+            *("replicas.ttft", "replicas.model", "replicas.shards", "soak", "adapter_cost", "front_overhead"),
         ),
         ENGINES,
     ),

@@ -37,6 +37,8 @@ from starling.lab.models import load_model
 from starling.lab.statistics import bootstrap
 
 TOKENS, BLOCKS, PAGE = 2048, 8, 32
+CHUNK = 1024
+"""Query tokens of one call of the attention; less memory than all at once."""
 CODES, MOVED = 6, 6
 DENSE_HEADS = 0.1
 NAME, DENSE, STAR = "approximations", "dense", "star, A = B"
@@ -65,9 +67,14 @@ class MaskedAttention:
         else:
             mask = self.mask(module.layer_idx, query, key)
             self.keys.append(int(mask.sum()) // (len(mask) if mask.dim() == 3 else 1))
-        scale = others.get("scaling")
-        out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
-        return out.transpose(1, 2), None
+        before, scale = key.shape[2] - query.shape[2], others.get("scaling")
+        parts = []
+        for start, rows in zip(range(0, query.shape[2], CHUNK), query.split(CHUNK, 2), strict=True):
+            end = before + start + rows.shape[2]  # no token sees those behind it
+            seen = mask[..., start : start + CHUNK, :end]
+            keys, values = key[:, :, :end], value[:, :, :end]
+            parts.append(scaled_dot_product_attention(rows, keys, values, seen, scale=scale, enable_gqa=True))
+        return torch.cat(parts, 2).transpose(1, 2), None
 
 
 def star_sizes(block: int, anchor: int, overlap: int, tokens: int = TOKENS) -> torch.Tensor:

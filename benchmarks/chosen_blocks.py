@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-SIZE, STRIDE = 64, 8
-"""Tokens of a block's side, and of the antidiagonals of which it is summed up."""
+SIZE, STRIDE, CHUNK = 64, 8, 512
+"""Tokens of a block's side, of the antidiagonals of which it is summed up, and of the queries scored at once."""
 
 Scores = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(n, D) queries and keys of a head -> (n / SIZE, n / SIZE) scores of blocks; those above the diagonal do not count."""
@@ -30,9 +30,13 @@ def antidiagonals(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 def attention(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """The attention that the queries of a block pay to the keys of another one."""
-    scores = query @ key.T / math.sqrt(query.shape[1])
-    scores.masked_fill_(torch.ones(scores.shape, dtype=torch.bool).triu(1), -math.inf)
-    return in_blocks(scores.softmax(-1), SIZE)
+    sums = torch.zeros(len(query) // SIZE, len(key) // SIZE)
+    for start in range(0, len(query), CHUNK):
+        end = min(start + CHUNK, len(query))
+        scores = query[start:end] @ key[:end].T / math.sqrt(query.shape[1])
+        scores[:, start:].masked_fill_(torch.ones(end - start, end - start, dtype=torch.bool).triu(1), -math.inf)
+        sums[start // SIZE : end // SIZE, : end // SIZE] = in_blocks(scores.softmax(-1), SIZE)
+    return sums
 
 
 def in_blocks(values: torch.Tensor, size: int) -> torch.Tensor:

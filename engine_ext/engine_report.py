@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from starling.features.report_fields import BLOCK_POSITIONS, HEADS, HEADS_ORDER, SPLIT, STAR
+from starling.features.report_fields import BLOCK_POSITIONS, SPLIT, STAR
 from starling.vllm_compat.scheduler_view import SchedulerView
 
 
@@ -21,22 +21,13 @@ def report_of_worker(worker: Any) -> dict[str, str | None]:
 def engine_report(core: Any) -> dict[str, str | None]:
     """The report of an engine core whose scheduler is made."""
     view, reports = SchedulerView(core.scheduler), core.model_executor.collective_rpc(report_of_worker)
-
-    def found(name: str) -> list[str]:
-        return sorted({report[name] for report in reports if report.get(name) is not None})
-
-    problems, block_problems = found(STAR), found(BLOCK_POSITIONS)
+    fields = {STAR, BLOCK_POSITIONS}.union(*reports)
+    problems = {field: sorted({text for report in reports if (text := report.get(field))}) for field in fields}
     if view.only_group is None:
-        block_problems.append("the KV cache has several groups of layers")
+        problems[BLOCK_POSITIONS].append("the KV cache has several groups of layers")
     if view.full_attention_page_size is None:
-        problems.append("the full-attention layers have no one KV page size")
-    return {
-        STAR: "; ".join(problems) or None,
-        SPLIT: split_problem(view),
-        BLOCK_POSITIONS: "; ".join(block_problems) or None,
-        HEADS: "; ".join(found(HEADS)) or None,
-        HEADS_ORDER: "; ".join(found(HEADS_ORDER)) or None,
-    }
+        problems[STAR].append("the full-attention layers have no one KV page size")
+    return {field: "; ".join(texts) or None for field, texts in problems.items()} | {SPLIT: split_problem(view)}
 
 
 def split_problem(view: SchedulerView) -> str | None:

@@ -37,7 +37,7 @@ def reported(field: str) -> Callable[[Any], str | None]:
     """What engine cores that have started report of themselves; see engine_report.py."""
 
     def found(config: Any) -> str | None:
-        reported = {report[field] for report in engine_reports(config)} - {None}
+        reported = {reason for report in engine_reports(config) if (reason := report.get(field))}
         return "; ".join(sorted(reported)) or None
 
     return found

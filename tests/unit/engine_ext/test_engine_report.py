@@ -36,7 +36,9 @@ def start(config, specs, problems=(None,)):
     """Start the engine core, with a worker for each of ``problems``; returns what it sends to each of its fronts."""
     init_none_hash(HASH)
     config.cache_config.num_gpu_blocks = 200
-    workers = [SimpleNamespace(star_report=lambda problem=problem: {"star": problem}) for problem in problems]
+    workers = [
+        SimpleNamespace(star_report=lambda problem=problem: {"star": problem, "toy": "toys"}) for problem in problems
+    ]
     core = object.__new__(EngineCoreProc)
     core.vllm_config, core.engine_index, core.frontend_stats_publish_address = config, 0, None
     core.addresses = EngineZmqAddresses([], [])
@@ -152,9 +154,8 @@ def test_an_engine_core_of_vllms_own_reports_nothing(model):  # noqa: F811
         "star": None,
         "split": None,
         "block_positions": None,
-        "heads": None,
-        "heads_order": None,
-    }
+        "toy": "toys",
+    }, "a field that only one feature knows is in it"
     planner = planner_of(engine_config(model, additional_config={"starling": {}}), msgspec.msgpack.encode(response))
     assert planner.facts.refusals == ()
 

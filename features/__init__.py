@@ -1,4 +1,4 @@
-"""The features of star, a folder each. Processes loop over their parts, and name none of them.
+"""The features of star, a folder each. Processes loop over their parts; few places ask for one by its class.
 
 A folder has ``front.py`` with its parts where requests arrive (front_part.py), ``core.py`` with those in the engine
 core (scheduler/part.py), ``worker.py`` with those in a worker (worker_part.py), and ``rules.py`` with what it does not

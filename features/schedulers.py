@@ -1,4 +1,4 @@
-"""vLLM's schedulers with the features' parts. engine_ext/start/activation.py names them to vLLM."""
+"""vLLM's schedulers with the features' parts. vLLM imports them from engine_ext/engine_core.py."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""vLLM's scheduler with Star Attention: page keys, reuse of star blocks, and steps that long prompts share fairly."""
+"""vLLM's scheduler with the hooks of features, and the prefix-cache keys of star pages."""

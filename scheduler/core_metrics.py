@@ -1,4 +1,4 @@
-"""Series of an engine core's scheduler and KV cache on vLLM's /metrics."""
+"""The Prometheus metrics of an engine core, which the features' core parts set; vLLM's /metrics has them."""
 
 from __future__ import annotations
 

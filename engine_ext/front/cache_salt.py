@@ -1,4 +1,4 @@
-"""The server's option `cache_salt`: which requests share cached KV pages.
+"""Gives each engine input the salt that the server's option `cache_salt` asks for, before its prompt is planned.
 
 Prompts share pages only if their salts are equal. With block reuse a client can look for one star block of another
 client's prompt, without knowing what is before the block: only salts keep clients apart.

@@ -1,4 +1,4 @@
-"""Which prompts of a scheduler are long, and how many tokens each may prefill in a step (step_budget.py)."""
+"""Bounds the chunks of long prompts in each step of a scheduler; step_budget.py divides the step's tokens."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 A replica that has prefilled its part of the prompt holds the part's pages: they stay in use, and in its prefix cache.
 The replica that runs the query reads them between two of its steps, and then has the whole context in its own prefix
 cache. The pages hold exactly what this replica would have computed, so they are cached under the ordinary keys. Where a
-part leaves out tokens (scheduler/star_scheduler.py), it has vLLM's null page, which has no key.
+part leaves out tokens (core.py), it has vLLM's null page, which has no key.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The network devices over which replicas exchange KV pages and messages.
+"""The network devices over which replicas exchange KV pages and messages: checked at the start, set in a worker.
 
 NIXL moves them with UCX. UCX listens on every network device of the host unless UCX_NET_DEVICES names some, and its
 protocol has no authentication: a peer that reaches such a port can write the memory of the worker behind it. So between

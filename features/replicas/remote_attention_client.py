@@ -2,7 +2,7 @@
 
 A step can't fail for one of its requests alone, and an exception would end the engine. So where a replica does not
 respond, the step goes on without its shard. The end of the step reports which requests are lost: the scheduler discards
-their tokens and takes the pages that they filled out of the prefix cache (scheduler/star_scheduler.py).
+their tokens and takes the pages that they filled out of the prefix cache (core.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A model of Transformers whose attention can be mixed, head by head, between dense and star, and the heads' scores.
+"""For `starling calibrate`: a Transformers model whose heads are mixed between dense and star, and their scores.
 
 A gate g for each KV head makes its output g * dense + (1 - g) * star. With all gates at 1 the model is dense, at 0 it
 is prefilled by a star plan. Gates of 0 and 1 are a plan with dense heads.

@@ -1,1 +1,1 @@
-"""Star options, the star plan made from them, and how one prompt is split over replicas. Pure functions."""
+"""How a prompt's star plan is decided from its options, and how it is split over replicas. Pure functions."""

@@ -1,7 +1,7 @@
 """How one prompt is prefilled: decided once, from the server's options, the request's, the prompt and the engine.
 
-HTTP, gRPC, Python, `starling doctor` and the split over replicas all enter at ``decide``. What is
-behind it reads the plan, and no options.
+HTTP, gRPC and Python enter at ``decide`` through engine_ext/front/planning.py; `starling doctor` and `starling distil`
+call it too. What is behind it reads the plan, and no options.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the documents of a prompt start and end, for plans whose blocks have positions of their own.
+"""Where the documents of a prompt start and end (``star_segments``), and how they are laid out on KV pages.
 
 A document starts at each message of a chat, at each text that the client has sent, at each token that the server or the
 request names, or at each offset that the request gives. The last one is the query, unless the request says how long the

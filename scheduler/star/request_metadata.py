@@ -1,7 +1,7 @@
 """What an engine knows of a request beside vLLM's own parameters: its star plan, and its task in a split prefill.
 
 The front puts a RequestMetadata into the ``extra_args`` of a request's sampling parameters. It travels as plain lists
-and dicts, and the engine core decodes it once, at its first use. Clients can't send it: the front refuses the key.
+and dicts, and each process decodes it once, at its first use. Clients can't send it: the front refuses the key.
 
 One prompt may be split over several replicas. Then each replica gets a request for its part of the prompt, and the
 replica of the first part also gets the whole request, which fetches the other parts' pages or attends to them where

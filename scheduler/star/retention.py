@@ -1,4 +1,4 @@
-"""How long the cached pages of a prompt stay: what its request says, held against its plan and the engine."""
+"""Checks a request's ``star_retention`` against its plan and the engine; features/retention/ keeps the pages."""
 
 from __future__ import annotations
 

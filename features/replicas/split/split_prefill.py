@@ -7,9 +7,10 @@ From its admission on, the request counts for vLLM's limits, once. It is known b
 while the engine does not have it. Its preparation is a task of its own, which is cancelled once at most, however often
 the client's task is: so each part is aborted before its pages are released.
 
-Wraps AsyncLLM.generate, where HTTP and gRPC meet. Each replica with a part first computes the anchor, unless the anchor
-is in its cache: all replicas do so at the same time, so fetching the anchor from another one could only be later. The
-parts run under the request's own id and priority, so that an abort of that id ends them, and its progress counts them.
+Runs in place of AsyncLLM.generate, where HTTP and gRPC meet (front.py). Each replica with a part first computes the
+anchor, unless the anchor is in its cache: all replicas do so at the same time, so fetching the anchor from another one
+could only be later. The parts run under the request's own id and priority, so that an abort of that id ends them, and
+its progress counts them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A question about one function of a generated code repository."""
+"""The tasks of `starling eval` that ask about one function of a generated code repository."""
 
 from __future__ import annotations
 

@@ -27,7 +27,8 @@ def main() -> None:
     from starling import LLM, features
 
     features.__path__ = [*features.__path__, str(Path(__file__).parent / "toys")]
-    features.FEATURES = (*features.FEATURES, "toy")
+    before = features.FEATURES.index("star")  # the toy bounds chunks
+    features.FEATURES = (*features.FEATURES[:before], "toy", *features.FEATURES[before:])
     leave_out_compilation()
     options = {"mode": "on", "block_size": 256, "query_tokens": 37}
     llm = LLM(sys.argv[1], star=options, dtype="float32", enforce_eager=True, block_size=32)

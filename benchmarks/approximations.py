@@ -25,7 +25,7 @@ from rich.progress import track
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoTokenizer, DynamicCache
 
-from benchmarks.chosen_blocks import antidiagonals, attention, mask_of
+from benchmarks.chosen_blocks import CHUNK, antidiagonals, attention, mask_of
 from benchmarks.report import markdown_table, numbers_table, saved_figure, write_json
 from starling.attention_backends.star.reference import star_mask
 from starling.config.head_scores import read_scores
@@ -37,8 +37,6 @@ from starling.lab.models import load_model
 from starling.lab.statistics import bootstrap
 
 TOKENS, BLOCKS, PAGE = 2048, 8, 32
-CHUNK = 1024
-"""Query tokens of one call of the attention; less memory than all at once."""
 CODES, MOVED = 6, 6
 DENSE_HEADS = 0.1
 NAME, DENSE, STAR = "approximations", "dense", "star, A = B"
@@ -69,7 +67,8 @@ class MaskedAttention:
             self.keys.append(int(mask.sum()) // (len(mask) if mask.dim() == 3 else 1))
         before, scale = key.shape[2] - query.shape[2], others.get("scaling")
         parts = []
-        for start, rows in zip(range(0, query.shape[2], CHUNK), query.split(CHUNK, 2), strict=True):
+        for start in range(0, query.shape[2], CHUNK):
+            rows = query[:, :, start : start + CHUNK]
             end = before + start + rows.shape[2]  # no token sees those behind it
             seen = mask[..., start : start + CHUNK, :end]
             keys, values = key[:, :, :end], value[:, :, :end]

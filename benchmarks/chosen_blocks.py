@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 SIZE, STRIDE, CHUNK = 64, 8, 512
-"""Tokens of a block's side, of the antidiagonals of which it is summed up, and of the queries scored at once."""
+"""Tokens of a block's side, of the antidiagonals of which it is summed up, and of the queries taken at once."""
 
 Scores = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(n, D) queries and keys of a head -> (n / SIZE, n / SIZE) scores of blocks; those above the diagonal do not count."""

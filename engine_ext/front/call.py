@@ -1,6 +1,6 @@
 """The HTTP request or gRPC call that a front is handling, in a context variable: who sent it, and what is noted of it.
 
-The HTTP middleware and the gRPC service set it; planning, the cache salt and responses read it.
+The HTTP middleware and gRPC's interceptor set it; the hooks of the plugin, the cache salt and responses read it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How one prompt is prefilled: decided once, from the server's options, the request's, the prompt and the engine.
 
 HTTP, gRPC and Python enter at ``decide`` through engine_ext/front/planning.py; `starling doctor` and `starling distil`
-call it too. What is behind it reads the plan, and no options.
+call it too. What is behind it reads the plan, and no options but ``star_retention``.
 """
 
 from __future__ import annotations

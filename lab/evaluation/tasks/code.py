@@ -1,4 +1,4 @@
-"""The tasks of `starling eval` that ask about one function of a generated code repository."""
+"""The task of `starling eval` that asks about one function of a generated code repository."""
 
 from __future__ import annotations
 

@@ -3,10 +3,11 @@
 A document of 2,048 tokens (--tokens) hides passcodes, and things whose place takes two facts to find. The document is
 prefilled once with each approximation: with the model in Transformers and an explicit mask for each layer. Then each
 question is answered with dense attention to the document's KV, as the query of Star Attention is. The benchmark
-compares the log-probability of the right answers, and how many are right. All approximations attend to as many keys as
-Star Attention with eight blocks and A = B, or to a few less. Two of them are block-sparse attention whose blocks each
-head chooses by content. Writes results/approximations_NAME.json and .png, at another length than 2,048 with the length
-in their names. The model needs scores of its KV heads (those that come with Starling).
+compares the log-probability of the right answers, how many are right, and the divergence (KL) from what dense attention
+predicts there. All approximations attend to as many keys as Star Attention with eight blocks and A = B, or to a few
+less. Two of them are block-sparse attention whose blocks each head chooses by content. Writes
+results/approximations_NAME.json and .png, at another length than 2,048 with the length in their names. The model needs
+scores of its KV heads (those that come with Starling).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import kl_div, scaled_dot_product_attention
 from transformers import AutoTokenizer, DynamicCache
 
 from benchmarks.chosen_blocks import CHUNK, antidiagonals, attention, mask_of
@@ -40,7 +41,7 @@ TOKENS, BLOCKS, PAGE = 2048, 8, 32
 CODES, MOVED = 6, 6
 DENSE_HEADS = 0.1
 NAME, DENSE, STAR = "approximations", "dense", "star, A = B"
-COLUMNS = ("attention work", "passcodes", "two facts", "both", "points")
+COLUMNS = ("attention work", "passcodes", "two facts", "KL", "points")
 
 Mask = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, (1, H, n, D) queries, (1, KV heads, n, D) keys) -> (n, n) or (H, n, n) bool: which keys each token sees."""
@@ -66,13 +67,16 @@ class MaskedAttention:
             mask = self.mask(module.layer_idx, query, key)
             self.keys.append(int(mask.sum()) // (len(mask) if mask.dim() == 3 else 1))
         before, scale = key.shape[2] - query.shape[2], others.get("scaling")
+        # torch's fused kernel of CPUs takes as many KV heads as heads, and masks of two or four dimensions
+        groups = query.shape[1] // key.shape[1]
+        mask = mask[None] if mask.dim() == 3 else mask
+        key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
         parts = []
         for start in range(0, query.shape[2], CHUNK):
             rows = query[:, :, start : start + CHUNK]
             end = before + start + rows.shape[2]  # no token sees those behind it
             seen = mask[..., start : start + CHUNK, :end]
-            keys, values = key[:, :, :end], value[:, :, :end]
-            parts.append(scaled_dot_product_attention(rows, keys, values, seen, scale=scale, enable_gqa=True))
+            parts.append(scaled_dot_product_attention(rows, key[:, :, :end], value[:, :, :end], seen, scale=scale))
         return torch.cat(parts, 2).transpose(1, 2), None
 
 
@@ -162,11 +166,35 @@ def make_document(rng: Random, tokenizer: Any, tokens: int = TOKENS) -> Document
     return Document(ids[:tokens], [(encode(question), encode(answer)) for question, answer in questions])
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model predicts at the tokens of a right answer.
+
+    Attributes:
+        predicted: (tokens, vocabulary) log-probabilities.
+        logprob: of the answer's tokens, the mean.
+        right: whether greedy decoding gives them.
+    """
+
+    predicted: torch.Tensor
+    logprob: float
+    right: bool
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, expected: torch.Tensor) -> Answer:
+        predicted = logits.float().log_softmax(-1)
+        logprob = predicted[torch.arange(len(expected)), expected].mean()
+        return cls(predicted, float(logprob), bool((predicted.argmax(-1) == expected).all()))
+
+    def compared(self, dense: Answer) -> tuple[float, bool, float]:
+        """The log-probability, whether it is right, and the divergence KL(dense || self) of a token in nats."""
+        divergence = kl_div(self.predicted, dense.predicted, reduction="none", log_target=True).sum(-1).mean()
+        return self.logprob, self.right, float(divergence)
+
+
 @torch.inference_mode()
-def score_document(
-    model: Any, attention: MaskedAttention, document: Document, mask: Mask
-) -> tuple[list[tuple[float, bool]], int]:
-    """The scores of each answer (``score_answers``), and the query-key pairs of a layer, on average."""
+def score_document(model: Any, attention: MaskedAttention, document: Document, mask: Mask) -> tuple[list[Answer], int]:
+    """The answers, and the query-key pairs of a layer, on average."""
     attention.mask, attention.keys = mask, []
     cache = DynamicCache(config=model.config)
     model(torch.tensor([document.ids]), past_key_values=cache, logits_to_keep=1)
@@ -177,8 +205,8 @@ def score_document(
 @torch.inference_mode()
 def score_answers(
     model: Any, attention: MaskedAttention, cache: DynamicCache, questions: Sequence[tuple[list[int], list[int]]]
-) -> list[tuple[float, bool]]:
-    """For each answer, the mean log-probability of its tokens, and whether greedy decoding gives them.
+) -> list[Answer]:
+    """What the model predicts for each answer.
 
     Each question stands behind the tokens of the cache and sees them all, and no other question. So one call of the
     model has all questions. The cache is used up.
@@ -192,12 +220,11 @@ def score_answers(
     ids = torch.tensor([[token for question in questions for part in question for token in part]])
     logits = model(ids, position_ids=positions[None], past_key_values=cache).logits[0]
     attention.mask = None
-    scores = []
-    for (_, answer), end in zip(questions, lengths.cumsum(0).tolist(), strict=True):
-        expected, rows = torch.tensor(answer), logits[end - len(answer) - 1 : end - 1].float().log_softmax(-1)
-        logprob = rows[torch.arange(len(answer)), expected].mean()
-        scores.append((float(logprob), bool((rows.argmax(-1) == expected).all())))
-    return scores
+    ends = lengths.cumsum(0).tolist()
+    return [
+        Answer.of(logits[end - len(answer) - 1 : end - 1], torch.tensor(answer))
+        for (_, answer), end in zip(questions, ends, strict=True)
+    ]
 
 
 def load(path: Path) -> tuple[Any, Any, MaskedAttention]:
@@ -213,57 +240,54 @@ def interval(differences: np.ndarray) -> list[float]:
     return [found.mean, found.low, found.high]
 
 
-def rows_of(
-    logprobs: dict[str, np.ndarray], right: dict[str, np.ndarray], keys: dict[str, int]
-) -> dict[str, dict[str, Any]]:
-    """Approximation -> keys over dense's, and the answers' log-probability over dense's, for both kinds of question.
+def rows_of(answers: dict[str, np.ndarray], keys: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """Approximation -> keys over dense's, right answers in percent, and means over documents with their intervals.
 
     Args:
-        logprobs: approximation -> (documents, questions).
-        right: approximation -> (documents, questions), which answers greedy decoding gives.
+        answers: approximation -> (documents, questions, 3), as ``Answer.compared`` gives them.
         keys: approximation -> query-key pairs of a layer.
     """
     rows: dict[str, dict[str, Any]] = {}
-    for name, values in logprobs.items():
-        codes, moved = ((values - logprobs[DENSE])[:, part].mean(1) for part in (slice(CODES), slice(CODES, None)))
+    for name, values in answers.items():
+        logprobs, right, _ = np.moveaxis(values - answers[DENSE], 2, 0)
         rows[name] = {
             "keys": keys[name] / keys[DENSE],
-            "over_dense": interval((values - logprobs[DENSE]).mean(1)),
-            "passcodes_over_dense": interval(codes),
-            "two_facts_over_dense": interval(moved),
-            "points_over_dense": interval(100 * (right[name] - right[DENSE]).mean(1)),
+            "right": 100 * float(values[..., 1].mean()),
+            "passcodes_over_dense": interval(logprobs[:, :CODES].mean(1)),
+            "two_facts_over_dense": interval(logprobs[:, CODES:].mean(1)),
+            "kl": interval(values[..., 2].mean(1)),
+            "points_over_dense": interval(100 * right.mean(1)),
         }
     return rows
 
 
-def shown(values: list[float]) -> str:
-    """(mean, lower, upper) as text."""
-    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*values)
-
-
 def cells_of(row: dict[str, Any]) -> list[str]:
     """A row of ``rows_of`` as texts for COLUMNS."""
-    intervals = (row["passcodes_over_dense"], row["two_facts_over_dense"], row["over_dense"])
-    points = "{:+.0f} [{:+.0f}, {:+.0f}]".format(*row["points_over_dense"])
-    return [f"{100 * row['keys']:.0f} %", *map(shown, intervals), points]
+    difference = "{:+.3f} [{:+.3f}, {:+.3f}]".format
+    return [
+        f"{100 * row['keys']:.0f} %",
+        difference(*row["passcodes_over_dense"]),
+        difference(*row["two_facts_over_dense"]),
+        "{:.3f} [{:.3f}, {:.3f}]".format(*row["kl"]),
+        "{:+.0f} [{:+.0f}, {:+.0f}]".format(*row["points_over_dense"]),
+    ]
 
 
 def markdown(result: dict[str, Any]) -> str:
     """A table for one model; docs/star-accuracy.md says what it shows."""
-    title = f"{result['model']}, {result['documents']} documents"
+    title = f"{result['model']}, {result['tokens']:,} tokens, {result['documents']} documents"
     rows = [[name, *cells_of(row)] for name, row in result["rows"].items() if name != DENSE]
     return markdown_table([title, *COLUMNS], rows)
 
 
 def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
     names = [name for name in rows if name != DENSE]
-    means, low, high = np.array([rows[name]["over_dense"] for name in names]).T
+    means, low, high = np.array([rows[name]["kl"] for name in names]).T
     with saved_figure(path, figsize=(9, 3.5)) as (_, axis):
         axis.barh(names, means, xerr=[means - low, high - means])
-        axis.axvline(0, color="black", linewidth=0.5)
         axis.invert_yaxis()
         axis.locator_params(axis="x", nbins=6)
-        axis.set_xlabel("log-probability of a token of the answer, over dense")
+        axis.set_xlabel("KL from dense attention, of a token of the answer (nats)")
 
 
 def main() -> None:
@@ -276,20 +300,16 @@ def main() -> None:
     model, tokenizer, attention = load(args.model)
     masks = approximations(args.model.name, args.tokens)
     rng = Random(args.seed)
-    scores: dict[str, list[list[tuple[float, bool]]]] = {name: [] for name in masks}
+    answers: dict[str, list[list[tuple[float, bool, float]]]] = {name: [] for name in masks}
     keys: dict[str, int] = {}
     for _ in track(range(args.documents), description="documents"):
         document = make_document(rng, tokenizer, args.tokens)
-        for name, mask in masks.items():
-            found, keys[name] = score_document(model, attention, document, mask)
-            scores[name].append(found)
-    arrays = {name: np.asarray(found, dtype=float) for name, found in scores.items()}
-    logprobs, right = ({name: array[..., part] for name, array in arrays.items()} for part in (0, 1))
-    rows = rows_of(logprobs, right, keys)
-    table = numbers_table(
-        f"{args.model.name}: log-probability of a token of the answer, {args.documents} documents",
-        ("approximation", *COLUMNS),
-    )
+        found = {name: score_document(model, attention, document, mask) for name, mask in masks.items()}
+        dense, _ = found[DENSE]
+        for name, (scored, keys[name]) in found.items():
+            answers[name].append([one.compared(other) for one, other in zip(scored, dense, strict=True)])
+    rows = rows_of({name: np.asarray(found, dtype=float) for name, found in answers.items()}, keys)
+    table = numbers_table(f"{args.model.name}, {args.documents} documents", ("approximation", *COLUMNS))
     for name, row in rows.items():
         table.add_row(name, *cells_of(row))
     Console(width=160).print(table)

@@ -14,6 +14,7 @@ FUZZ_ENV := build/fuzz/.stamp
 BENCH_ENV := build/bench/.stamp
 LLAMA_ENV := build/llama/venv/.stamp
 BROWSER_ENV := build/browser/.stamp
+LOAD_TOOLS_ENV := build/load-tools/.stamp
 BENCH = PYTHONPATH=$(CURDIR)/$(dir $(BENCH_ENV)):$$PYTHONPATH $(BIN)/python -m benchmarks.run $(if $(NOTE),--note '$(NOTE)')
 STAR_TINY := tests/parity/test_star_tiny.py::test_
 NEXT_TESTS := tests/e2e/test_plain_vllm.py tests/e2e/test_serving.py tests/e2e/test_shards.py tests/e2e/test_traces.py \
@@ -49,7 +50,7 @@ export no_proxy := localhost,127.0.0.1$(addprefix $(comma),$(no_proxy))
 export NO_PROXY := $(no_proxy)
 
 .PHONY: help env env-next demo-model eval-model adapter demo demo-hosts demo-peers serve test test-all tests-first tests-rest test-next unit stateful lint lint-docker layers types docs names \
-	option-tables check-vllm check-cuda compatibility proto proto-check proto-release lock sbom audit bench bench-all bench-llama browser fuzz soak faults wheel release clean
+	option-tables check-vllm check-cuda compatibility proto proto-check proto-release lock sbom audit bench bench-all bench-llama browser load-tools fuzz soak faults wheel release clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,7 +92,7 @@ test: env demo-model ## lint, types, docs, unit tests, kernels, and each capabil
 	$(call each,$(CHECKS),tests-first)
 
 test-all: env demo-model ## everything else: both vLLMs, attacks, faults, gateways, hosts, emulated GPUs, old processors
-	$(call each,env-next,tests-rest test-next)
+	$(call each,env-next load-tools,tests-rest test-next)
 
 # Run all of these targets, whichever of them fail: two of $(1) at a time, then those of $(2) one after the other. The
 # last line says how long they took, and which have failed.
@@ -238,6 +239,17 @@ $(BROWSER_ENV): Makefile
 	node -e 'const fs = require("fs"); fs.writeFileSync("chromium", require("zlib").brotliDecompressSync(fs.readFileSync("package/bin/chromium.br")), {mode: 0o755})' && \
 	rm sparticuz-chromium-$(CHROMIUM).tgz package/bin/chromium.br
 	@touch $@
+
+# Each has an environment of its own: their packages ask for other versions than vLLM's. pip takes a torch for CPUs where
+# it is configured so; AIPerf has none.
+$(LOAD_TOOLS_ENV): Makefile | $(ENV)
+	rm -rf $(@D)
+	$(BIN)/python -m venv $(@D)/guidellm && $(@D)/guidellm/bin/pip install --quiet guidellm==0.8.1
+	uv="$$(command -v uv || echo $(BIN)/uv)" && $$uv venv --quiet --python $(BIN)/python $(@D)/aiperf && \
+		$$uv pip install --quiet --python $(@D)/aiperf/bin/python aiperf==0.13.0
+	@touch $@
+
+load-tools: env $(LOAD_TOOLS_ENV) ## GuideLLM and AIPerf, which measure servers, in build/load-tools (2 GB)
 
 browser: $(BROWSER_ENV) ## a headless Chromium for the test of the page of requests, from npm (70 MB); needs npm
 

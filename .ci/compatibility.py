@@ -89,6 +89,15 @@ All that Starling changes in vLLM is in `vllm_compat/`, each part with what has 
 
 - [Model runner V2 in place of V1](https://github.com/vllm-project/vllm/issues/41286): the suites of engines run with
   both, and what is there for V1 alone goes with it. On CPUs V1 is the default of both supported versions.
+- [A pluggable V2 runner](https://github.com/vllm-project/vllm/issues/51212), and
+  [its factory of components](https://github.com/vllm-project/vllm/pull/53895): Starling would give the runner a
+  subclass of what prepares a batch's attention and inputs. Then the methods that it replaces on a V2 runner go
+  (`vllm_compat/worker.py`).
+- [Plugins of the scheduler](https://github.com/vllm-project/vllm/issues/51608) that sort the queue, hold requests back
+  and choose whom to preempt: [the order of prompts](scheduler.md#fairness) would become such plugins. The scheduler
+  class stays: no plugin finds the pages of blocks, or ends chunks where blocks end.
+- [A stable contract of attention backends and KV specs](https://github.com/vllm-project/vllm/issues/57566): Starling's
+  backends, and the KV specs of Attamba and KV shifting, would register by it alone.
 - Hints of what stays cached, [by session](https://github.com/vllm-project/vllm/issues/52113),
   [by range of tokens](https://github.com/vllm-project/vllm/pull/38514) or
   [by policies](https://github.com/vllm-project/vllm/issues/57103): `star_retention` becomes such a hint.

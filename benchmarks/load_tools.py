@@ -3,7 +3,7 @@
 `vllm bench serve`, GuideLLM and AIPerf send the same kind of prompts to one `starling serve`, one after the other: a
 question behind 8 of 24 documents, in an order of its own. Each tool runs with star off, with star, and with documents
 (`star_segments`), which go with each request as `vllm_xargs`. All documents have been computed for other prompts
-before. Writes results/load_tools_NAME.json and .png. docs/benchmarks.md says how to install the tools; vLLM's needs
+before. Writes results/load_tools_NAME.json and .png. `make load-tools` installs GuideLLM and AIPerf; vLLM's tool needs
 pandas, which `make bench` has. Takes about 10 minutes for 135M parameters on two cores.
 """
 
@@ -39,6 +39,7 @@ PLANS: dict[str, dict[str, Any]] = {
 }
 TOOLS = ROOT / "build" / "load-tools"
 """The folder of the tools' environments: their packages ask for other versions than vLLM's."""
+PROGRAMS = {"GuideLLM": TOOLS / "guidellm" / "bin" / "guidellm", "AIPerf": TOOLS / "aiperf" / "bin" / "aiperf"}
 
 
 def make_documents() -> list[str]:
@@ -81,7 +82,7 @@ def guidellm(url: str, model: str, prompts: Sequence[str], body: dict[str, Any],
         "extras": {"body": body},
     }
     run(
-        [TOOLS / "guidellm" / "bin" / "guidellm", "run", "--backend", json.dumps(backend)],
+        [PROGRAMS["GuideLLM"], "run", "--backend", json.dumps(backend)],
         ["--tokenizer", f"kind=huggingface_auto,model={model}", "--data", f"kind=json_file,path={data}"],
         ["--profile", "kind=synchronous", "--constraint", f"kind=max_requests,count={len(prompts)}"],
         ["--output", f"kind=json,path={out}", "--disable-console"],
@@ -94,7 +95,7 @@ def aiperf(url: str, model: str, prompts: Sequence[str], body: dict[str, Any], f
     """Milliseconds to the first token of each prompt, by AIPerf."""
     data = write_lines(folder, [{"text": prompt} for prompt in prompts])
     run(
-        [TOOLS / "aiperf" / "bin" / "aiperf", "profile", "--model", "model", "--url", url, "--tokenizer", model],
+        [PROGRAMS["AIPerf"], "profile", "--model", "model", "--url", url, "--tokenizer", model],
         ["--endpoint-type", "completions", "--streaming", "--input-file", data, "--custom-dataset-type", "single_turn"],
         ["--dataset-sampling-strategy", "sequential", "--request-count", len(prompts), "--concurrency", 1],
         ["--extra-inputs", json.dumps(body), "--artifact-dir", folder / "artifacts", "--ui", "none"],
@@ -121,6 +122,8 @@ def run(*arguments: Sequence[object]) -> None:
     environment = dict(os.environ)
     if command[0].startswith(str(TOOLS)):  # it has packages of its own
         environment.pop("PYTHONPATH", None)
+        environment.pop("HF_HUB_OFFLINE", None)  # with it, AIPerf takes the folder of a model for a name on the hub
+        environment.pop("TRANSFORMERS_OFFLINE", None)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[:3])} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")

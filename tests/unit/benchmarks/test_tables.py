@@ -23,7 +23,7 @@ def test_the_page_has_the_tables_of_the_results():
 
 def test_the_page_has_the_tables_of_other_approximations():
     results = stored("approximations_*.json")
-    assert len(results) == 2 and all(approximations.markdown(result) in PAGE for result in results)
+    assert len(results) == 4 and all(approximations.markdown(result) in PAGE for result in results)
 
 
 def test_the_model_made_to_retrieve_finds_what_the_definition_of_star_attention_says():

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 CHECKS = ["lint", "layers", "types", "proto-check", "docs"]
 FIRST = ["env", "demo-model"]
-PARTS = {"test": [*CHECKS, "tests-first"], "test-all": ["env-next", "tests-rest", "test-next"]}
+PARTS = {"test": [*CHECKS, "tests-first"], "test-all": ["env-next", "load-tools", "tests-rest", "test-next"]}
 LAST = {"test": "layers tests-first", "test-all": "tests-rest"}
 FAKES = """
 include {root}/Makefile
@@ -28,7 +28,9 @@ def run_make(folder: Path, target: str, *broken: str) -> tuple[subprocess.Comple
     parts = [*FIRST, "lint-docker", "browser", *PARTS["test"], *PARTS["test-all"]]
     (folder / "Makefile").write_text(FAKES.format(root=ROOT, parts=" ".join(parts)))
     own = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-    nothing = [f"{name}=" for name in ("ENV", "NEXT_ENV", "MODEL")]  # the files that the first parts make
+    nothing = [
+        f"{name}=" for name in ("ENV", "NEXT_ENV", "LOAD_TOOLS_ENV", "MODEL")
+    ]  # the files that the first parts make
     command = ["make", target, *nothing, f"BROKEN={' '.join(broken)}"]
     done = subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True, timeout=300)
     return done, (folder / "ran").read_text().split()

@@ -28,9 +28,8 @@ def run_make(folder: Path, target: str, *broken: str) -> tuple[subprocess.Comple
     parts = [*FIRST, "lint-docker", "browser", *PARTS["test"], *PARTS["test-all"]]
     (folder / "Makefile").write_text(FAKES.format(root=ROOT, parts=" ".join(parts)))
     own = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-    nothing = [
-        f"{name}=" for name in ("ENV", "NEXT_ENV", "LOAD_TOOLS_ENV", "MODEL")
-    ]  # the files that the first parts make
+    files = ("ENV", "NEXT_ENV", "LOAD_TOOLS_ENV", "MODEL")  # those that the first parts make
+    nothing = [f"{name}=" for name in files]
     command = ["make", target, *nothing, f"BROKEN={' '.join(broken)}"]
     done = subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True, timeout=300)
     return done, (folder / "ran").read_text().split()

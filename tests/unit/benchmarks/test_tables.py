@@ -24,6 +24,10 @@ def test_the_page_has_the_tables_of_the_results():
 def test_the_page_has_the_tables_of_other_approximations():
     results = stored("approximations_*.json")
     assert len(results) == 4 and all(approximations.markdown(result) in PAGE for result in results)
+    text = "answers {} % and {} % of the questions right at 2,048 tokens, {} % and {} % at 8,192"
+    results.sort(key=lambda result: (result["tokens"], result["model"] != "smollm2-135m-instruct"))
+    right = [round(result["rows"][approximations.DENSE]["right"]) for result in results]
+    assert text.format(*right) in " ".join(PAGE.split())
 
 
 def test_the_model_made_to_retrieve_finds_what_the_definition_of_star_attention_says():

@@ -240,13 +240,13 @@ $(BROWSER_ENV): Makefile
 	rm sparticuz-chromium-$(CHROMIUM).tgz package/bin/chromium.br
 	@touch $@
 
-# Each has an environment of its own: their packages ask for other versions than vLLM's. pip takes a torch for CPUs where
-# it is configured so; AIPerf has none.
+# Each has an environment of its own: their packages ask for other versions than vLLM's. GuideLLM requires torch: pip is
+# used, since a configuration of pip may name a build for CPUs, which is smaller.
 $(LOAD_TOOLS_ENV): Makefile | $(ENV)
 	rm -rf $(@D)
 	$(BIN)/python -m venv $(@D)/guidellm && $(@D)/guidellm/bin/pip install --quiet guidellm==0.8.1
-	uv="$$(command -v uv || echo $(BIN)/uv)" && $$uv venv --quiet --python $(BIN)/python $(@D)/aiperf && \
-		$$uv pip install --quiet --python $(@D)/aiperf/bin/python aiperf==0.13.0
+	$(BIN)/python -m venv $(@D)/aiperf
+	$$(command -v uv || echo $(BIN)/uv) pip install --quiet --python $(@D)/aiperf/bin/python aiperf==0.13.0
 	@touch $@
 
 load-tools: env $(LOAD_TOOLS_ENV) ## GuideLLM and AIPerf, which measure servers, in build/load-tools (2 GB)

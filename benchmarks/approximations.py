@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch.nn.functional import kl_div, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoTokenizer, DynamicCache
 
 from benchmarks.chosen_blocks import CHUNK, antidiagonals, attention, mask_of
@@ -34,7 +34,7 @@ from starling.features.dense_heads.model_heads import KNOWN
 from starling.lab.evaluation.tasks.base import hide
 from starling.lab.evaluation.tasks.needles import NEEDLE
 from starling.lab.evaluation.tasks.words import PLACES, distinct, number, prose, pseudo_words
-from starling.lab.models import load_model
+from starling.lab.models import kl_at_each, load_model
 from starling.lab.statistics import bootstrap
 
 TOKENS, BLOCKS, PAGE = 2048, 8, 32
@@ -188,8 +188,7 @@ class Answer:
 
     def compared(self, dense: Answer) -> tuple[float, bool, float]:
         """The log-probability, whether it is right, and the divergence KL(dense || self) of a token in nats."""
-        divergence = kl_div(self.predicted, dense.predicted, reduction="none", log_target=True).sum(-1).mean()
-        return self.logprob, self.right, float(divergence)
+        return self.logprob, self.right, float(kl_at_each(dense.predicted, self.predicted).mean())
 
 
 @torch.inference_mode()
@@ -249,7 +248,8 @@ def rows_of(answers: dict[str, np.ndarray], keys: dict[str, int]) -> dict[str, d
     """
     rows: dict[str, dict[str, Any]] = {}
     for name, values in answers.items():
-        logprobs, right, _ = np.moveaxis(values - answers[DENSE], 2, 0)
+        over_dense = values - answers[DENSE]
+        logprobs, right = over_dense[..., 0], over_dense[..., 1]
         rows[name] = {
             "keys": keys[name] / keys[DENSE],
             "right": 100 * float(values[..., 1].mean()),
@@ -308,7 +308,7 @@ def main() -> None:
         dense, _ = found[DENSE]
         for name, (scored, keys[name]) in found.items():
             answers[name].append([one.compared(other) for one, other in zip(scored, dense, strict=True)])
-    rows = rows_of({name: np.asarray(found, dtype=float) for name, found in answers.items()}, keys)
+    rows = rows_of({name: np.asarray(values, dtype=float) for name, values in answers.items()}, keys)
     table = numbers_table(f"{args.model.name}, {args.documents} documents", ("approximation", *COLUMNS))
     for name, row in rows.items():
         table.add_row(name, *cells_of(row))

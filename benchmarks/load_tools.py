@@ -86,6 +86,7 @@ def guidellm(url: str, model: str, prompts: Sequence[str], body: dict[str, Any],
         ["--tokenizer", f"kind=huggingface_auto,model={model}", "--data", f"kind=json_file,path={data}"],
         ["--profile", "kind=synchronous", "--constraint", f"kind=max_requests,count={len(prompts)}"],
         ["--output", f"kind=json,path={out}", "--disable-console"],
+        without=("PYTHONPATH",),
     )
     done = json.loads(out.read_text())["benchmarks"][0]["requests"]["successful"]
     return [request["time_to_first_token_ms"] for request in done]
@@ -99,6 +100,8 @@ def aiperf(url: str, model: str, prompts: Sequence[str], body: dict[str, Any], f
         ["--endpoint-type", "completions", "--streaming", "--input-file", data, "--custom-dataset-type", "single_turn"],
         ["--dataset-sampling-strategy", "sequential", "--request-count", len(prompts), "--concurrency", 1],
         ["--extra-inputs", json.dumps(body), "--artifact-dir", folder / "artifacts", "--ui", "none"],
+        # offline, AIPerf takes the folder of a model for a name on the hub
+        without=("PYTHONPATH", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"),
     )
     lines = (folder / "artifacts" / "profile_export.jsonl").read_text().splitlines()
     return [json.loads(line)["metrics"]["time_to_first_token"]["value"] for line in lines]
@@ -116,14 +119,17 @@ def write_lines(folder: Path, lines: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
-def run(*arguments: Sequence[object]) -> None:
-    """Run a tool from the folder of the repository (raises RuntimeError with its output: it has failed)."""
+def run(*arguments: Sequence[object], without: Sequence[str] = ()) -> None:
+    """Run a tool from the folder of the repository.
+
+    Args:
+        without: variables that are left out of its environment.
+
+    Raises:
+        RuntimeError: it has failed; with its output.
+    """
     command = [str(argument) for part in arguments for argument in part]
-    environment = dict(os.environ)
-    if command[0].startswith(str(TOOLS)):  # it has packages of its own
-        environment.pop("PYTHONPATH", None)
-        environment.pop("HF_HUB_OFFLINE", None)  # with it, AIPerf takes the folder of a model for a name on the hub
-        environment.pop("TRANSFORMERS_OFFLINE", None)
+    environment = {name: value for name, value in os.environ.items() if name not in without}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[:3])} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")

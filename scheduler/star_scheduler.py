@@ -13,9 +13,10 @@ from starling.config.star import StarOptions
 from starling.scheduler.cache_keys import page_keys
 from starling.scheduler.core_rpc import add_core_rpc
 from starling.scheduler.part import CorePart, HasParts, hooks_of
+from starling.scheduler.star.request_metadata import metadata_of
 from starling.scheduler.star.rules import check_sizes
 from starling.vllm_compat.patching import extends
-from starling.vllm_compat.prefix_cache import add_page_keys
+from starling.vllm_compat.prefix_cache import add_page_keys, hash_prompts_in_core
 from starling.vllm_compat.scheduler_hooks import SchedulerHooks
 
 
@@ -33,6 +34,7 @@ class StarMixin(HasParts, SchedulerHooks):
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         add_page_keys(page_keys)
+        hash_prompts_in_core(lambda request: metadata_of(request).plan is not None)
         add_core_rpc()
         super().__init__(vllm_config, *args, **kwargs)
         config = config_of(vllm_config) or StarlingConfig()

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import stateful
+from tests.model_runners import HAS_V1, needs_v1
 from tests.parts import split
 from tests.signals import handlers
 
@@ -41,8 +42,10 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keep the tests of ``--part``."""
+    """Keep the tests of ``--part`` whose model runner the installed vLLM has."""
     kept = set(split((item.nodeid for item in items), config.getoption("part")))
+    if not HAS_V1:
+        kept -= {item.nodeid for item in items if needs_v1(getattr(item, "callspec", None))}
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
     items[:] = [item for item in items if item.nodeid in kept]
 

@@ -159,8 +159,29 @@ def resolved_graph_mode(vllm_config: Any, support: AttentionCGSupport) -> str:
     """
     compilation = copy.deepcopy(vllm_config.compilation_config)
     queries = 1 + vllm_config.num_speculative_tokens
-    is_v2 = vllm_config.use_v2_model_runner
-    return compilation.resolve_cudagraph_mode_and_sizes(support, None, queries, use_v2_model_runner=is_v2).name
+    is_v2 = getattr(vllm_config, "use_v2_model_runner", None)
+    options = {} if is_v2 is None else {"use_v2_model_runner": is_v2}
+    return compilation.resolve_cudagraph_mode_and_sizes(support, None, queries, **options).name
+
+
+@touches("vllm.config.cache.CacheConfig.DEFAULT_GPU_MEMORY_UTILIZATION", since="0.34")
+def default_memory_share() -> float:
+    """Return the share of memory that vLLM takes where it sizes the KV cache by an estimate, and the user says none.
+
+    Since vLLM 0.34 the option's default is None: on a GPU the KV cache takes all memory that the warm-up leaves free.
+    """
+    from vllm.config import CacheConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    share = getattr(CacheConfig, "DEFAULT_GPU_MEMORY_UTILIZATION", EngineArgs.gpu_memory_utilization)
+    assert share is not None
+    return share
+
+
+@touches("vllm.config.vllm.VllmConfig.use_v2_model_runner", before="0.34")
+def model_runner(vllm_config: Any) -> str:
+    """Return which of vLLM's model runners an engine has, "V1" or "V2"; since vLLM 0.34 there is V2 alone."""
+    return "V2" if getattr(vllm_config, "use_v2_model_runner", True) else "V1"
 
 
 @touches("vllm.config.cache.CacheConfig.user_specified_block_size")

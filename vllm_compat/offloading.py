@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata, TransferJob
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
 from vllm.v1.kv_offload.base import GPULoadStoreSpec, LookupResult, OffloadKey, make_offload_key
@@ -210,9 +212,10 @@ def ends_within(work: Callable[[], object], seconds: float) -> bool:
 @touches(
     "vllm.v1.kv_offload.tiering.fs.manager.FileSystemTierManager.{_pool, _primary_kv_view, _use_o_direct}",
     "vllm.v1.kv_offload.tiering.fs.manager.FileSystemTierManager.{_load_job_keys, _job_block_counts, _load_progress}",
-    "vllm.v1.kv_offload.tiering.fs.manager.FileSystemTierManager._store_job_keys",
     "vllm.v1.kv_offload.tiering.fs.thread_pool.DualQueueThreadPool.{enqueue_store, enqueue_load, wait_idle}",
 )
+@touches("vllm.v1.kv_offload.tiering.fs.manager.FileSystemTierManager._store_job_keys", before="0.34")
+@touches("vllm.v1.kv_offload.tiering.fs.manager.FileSystemTierManager._store_jobs", since="0.34")
 @extends(FileSystemTierManager)
 class FileTier:
     """Mixed into vLLM's tier of files, before it: the tasks of its threads are methods of the subclass.
@@ -241,7 +244,9 @@ class FileTier:
 
     def submit_store(self, job_metadata: Any) -> None:
         keys, chunks = list(job_metadata.keys), list(map(int, job_metadata.chunk_ids))
-        if self.events is not None:
+        if hasattr(self, "_store_jobs"):  # since vLLM 0.34, which also marks stored keys as present by it
+            self._store_jobs[job_metadata.job_id] = job_metadata
+        elif self.events is not None:
             self._store_job_keys[job_metadata.job_id] = keys  # type: ignore[attr-defined]
         self._job_block_counts[job_metadata.job_id] = len(keys)  # type: ignore[attr-defined]
         self._pool.enqueue_store(job_metadata.job_id, 1, [functools.partial(self.store_pages, keys, chunks)])
@@ -274,6 +279,25 @@ def tiers_of(manager: Any) -> list[Any]:
 def chunks_of(manager: Any) -> int:
     """How many chunks host memory has."""
     return getattr(manager, "primary_tier", manager)._num_chunks
+
+
+@touches("vllm.v1.kv_offload.base.DevicePointers.{ptrs, group_block_counts}", since="0.34")
+def page_ids(place: Any, pages: torch.Tensor) -> np.ndarray:
+    """Return the numbers of the cache's pages that a transfer of an offloading worker reads or writes.
+
+    vLLM 0.34 has resolved them to addresses before it calls the worker. Goes when it hands page numbers on.
+
+    Args:
+        place: a GPULoadStoreSpec, or since vLLM 0.34 DevicePointers, of pages of the only KV cache group.
+        pages: (pages, bytes of a page) the tensor of the group's first layer.
+
+    Returns:
+        (pages of the transfer,) int64.
+    """
+    if isinstance(place, GPULoadStoreSpec):
+        return place.block_ids
+    addresses = place.ptrs[: place.group_block_counts[0]].astype(np.int64)
+    return (addresses - pages.data_ptr()) // pages.stride(0)
 
 
 @touches("vllm.v1.kv_offload.tiering.spec.TieringOffloadingSpec._scheduler_mmap")

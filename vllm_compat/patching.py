@@ -64,11 +64,15 @@ def extends(*bases: type) -> Callable[[type[T]], type[T]]:
     return lambda cls: cls
 
 
-def touches(*names: str) -> Callable[[T], T]:
+def touches(*names: str, since: str | None = None, before: str | None = None) -> Callable[[T], T]:
     """Say which attributes of vLLM's objects a function or a class reads or writes, as "module.Class.attribute".
 
     Several of one class are in braces: "module.Class.{first, second}".
 
     Changes nothing. names.py reads it, to list these attributes.
+
+    Args:
+        since: the first release that has the names, such as "0.34", where earlier supported ones do not.
+        before: the first release that does not have them any more.
     """
     return lambda function: function

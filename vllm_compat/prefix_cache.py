@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.core import block_pool, kv_cache_utils
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.engine import core
 
-from starling.vllm_compat.patching import Original, wrap
+from starling.vllm_compat.patching import Original, touches, wrap
 
 Hasher = Callable[[Any], list[Any]]
 HashFunction = Callable[[Any], bytes]
@@ -88,6 +89,63 @@ def use_request_hasher(make: Callable[[int, HashFunction], Hasher] | None) -> No
 
     global _make_hasher
     _make_hasher = make
+
+
+@touches(
+    "vllm.v1.engine.core.{PrefixHashConfig, frontend_block_hashes}",
+    "vllm.v1.engine.EngineCoreRequest.block_hashes",
+    since="0.34",
+)
+def hash_prompts_in_core(has_own_keys: Callable[[Any], bool]) -> None:
+    """Let the engine cores of this process hash all prompts themselves.
+
+    Since vLLM 0.34 an engine core offers its fronts to hash prompts, and takes the hashes that they send in
+    EngineCoreRequest.block_hashes. A front knows neither the added keys nor the padding of documents, so by its hashes
+    a prompt would find pages of other content. The offer is withheld, and without it vLLM leaves the hashes of a front
+    unused. Only called in an engine core where Starling is activated. Goes when a front's hashes can have added keys.
+
+    Args:
+        has_own_keys: tells of an EngineCoreRequest whether its pages have keys that no front can make. With hashes such
+            a request is refused.
+    """
+    if not hasattr(core, "frontend_block_hashes"):
+        return
+
+    @wrap(core, "PrefixHashConfig")
+    def no_offer(original: Original, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    @wrap(core, "frontend_block_hashes")
+    def frontend_block_hashes(original: Original, request: Any, offer: Any) -> Any:
+        if request.block_hashes is not None and has_own_keys(request):
+            raise VLLMValidationError(
+                f"block_hashes has {len(request.block_hashes)} hashes of a prompt with star blocks or documents, whose "
+                "pages have other keys. Allowed: none for such prompts.",
+                parameter="block_hashes",
+            )
+        return original(request, offer)
+
+
+@touches("vllm.v1.core.kv_cache_manager.KVCacheManager.get_num_cached_tokens", since="0.34")
+def count_cached_tokens(manager: Any, count: Callable[[Any], int | None]) -> None:
+    """Let a KV cache manager count what requests have in the prefix cache, by which vLLM orders those that wait.
+
+    Since vLLM 0.34, --cache-aware-admission-window puts the requests with the longest cached prefix first. It does not
+    see pages behind a prompt's first missing one. Goes when a scheduler can count them itself.
+
+    Args:
+        manager: vLLM's KVCacheManager.
+        count: called with a Request; returns None to leave the count to vLLM.
+    """
+    original = getattr(manager, "get_num_cached_tokens", None)
+    if original is None:
+        return
+
+    def get_num_cached_tokens(request: Any) -> int:
+        counted = count(request)
+        return original(request) if counted is None else counted
+
+    manager.get_num_cached_tokens = get_num_cached_tokens
 
 
 def leave_out_of_hit_rate(is_left_out: Callable[[Any], bool]) -> None:

@@ -26,7 +26,7 @@ from starling.vllm_compat.patching import touches
     "vllm.v1.core.sched.scheduler.Scheduler.{num_waiting_for_streaming_input, prefill_capacity_bound}",
     "vllm.v1.core.sched.scheduler.Scheduler.{num_spec_tokens, lora_config, need_mamba_block_aligned_split}",
     "vllm.v1.core.sched.scheduler.Scheduler.{_mamba_block_aligned_split, cache_config, max_num_scheduled_tokens}",
-    "vllm.v1.core.sched.scheduler.Scheduler.{use_v2_model_runner, _inflight_prefill_reserved_blocks}",
+    "vllm.v1.core.sched.scheduler.Scheduler._inflight_prefill_reserved_blocks",
     "vllm.v1.core.sched.scheduler.Scheduler._request_remaining_blocks",
     "vllm.v1.core.kv_cache_manager.KVCacheManager.{block_pool, coordinator, watermark_blocks, prefix_cache_stats}",
     "vllm.v1.core.kv_cache_manager.KVCacheManager.{prefix_cache_lookup_enabled, evict_blocks, get_block_ids}",
@@ -35,6 +35,12 @@ from starling.vllm_compat.patching import touches
     "vllm.v1.request.Request.{prefill_stats, _all_token_ids}",
     "vllm.v1.metrics.stats.PrefillStats.num_local_cached_tokens",
     "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.block_pool",
+)
+@touches("vllm.v1.core.sched.scheduler.Scheduler.use_v2_model_runner", before="0.34")
+@touches(
+    "vllm.v1.core.sched.scheduler.Scheduler.async_kv_waiting",
+    "vllm.v1.request.Request.prefix_cache_hit_limit",
+    since="0.34",
 )
 class SchedulerView:
     """One vLLM scheduler."""
@@ -88,8 +94,13 @@ class SchedulerView:
     # The prefix cache.
 
     def may_hit(self, request: Any) -> bool:
-        """Whether a request reads the prefix cache at all."""
-        return self.manager.prefix_cache_lookup_enabled(request)
+        """Whether a request may read any cached page of its prompt.
+
+        Since vLLM 0.34, a request for the log-probabilities of its prompt may be bounded to the pages before the first
+        one that is scored: it reads the prefix that vLLM finds, and nothing behind it.
+        """
+        bound = getattr(request, "prefix_cache_hit_limit", None)
+        return bound is None and self.manager.prefix_cache_lookup_enabled(request)
 
     def evict(self, page_ids: set[int]) -> None:
         """Take pages out of the prefix cache; requests that hold them keep them."""
@@ -149,7 +160,7 @@ class SchedulerView:
         """
         cached = output.scheduled_cached_reqs
         index = cached.req_ids.index(request_id)
-        if not self.scheduler.use_v2_model_runner:
+        if not self.has_v2_runner:
             (fresh,) = cached.new_block_ids[index] or ([],)
             cached.new_block_ids[index] = ([*page_ids, *fresh],)
             return
@@ -230,7 +241,12 @@ class SchedulerView:
         Model runner V1 goes by the number alone (GPUModelRunner._is_uniform_decode). V2 takes a chunk of one token for
         a decode, and no other (GPUModelRunner.gather_batch_req_state).
         """
-        return 1 if self.scheduler.use_v2_model_runner else self.tokens_of_a_decode
+        return 1 if self.has_v2_runner else self.tokens_of_a_decode
+
+    @property
+    def has_v2_runner(self) -> bool:
+        """Whether workers run model runner V2, as all of them do since vLLM 0.34."""
+        return getattr(self.scheduler, "use_v2_model_runner", True)
 
     @cached_property
     def has_decode_graphs(self) -> bool:
@@ -272,8 +288,12 @@ class SchedulerView:
         return not (self.scheduler.running or self.scheduler.kv_holding_waiting)
 
     def all_waiting(self) -> list[Any]:
-        """The requests that wait, those that hold pages already first."""
-        return [*self.scheduler.kv_holding_waiting, *self.scheduler.waiting]
+        """The requests that wait, those that hold pages already first.
+
+        Since vLLM 0.34, requests that a connector of the user's loads have a queue of their own.
+        """
+        loading = getattr(self.scheduler, "async_kv_waiting", ())
+        return [*self.scheduler.kv_holding_waiting, *loading, *self.scheduler.waiting]
 
     def holds_pages_while_waiting(self, request: Any) -> bool:
         return request in self.scheduler.kv_holding_waiting
@@ -317,6 +337,16 @@ class SchedulerView:
         merged += [request for request in before if id(request) in remaining]
         queue.clear()
         queue.extend(merged)
+
+
+@touches("vllm.v1.core.sched.output.CachedRequestData.resumed_req_ids", before="0.34")
+def started_ids(output: Any) -> set[str]:
+    """Return the ids of the requests that a step starts, those that were preempted and start again included.
+
+    Since vLLM 0.34 the latter go out as new, and CachedRequestData has no ``resumed_req_ids``.
+    """
+    new = {request.req_id for request in output.scheduled_new_reqs}
+    return new | getattr(output.scheduled_cached_reqs, "resumed_req_ids", set())
 
 
 def forget_uncomputed_pages(view: SchedulerView, request: Any) -> None:

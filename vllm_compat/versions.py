@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 
-VLLM_MIN, VLLM_BELOW = (0, 32), (0, 34)
-VLLM_RANGE = ">=0.32,<0.34"
+VLLM_MIN, VLLM_BELOW = (0, 32), (0, 35)
+VLLM_RANGE = ">=0.32,<0.35"
 
 
 def problem() -> str | None:

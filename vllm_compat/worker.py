@@ -1,4 +1,4 @@
-"""vLLM's workers and model runners."""
+"""vLLM's workers and model runners. What is there for runner V1 goes with vLLM 0.33, the last that has it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ from vllm.config.compilation import CUDAGraphMode
 from starling.vllm_compat.patching import touches
 
 
-@touches(
-    "vllm.v1.worker.gpu_model_runner.GPUModelRunner.input_batch",
-    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.prepare_attn",
-)
+@touches("vllm.v1.worker.gpu_model_runner.GPUModelRunner.input_batch", before="0.34")
+@touches("vllm.v1.worker.gpu.model_runner.GPUModelRunner.prepare_attn")
 def keep_request_ids(runner: Any) -> None:
     """Let a V2 model runner keep the request ids of the batch whose metadata it is about to make.
 
@@ -38,7 +36,7 @@ def keep_request_ids(runner: Any) -> None:
     runner.prepare_attn = keep
 
 
-@touches("vllm.v1.worker.gpu_model_runner.GPUModelRunner.input_batch")
+@touches("vllm.v1.worker.gpu_model_runner.GPUModelRunner.input_batch", before="0.34")
 def batch_request_ids(runner: Any) -> Sequence[str]:
     """Request id of each real row of the batch that a model runner makes metadata for, in its order.
 
@@ -47,8 +45,8 @@ def batch_request_ids(runner: Any) -> Sequence[str]:
     return runner.input_batch.req_ids if hasattr(runner, "input_batch") else runner.starling_request_ids
 
 
+@touches("vllm.v1.worker.gpu_model_runner.GPUModelRunner._model_forward", before="0.34")
 @touches(
-    "vllm.v1.worker.gpu_model_runner.GPUModelRunner._model_forward",
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner.model_state",
     "vllm.v1.worker.gpu.model_states.interface.ModelState.prepare_inputs",
 )
@@ -87,6 +85,9 @@ def before_forward(runner: Any, take: Callable[[torch.Tensor], None]) -> None:
 @touches(
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner.cudagraph_dispatcher",
     "vllm.v1.cudagraph_dispatcher.CudagraphDispatcher.dispatch",
+    before="0.34",
+)
+@touches(
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner.cudagraph_manager",
     "vllm.v1.worker.gpu.cudagraph_utils.CudaGraphManager.dispatch",
 )
@@ -116,13 +117,13 @@ def without_full_graphs(runner: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-@touches("vllm.v1.worker.gpu_model_runner.GPUModelRunner.discard_request_mask")
+@touches("vllm.v1.worker.gpu_model_runner.GPUModelRunner.discard_request_mask", before="0.34")
 def without_discarded_generators(runner: Any) -> Iterator[None]:
     """While this holds, rows whose sample will be discarded (an unfinished prefill) have no generator of their own.
 
     vLLM's V1 runner lets them sample and then rewinds their generators by offset, which a CPU generator refuses:
     one seeded request, prefilled in more than one step, ends a CPU engine. A generator that is left out needs no
-    rewinding. Goes when v1/worker/gpu_model_runner.py does not call set_offset on CPU generators.
+    rewinding. Goes with vLLM 0.33.
     """
     generators = runner.input_batch.generators if hasattr(runner, "discard_request_mask") else None
     if not generators or runner.device.type != "cpu":
@@ -157,10 +158,8 @@ def unlink_shared_memory(rank: int) -> None:
             path.unlink(missing_ok=True)
 
 
-@touches(
-    "vllm.v1.worker.gpu_model_runner.GPUModelRunner.attn_groups",
-    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.attn_groups",
-)
+@touches("vllm.v1.worker.gpu_model_runner.GPUModelRunner.attn_groups", before="0.34")
+@touches("vllm.v1.worker.gpu.model_runner.GPUModelRunner.attn_groups")
 def attention_groups(runner: Any) -> list[Any]:
     """The attention groups of a model runner, V1 or V2. Goes with a public accessor."""
     return [group for groups in runner.attn_groups for group in groups]

@@ -1,12 +1,12 @@
 """The tables of vLLM names that Starling depends on, and their check against a vLLM.
 
-There is a table for each supported release of vLLM: names-0.32.json, names-0.33.json.
+There is a table for each supported release of vLLM, such as names-0.32.json.
 
 With PYTHONPATH=.ci:proto, as `make names` and `make check-vllm` set it:
 
     python -m vllm_names.names          compares the table of the installed vLLM's release with that vLLM
     python -m vllm_names.names PATH     compares the table of the nearest release with another vLLM: a folder or a wheel
-    python -m vllm_names.names --write  makes the installed vLLM's table anew, from Starling's sources and that vLLM
+    python -m vllm_names.names --write [PATH]  makes the table of the installed vLLM, or of PATH, anew
 
 Both sides are read as source text; neither is imported. The kinds of use in the table:
 
@@ -115,6 +115,7 @@ class Project:
         private: accesses to private names of other objects, as "file:line: what".
         internal: accesses to names of INTERNAL, in the same form.
         unclear: calls of wrap(), extends() and touches() that the table can't list, in the same form.
+        of_releases: names that some supported releases have, and others do not -> their "since" and "before".
     """
 
     modules: set[str]
@@ -123,6 +124,7 @@ class Project:
     private: list[str] = field(default_factory=list)
     internal: list[str] = field(default_factory=list)
     unclear: list[str] = field(default_factory=list)
+    of_releases: dict[str, dict[str | None, str]] = field(default_factory=dict)
 
 
 def is_vllm(name: str | None) -> TypeGuard[str]:
@@ -230,10 +232,13 @@ class Reader(ast.NodeVisitor):
         if function in ("starling.vllm_compat.patching.touches", "starling.vllm_compat.patching.first_found"):
             mark = function.rpartition(".")[2]
             moved = mark == "first_found"
+            releases = {keyword.arg: string(keyword.value) for keyword in node.keywords}
             for argument in node.args:
                 for name in in_braces(string(argument).replace(":", ".") if moved else string(argument)):
                     if is_vllm(name):
                         self.use(name, "moved" if moved else "touch", argument, certain=not moved)
+                        if releases:
+                            self.project.of_releases[name] = releases
                     else:
                         self.report(self.project.unclear, argument, f"{mark}() of something else than a vLLM name")
             return
@@ -333,7 +338,7 @@ def make_table(project: Project, tree: SourceTree) -> dict[str, Any]:
     """The content of a table: the version of vLLM, and the names with their signatures (None: not found there)."""
     uses: dict[str, list[Use]] = {}
     for use in [*project.uses, *inherited_uses(project, tree)]:
-        if use.certain or tree.find(use.name):
+        if (use.certain and use.name not in project.of_releases) or tree.find(use.name):
             uses.setdefault(use.name, []).append(use)
     names = [
         {
@@ -413,10 +418,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Compare the vLLM names that Starling depends on with a vLLM.",
     )
     parser.add_argument("path", nargs="?", type=Path, help="vLLM package folder, a folder that contains it, or a wheel")
-    parser.add_argument("--write", action="store_true", help="make the installed vLLM's table anew")
+    parser.add_argument("--write", action="store_true", help="make the table of that vLLM anew")
     arguments = parser.parse_args(argv)
-    if arguments.write and arguments.path:
-        parser.error("--write reads the installed vLLM: leave out PATH")
     try:
         tree = SourceTree(arguments.path) if arguments.path else SourceTree.installed()
         if arguments.write:

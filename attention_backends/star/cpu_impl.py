@@ -9,6 +9,7 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from starling.attention_backends.kernels.contract import CPU_ISAS, Layout, Operands, as_fp8
 from starling.attention_backends.kernels.cpu.attention import VECTOR_SIZE, built_op, paged_attention
@@ -51,6 +52,7 @@ class CpuImpl(CPUAttentionBackendImpl):
         super().__init__(*args, **kwargs)
         config = config_of(get_current_vllm_config())
         self.setting = config.cpu_attention if config else "vllm"
+        self.has_fp8_cache = is_quantized_kv_cache(self.kv_cache_dtype)
         # The op is built here, while the engine starts, and not in the first request.
         self.has_op = unsupported_reason(self) is None and self.setting != "vllm" and built_op() is not None
 
@@ -64,7 +66,7 @@ class CpuImpl(CPUAttentionBackendImpl):
         """
         if not self.has_op or self.setting == "vllm" or metadata is None or layer.isa not in CPU_ISAS:
             return False
-        if self.is_fp8_kv_cache:  # never measured
+        if self.has_fp8_cache:  # never measured
             return False
         if metadata.causal is not True or metadata.dynamic_causal is not None:
             return False
@@ -140,7 +142,7 @@ class CpuImpl(CPUAttentionBackendImpl):
         num_pages, kv_heads, page_size, _ = kv_cache.shape
         key_cache, value_cache = kv_cache.view(num_pages, kv_heads, 2 * page_size, -1).chunk(2, dim=2)
         options: dict[str, Any] = {"scale": self.scale, "softcap": self.logits_soft_cap}
-        if self.is_fp8_kv_cache:
+        if self.has_fp8_cache:
             key_cache, value_cache = (as_fp8(cache, self.kv_cache_dtype) for cache in (key_cache, value_cache))
             options |= kv_scales(layer)
         return (key_cache, value_cache), options

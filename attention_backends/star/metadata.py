@@ -19,7 +19,7 @@ ROW_FIELDS_WITHOUT_A_SPLIT = (
     "dcp_local_seq_lens_cpu_upper_bound",
     "mm_req_doc_ranges",
     "rswa_prefix_lens",
-    "replayssm_decode_base_cpu",
+    "replayssm_decode_base_cpu",  # before vLLM 0.34
 )
 
 
@@ -58,7 +58,7 @@ def virtual_metadata(common: CommonAttentionMetadata, rows: VirtualRows) -> Comm
         RuntimeError: the batch carries a per-row field that can't be split.
     """
     for name in ROW_FIELDS_WITHOUT_A_SPLIT:
-        if getattr(common, name) is not None:
+        if getattr(common, name, None) is not None:
             raise RuntimeError(f"star rows in a batch with {name}, which has no split into virtual rows")
     if not isinstance(common.causal, bool):
         raise RuntimeError("star rows in a batch with a per-row causal tensor, which has no split")

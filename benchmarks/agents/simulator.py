@@ -166,10 +166,11 @@ class Simulator:
         self.outcome.steps += 1
         requests = {name: self.scheduler.requests[name] for name in counts}
         ends = {name: starts[name] + n >= requests[name].num_tokens for name, n in counts.items()}
+        index = {"req_id_to_index": {name: number for number, name in enumerate(counts)}}
         runner = ModelRunnerOutput(
             req_ids=list(counts),
-            req_id_to_index={name: index for index, name in enumerate(counts)},
             sampled_token_ids=[[TOKEN] if ends[name] else [] for name in counts],
+            **(index if "req_id_to_index" in ModelRunnerOutput.__dataclass_fields__ else {}),  # before vLLM 0.34
         )
         done = []
         for outputs in self.scheduler.update_from_output(output, runner).values():

@@ -45,7 +45,7 @@ from starling.features.replicas.rules import other_launcher
 from starling.scheduler.star.facts import EngineFacts, ReplicaSet
 from starling.scheduler.star.request_metadata import CONNECTOR, ONE_HOST, SHARDS, default_num_shards
 from starling.scheduler.star.rules import check_defaults
-from starling.vllm_compat.config import is_async_engine, share_memory_nodes
+from starling.vllm_compat.config import default_memory_share, is_async_engine, share_memory_nodes
 from starling.vllm_compat.core_process import divide_kv_memory_check, end_children_with_parent
 from starling.vllm_compat.cpu_lora import compile_with_lora
 from starling.vllm_compat.metrics import collect_from_children
@@ -107,10 +107,21 @@ def before_engine_config(engine_args: Any) -> None:
             raise OptionError(name, value, "Starling sets this class itself while it is activated", repr(default))
     if config.gpu_attention in CLASSES:
         choose_gpu_attention(config.gpu_attention, engine_args)
+    leave_memory_for_steps(engine_args)
     use_preset(engine_args)
     turn_lora_on(config, engine_args)
     if engine_args.enable_lora and current_platform.is_cpu():
         compile_with_lora(lambda vllm_config: config_of(vllm_config) is not None)
+
+
+def leave_memory_for_steps(engine_args: Any) -> None:
+    """Leave GPU memory free where vLLM would give the KV cache all that its warm-up leaves (since vLLM 0.34).
+
+    The warm-up has no star step, which takes memory of its own (``unprofiled_memory`` of `starling doctor`).
+    """
+    if current_platform.device_type == "cuda" and engine_args.gpu_memory_utilization is None:
+        share = engine_args.gpu_memory_utilization = default_memory_share()
+        logger.info("--gpu-memory-utilization %g: star steps take memory that vLLM's warm-up does not measure", share)
 
 
 def use_preset(engine_args: Any) -> None:

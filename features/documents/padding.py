@@ -35,7 +35,9 @@ def with_padding(request: Any) -> Any:
     if plan is None:
         return request
     padded = copy.copy(request)
-    padded.prompt_token_ids = pad(plan, request.prompt_token_ids)
+    token_ids = request.prompt_token_ids
+    # Since vLLM 0.34 a front sends them as a numpy array.
+    padded.prompt_token_ids = pad(plan, token_ids if isinstance(token_ids, list) else token_ids.tolist())
     return padded
 
 

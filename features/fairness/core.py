@@ -17,7 +17,7 @@ from starling.features.reuse.block_reuse import num_cached_tokens
 from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.part import CorePart
 from starling.scheduler.star.request_metadata import metadata_of
-from starling.vllm_compat.scheduler_view import SchedulerView
+from starling.vllm_compat.scheduler_view import SchedulerView, started_ids
 
 logger = init_logger("vllm.starling")
 
@@ -78,8 +78,7 @@ class PrefillLimiter(CorePart):
         return self.step() if self.prompts else None
 
     def scheduled(self, output: Any) -> None:
-        admitted = {new.req_id for new in output.scheduled_new_reqs} | output.scheduled_cached_reqs.resumed_req_ids
-        self.admission.count(self.scheduler.requests[name] for name in admitted)
+        self.admission.count(self.scheduler.requests[name] for name in started_ids(output))
 
     @contextmanager
     def step(self) -> Iterator[None]:

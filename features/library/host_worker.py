@@ -7,9 +7,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
-from vllm.v1.kv_offload.base import CanonicalKVCaches, GPULoadStoreSpec, OffloadingWorker, TransferResult
+from vllm.v1.kv_offload.base import CanonicalKVCaches, OffloadingWorker, TransferResult
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+
+from starling.vllm_compat.offloading import page_ids
 
 Copies = Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -27,19 +30,20 @@ class HostWorker(OffloadingWorker):
 
     def __init__(self, caches: CanonicalKVCaches, region: SharedOffloadRegion) -> None:
         self.pages = [cache.tensor for cache in caches.tensors]
+        self.first = caches.group_data_refs[0][0].tensor_idx
         self.chunks = [region.create_next_worker_view(cache.page_size_bytes) for cache in caches.tensors]
         self.chunk_bytes = sum(cache.page_size_bytes for cache in caches.tensors)
         self.region = region
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="starling-library")
         self.jobs: dict[int, Future[TransferResult]] = {}
 
-    def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: Any) -> bool:
+    def submit_store(self, job_id: int, source: Any, target: Any) -> bool:
         """Copy pages of the cache into chunks."""
-        return self._submit(job_id, self.pages, src_spec.block_ids, self.chunks, dst_spec.block_ids)
+        return self._submit(job_id, self.pages, self._page_ids(source), self.chunks, target.block_ids)
 
-    def submit_load(self, job_id: int, src_spec: Any, dst_spec: GPULoadStoreSpec, expedited: bool = False) -> bool:
+    def submit_load(self, job_id: int, source: Any, target: Any, expedited: bool = False) -> bool:
         """Copy chunks into pages of the cache."""
-        return self._submit(job_id, self.chunks, src_spec.block_ids, self.pages, dst_spec.block_ids)
+        return self._submit(job_id, self.chunks, source.block_ids, self.pages, self._page_ids(target))
 
     def get_finished(self) -> list[TransferResult]:
         """The jobs that have ended since the last call."""
@@ -55,6 +59,9 @@ class HostWorker(OffloadingWorker):
         self.thread.shutdown(wait=True)
         self.pages, self.chunks = [], []
         self.region.cleanup()
+
+    def _page_ids(self, place: Any) -> np.ndarray:
+        return page_ids(place, self.pages[self.first])
 
     def _submit(self, job_id: int, sources: Any, source_ids: Any, targets: Any, target_ids: Any) -> bool:
         self.jobs[job_id] = self.thread.submit(self._copy, job_id, sources, source_ids, targets, target_ids)

@@ -37,6 +37,16 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
     def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
         return False  # the pages are registered with NIXL once, at the start
 
+    @classmethod
+    def kv_cache_access(cls, kv_transfer_config: Any) -> Any:
+        """Return vLLM's flags of its own NIXL connector: the pages are registered, and mapped by peers of the host.
+
+        vLLM asks since 0.34, whose KV cache on a GPU otherwise consists of pieces that NIXL can't register.
+        """
+        from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlConnector
+
+        return NixlConnector.kv_cache_access(kv_transfer_config)
+
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         page_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size

@@ -24,7 +24,7 @@ from starling.scheduler.part import CorePart
 from starling.scheduler.star.independence import dependence
 from starling.scheduler.star.request_metadata import OWN_CONNECTORS, metadata_of
 from starling.vllm_compat.kv_pages import CacheGroup, Page
-from starling.vllm_compat.prefix_cache import use_request_hasher
+from starling.vllm_compat.prefix_cache import count_cached_tokens, use_request_hasher
 from starling.vllm_compat.scheduler_view import SchedulerView
 
 logger = init_logger("vllm.starling")
@@ -99,6 +99,10 @@ class BlockReuse(CorePart):
             logger.info("Reuse of star blocks behind an edit is off: %s", refusal)
             return None
         made = cls(scheduler.view, group)
+        count_cached_tokens(
+            scheduler.view.manager,
+            lambda request: None if independent_plan(request) is None else num_cached_tokens(scheduler, request),
+        )
         provenance = scheduler.part(Provenance)
         if provenance is not None:
             made.on_adopted = provenance.take
@@ -106,7 +110,7 @@ class BlockReuse(CorePart):
 
     def added(self, request: Any) -> None:
         """Adopt pages for a request from now on, where it has independent star blocks and may read the cache."""
-        if independent_plan(request) is not None and not request.skip_reading_prefix_cache:
+        if independent_plan(request) is not None and self.view.may_hit(request):
             self.requests[request.request_id] = request
 
     def pages_freed(self, request: Any) -> None:

@@ -27,7 +27,7 @@ from starling.lab.doctor.attention_report import (
 from starling.lab.machine import describe_gpus
 from starling.scheduler.star.independence import FULL_ATTENTION, HYBRID
 from starling.vllm_compat import versions
-from starling.vllm_compat.config import hybrid_page_size, page_size_before_start, plain_message
+from starling.vllm_compat.config import hybrid_page_size, model_runner, page_size_before_start, plain_message
 
 OK, REFUSED = 0, 1
 
@@ -165,7 +165,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
         "attention_backend": attention_backend(config),
         "attention_op": attention_op(config, starling.cpu_attention, starling.gpu_attention),
         "cuda_graphs": cuda_graphs(config),
-        "model_runner": "V2" if config.use_v2_model_runner else "V1",
+        "model_runner": model_runner(config),
         "kv_cache": cache,
         "unprofiled_memory": unprofiled_memory(config),
         "star_defaults": star.model_dump() | {"quality_sizes": sizes and size_texts(sizes)},

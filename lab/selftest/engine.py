@@ -87,10 +87,12 @@ def read_output(output: Any) -> dict[str, Any]:
 
 def environment(config: Any) -> dict[str, str]:
     """Model runner, attention backend, KV layout, graph mode and dtypes of an engine."""
+    from starling.vllm_compat.config import model_runner
+
     layers = config.compilation_config.static_forward_context
     backends = {layer.get_attn_backend().get_name() for layer in layers.values() if hasattr(layer, "get_attn_backend")}
     return {
-        "runner": "V2" if config.use_v2_model_runner else "V1",
+        "runner": model_runner(config),
         "backend": ", ".join(sorted(backends)) or "in other processes",
         "layout": str(config.cache_config.kv_cache_layout),
         "graphs": "eager" if config.model_config.enforce_eager else config.compilation_config.cudagraph_mode.name,

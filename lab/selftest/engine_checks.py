@@ -19,6 +19,7 @@ from starling.lab.selftest.engine_run import Batches, EngineError, EngineRun, Fe
 from starling.lab.selftest.kernels import rms
 from starling.lab.selftest.model import alternating_scores, reference_logprobs, reference_refusal
 from starling.lab.selftest.result import Check, Result, Skip
+from starling.vllm_compat.versions import release_of, vllm_version
 
 GAP = 1.5  # of star's distance from the reference to dense's
 TURNED_GAP = 4.0  # where a query is turned twice, by angles that are rounded twice; wrong angles give 30 and more
@@ -54,17 +55,18 @@ class Setting:
 def settings(gpu: bool, quick: bool) -> list[Setting]:
     """The settings to check on a GPU or on a CPU; with ``quick`` one, as vLLM would run.
 
-    On a GPU, each two values of different fields meet in one of four settings.
+    On a GPU, each two values of different fields meet in one of four settings. Since vLLM 0.34 there is one runner.
     """
+    v2, v1 = ("V2", "V1") if release_of(vllm_version() or "") < (0, 34) else (None, None)
     if not gpu:
-        return [Setting("V1", eager=True)]
+        return [Setting(v1, eager=True)]
     if quick:
         return [Setting(None, eager=False)]
     return [
-        Setting("V2", eager=False),
-        Setting("V2", eager=True, kv_dtype="fp8"),
-        Setting("V1", eager=True),
-        Setting("V1", eager=False, kv_dtype="fp8"),
+        Setting(v2, eager=False),
+        Setting(v2, eager=True, kv_dtype="fp8"),
+        Setting(v1, eager=True),
+        Setting(v1, eager=False, kv_dtype="fp8"),
     ]
 
 

@@ -69,7 +69,6 @@ def _store(
 def _launch_compiled_kernels() -> None:
     """Put other kernels in the places of those of vLLM's wheel for CUDA."""
     from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
-    from vllm.v1.sample.ops import topk_topp_sampler
 
     from tests.gpu_contract import kernels
 
@@ -80,9 +79,6 @@ def _launch_compiled_kernels() -> None:
     torch.ops._C_cache_ops.reshape_and_cache_flash = functools.partial(GPU.call, "store", _store)
     # Layers look it up also where torch's own functions take its place.
     torch.ops._C.silu_and_mul = None
-    # Its kernel does not run under Triton's interpreter. Sampling that is not greedy calls it, and so does a dummy run.
-    masked = topk_topp_sampler.apply_top_k_top_p_pytorch
-    topk_topp_sampler.apply_top_k_top_p_triton = lambda logits, k, p, **_: masked(logits, k, p)
     kernels.install_flash_attention()
     # float32, in which a wrong key shows as more than rounding.
     FlashAttentionBackend.supported_dtypes = [*FlashAttentionBackend.supported_dtypes, torch.float32]

@@ -24,4 +24,10 @@ def _add_cpu(backends):
     backends.backends["cpu"] = types.SimpleNamespace(driver=_ActiveDriver, compiler=None)
 
 
+def _mask_logits_by_torch(sampling):
+    """vLLM's kernel for top-k and top-p does not run under Triton's interpreter."""
+    sampling.apply_top_k_top_p_triton = lambda logits, k, p, **_: sampling.apply_top_k_top_p_pytorch(logits, k, p)
+
+
 amend("triton.backends", _add_cpu)
+amend("vllm.v1.sample.ops.topk_topp_sampler", _mask_logits_by_torch)

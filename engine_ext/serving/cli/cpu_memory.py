@@ -14,6 +14,8 @@ import psutil
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
+from starling.vllm_compat.config import default_memory_share
+
 KV_SPACE_ENV = "VLLM_CPU_KVCACHE_SPACE"
 OF_FREE_MEMORY = 0.85
 """Of an engine whose weights are not in a folder, so that their size is not known."""
@@ -43,7 +45,7 @@ def memory_share(args: Namespace, environ: Mapping[str, str]) -> float | None:
     if args.gpu_memory_utilization != EngineArgs.gpu_memory_utilization:
         return None
     memory = psutil.virtual_memory()
-    wanted = memory.total * args.gpu_memory_utilization
+    wanted = memory.total * default_memory_share()
     if memory.available >= wanted:
         taken = memory.available - OTHER_PROCESSES
         return None if taken >= wanted else rounded(taken / memory.total)

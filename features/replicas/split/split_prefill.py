@@ -60,7 +60,9 @@ def is_split(request: FrontRequest) -> bool:
     if not isinstance(prompt, Mapping) or prompt.get("type") != "token" or not isinstance(params, SamplingParams):
         return False
     if request.keywords.get("data_parallel_rank") is not None or params.skip_reading_prefix_cache:
-        return False  # vLLM sets the latter for prompt_logprobs: one engine has to compute the whole prompt
+        return False
+    if params.prompt_logprobs is not None:  # one engine has to compute the whole prompt
+        return False
     decision = request.decision
     return decision is not None and decision.plan is not None and decision.plan.replicas > 1
 

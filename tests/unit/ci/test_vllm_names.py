@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 
-from starling.vllm_compat.versions import version_problem
+from starling.vllm_compat.versions import release_of, version_problem
 from vllm_names import names
 from vllm_names.source_tree import SourceTree
 
@@ -150,6 +150,33 @@ def test_a_supported_vllm_has_every_name(file):
     assert names.table_file(table["vllm"]) == file and version_problem(table["vllm"]) is None
     assert [entry["name"] for entry in table["names"] if entry["signature"] is None] == []
     assert len(table["names"]) > 200
+
+
+@pytest.mark.parametrize("file", sorted(names.TABLES.glob("names-*.json")), ids=lambda file: file.stem)
+def test_a_table_has_the_names_of_its_release(file, starling):
+    """As far as the sources say them: what is inherited from vLLM's classes is read where that vLLM is installed."""
+    table = json.loads(file.read_text())
+    listed, release = {entry["name"] for entry in table["names"]}, release_of(table["vllm"])
+    for use in starling.uses:
+        bounds = starling.of_releases.get(use.name)
+        if bounds is not None:
+            since, before = (release_of(bounds.get(key, "")) for key in ("since", "before"))
+            assert (use.name in listed) == ((not since or release >= since) and (not before or release < before))
+        elif use.certain:
+            assert use.name in listed, f"{file.name} is out of date: run `make names`"
+
+
+def test_a_name_of_some_releases_is_listed_where_a_vllm_has_it(vllm, tmp_path):
+    code = """
+from vllm import core
+from starling.vllm_compat.patching import touches, wrap
+@touches("vllm.core.Engine.{queue, gone}", "vllm.core.absent", before="0.9")
+def f(engine): return wrap(core, "absent", f)
+"""
+    project = names.read_project(write(tmp_path / "project", {"vllm_compat/old.py": code}))
+    listed = [entry["name"] for entry in names.make_table(project, SourceTree(vllm))["names"]]
+    assert listed == ["vllm.core", "vllm.core.Engine.queue"] and not project.unclear
+    assert project.of_releases["vllm.core.absent"] == {"before": "0.9"}
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.v1.kv_offload.base import CanonicalKVCaches, CanonicalKVCacheTensor, GPULoadStoreSpec
+from vllm.v1.kv_offload.base import (
+    CanonicalKVCacheRef,
+    CanonicalKVCaches,
+    CanonicalKVCacheTensor,
+    GPULoadStoreSpec,
+)
 
 from starling.features.library.host_worker import HostWorker
 
@@ -27,8 +33,14 @@ class Region:
         self.is_clean = True
 
 
-def pages(ids: list[int]) -> GPULoadStoreSpec:
-    return GPULoadStoreSpec(ids, group_sizes=[len(ids)], block_indices=[0])
+def pages(ids: list[int], caches: CanonicalKVCaches) -> Any:
+    """Pages as vLLM's connector hands them to a worker."""
+    spec = GPULoadStoreSpec(ids, group_sizes=[len(ids)], block_indices=[0])
+    if find_spec("vllm.v1.kv_offload.pointer_utils") is None:  # before vLLM 0.34
+        return spec
+    from vllm.v1.kv_offload.pointer_utils import resolve_device_pointers
+
+    return resolve_device_pointers(spec, caches)
 
 
 def chunks(ids: list[int]) -> Any:
@@ -40,14 +52,16 @@ def test_pages_of_all_layers_go_to_chunks_and_come_back() -> None:
     before = [layer.clone() for layer in layers]
     region = Region()
     tensors = [CanonicalKVCacheTensor(layer, layer.shape[1]) for layer in layers]
-    worker = HostWorker(CanonicalKVCaches(tensors, []), region)  # type: ignore[arg-type]
-    assert worker.submit_store(1, pages([5, 2]), chunks([0, 3]))
+    refs = [CanonicalKVCacheRef(index, layer.shape[1]) for index, layer in enumerate(layers)]
+    caches = CanonicalKVCaches(tensors, [refs])
+    worker = HostWorker(caches, region)  # type: ignore[arg-type]
+    assert worker.submit_store(1, pages([5, 2], caches), chunks([0, 3]))
     worker.wait({1, 99})
     (stored,) = worker.get_finished()
     assert (stored.job_id, stored.success, stored.transfer_size) == (1, True, 2 * (8 + 16))
     for layer in layers:
         layer.zero_()
-    assert worker.submit_load(2, chunks([3, 0]), pages([1, 4]), expedited=True)
+    assert worker.submit_load(2, chunks([3, 0]), pages([1, 4], caches), expedited=True)
     worker.wait({2})
     assert [result.job_id for result in worker.get_finished()] == [2]
     for layer, was in zip(layers, before, strict=True):

@@ -21,7 +21,6 @@ from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.forward_context import set_forward_context
 from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector
-from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
 
 from starling.features.replicas.connector import StarConnector
 from starling.features.replicas.page_transfer import PageReader, Transfer, TransferError
@@ -80,6 +79,8 @@ def steps_of(runner: str, vllm_config: Any) -> Any:
     def around(output: Any) -> Iterator[None]:
         with set_forward_context(None, vllm_config):
             if runner == "V1":
+                from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
+
                 with KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(output):
                     yield
             else:

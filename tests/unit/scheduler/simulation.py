@@ -32,6 +32,8 @@ from starling.engine_ext.start import plugin
 from starling.scheduler.star.client_tokens import pad
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import KEY, RequestMetadata
+from starling.vllm_compat.scheduler_view import SchedulerView
+from tests.model_runners import HAS_V1, runner_output
 from tests.parity.harness import TINY
 
 PAGE_SIZE = 32
@@ -74,7 +76,8 @@ def make_scheduler(
         hash_block_size=page_size,
         log_stats=True,
     )
-    scheduler.use_v2_model_runner = v2
+    if HAS_V1:
+        scheduler.use_v2_model_runner = v2
     return scheduler
 
 
@@ -179,11 +182,7 @@ def visible_positions(plan: StarPlan | None, start: int, end: int) -> np.ndarray
 def answer(output: Any, sampled: dict[str, list[int]]) -> ModelRunnerOutput:
     """The output of a model runner that sampled these tokens in a step."""
     names = list(output.num_scheduled_tokens)
-    return ModelRunnerOutput(
-        req_ids=names,
-        req_id_to_index={name: index for index, name in enumerate(names)},
-        sampled_token_ids=[sampled[name] for name in names],
-    )
+    return runner_output(names, [sampled[name] for name in names])
 
 
 def run_to_end(scheduler: Any, ahead: int = 0) -> int:
@@ -238,7 +237,7 @@ class Engine:
         self.scheduler = scheduler
         self.pool = scheduler.kv_cache_manager.block_pool
         self.manager = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
-        self.ahead, self.page_size, self.v2 = ahead, page_size, scheduler.use_v2_model_runner
+        self.ahead, self.page_size, self.v2 = ahead, page_size, SchedulerView(scheduler).has_v2_runner
         self.memory = np.zeros((len(self.pool.blocks), page_size), dtype=np.int64)
         self.plans: dict[str, StarPlan | None] = {}
         self.prompts: dict[str, list[int]] = {}
@@ -305,7 +304,7 @@ class Engine:
         for name, new_ids, position in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
         ):
-            resumed = name in cached.resumed_req_ids
+            resumed = name in getattr(cached, "resumed_req_ids", ())
             assert not (self.v2 and resumed), "V2 resumes requests as new ones"
             if resumed:
                 self.page_ids[name] = []

@@ -96,7 +96,7 @@ def test_with_decode_graphs_no_star_chunk_has_one_token(config, graphs):
         assert scheduler._reserve_prefill_lookahead(request, start, tokens) == allowed
 
 
-@pytest.mark.parametrize(("v2", "refused"), [(False, 4), (True, 1)])
+@pytest.mark.parametrize(("v2", "refused"), [(False, 4), (True, 1)], ids=["v1", "v2"])
 def test_no_star_chunk_is_taken_for_a_decode_with_drafts(config, v2, refused):
     """With three drafts, V1 takes a chunk of four tokens for a decode. It may be a prompt's last one: it can't wait."""
     scheduler = make_scheduler(config, StarScheduler, v2=v2)

@@ -14,9 +14,9 @@ from starling.vllm_compat.versions import problem, version_problem, vllm_version
     [
         ("0.32.0", None),
         ("0.32.7+cpu", None),
-        ("0.33.0", None),
-        ("0.31.9", "outside the supported range >=0.32,<0.34"),
-        ("0.34.0", "outside the supported range"),
+        ("0.34.1", None),
+        ("0.31.9", "outside the supported range >=0.32,<0.35"),
+        ("0.35.0", "outside the supported range"),
         ("1.0", "outside the supported range"),
         (None, "not installed"),
     ],

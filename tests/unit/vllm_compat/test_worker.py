@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from vllm.v1.worker import gpu_model_runner
 
 from starling.vllm_compat import worker
 from starling.vllm_compat.worker import (
@@ -18,6 +17,7 @@ from starling.vllm_compat.worker import (
     metadata_builders,
     without_discarded_generators,
 )
+from tests.model_runners import HAS_V1
 
 
 class SecondRunner:
@@ -58,8 +58,11 @@ def test_rows_whose_sample_is_discarded_have_no_generator_meanwhile():
         """The V2 runner has no such mask."""
 
 
+@pytest.mark.skipif(not HAS_V1, reason="vLLM has no model runner V1")
 def test_vllm_still_rewinds_the_generators_of_discarded_rows():
     """Fails when without_discarded_generators can go."""
+    from vllm.v1.worker import gpu_model_runner
+
     assert "set_offset" in inspect.getsource(gpu_model_runner)
 
 

@@ -188,13 +188,16 @@ def test_the_longest_prompt_has_room_for_the_padding_of_documents():
     assert padded + p.QUERY + p.NEW <= p.LONGEST <= p.MAX_LENGTH
 
 
-def test_settings():
-    assert settings(gpu=False, quick=False) == settings(gpu=False, quick=True) == [Setting("V1", True)]
+@pytest.mark.parametrize(("vllm", "runners"), [("0.32.0+cpu", 2), ("0.34.0", 1)])
+def test_settings(monkeypatch, vllm, runners):
+    monkeypatch.setattr(engine_checks, "vllm_version", lambda: vllm)
+    v1 = "V1" if runners == 2 else None
+    assert settings(gpu=False, quick=False) == settings(gpu=False, quick=True) == [Setting(v1, True)]
     assert len(settings(gpu=True, quick=True)) == 1
     every = [(one.runner, one.eager, one.kv_dtype) for one in settings(gpu=True, quick=False)]
     for first, second in combinations(range(3), 2):
         pairs = {(setting[first], setting[second]) for setting in every}
-        assert len(pairs) == 4, "each two values meet"
+        assert len(pairs) == (2 * runners if first == 0 else 4), "each two values meet"
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 2])

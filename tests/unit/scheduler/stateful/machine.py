@@ -58,7 +58,8 @@ class SchedulerMachine(CountingMachine):
         self.scheduler = setup.make(self.config)
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.cases: dict[str, Case] = {}
-        self.runner = Runner(setup.specs, setup.num_pages, PAGE_SIZE, setup.v2, self.cases)
+        v2 = self.scheduler.view.has_v2_runner
+        self.runner = Runner(setup.specs, setup.num_pages, PAGE_SIZE, v2, self.cases)
         self.keys = PageKeys(self.runner)
         self.numbers = count()
         self.in_flight: list[list[Any]] = []  # steps, and what the runner has returned for each; None: it has not run

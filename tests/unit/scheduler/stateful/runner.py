@@ -13,6 +13,7 @@ import numpy as np
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, MambaSpec, SlidingWindowSpec
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
+from tests.model_runners import runner_output
 from tests.unit.scheduler.simulation import visible_positions
 from tests.unit.scheduler.stateful.cases import Case
 
@@ -64,11 +65,7 @@ class Runner:
         for name, (start, end) in spans.items():
             self._check_reads(name, start, end)
         names = list(spans)
-        return ModelRunnerOutput(
-            req_ids=names,
-            req_id_to_index={name: index for index, name in enumerate(names)},
-            sampled_token_ids=[self._sample(name) for name in names],
-        )
+        return runner_output(names, [self._sample(name) for name in names])
 
     def _take_in(self, output: Any) -> None:
         for name in output.finished_req_ids:
@@ -85,7 +82,7 @@ class Runner:
             self._skip_to(name, cached.num_computed_tokens[index])
             position, num_outputs = cached.num_computed_tokens[index], cached.num_output_tokens[index]
             num_tokens = self.cases[name].num_prompt_tokens + num_outputs
-            if name in cached.resumed_req_ids:
+            if name in getattr(cached, "resumed_req_ids", ()):
                 assert not self.v2, "V2 resumes requests as new ones"
                 row = self.rows[name] = Row([[] for _ in self.specs], position, num_tokens)
             assert row.num_tokens == num_tokens, f"{name} has {row.num_tokens} tokens, and not {num_tokens}"

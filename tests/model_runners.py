@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ V1 = {"v1", "V1"}
 
 def needs_v1(parameters: Any | None) -> bool:
     """Return whether a test runs model runner V1: one of its parameters (pytest's CallSpec2) has the id "v1"."""
-    return parameters is not None and bool(V1 & set(parameters.id.split("-")))
+    return parameters is not None and bool(V1 & set(re.split("[- ]", parameters.id)))
 
 
 def runner_output(names: Sequence[str], sampled: Sequence[list[int]]) -> Any:

@@ -45,7 +45,7 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
         """
         from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlConnector
 
-        return NixlConnector.kv_cache_access(kv_transfer_config)
+        return NixlConnector.kv_cache_access(kv_transfer_config)  # type: ignore[attr-defined]
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)

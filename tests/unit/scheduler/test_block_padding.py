@@ -209,14 +209,16 @@ def test_statistics_add_up_to_the_clients_prompt(data):
     assert kept.selected_token_ranks.tolist() == client_indexes(plan)[1:].tolist()
 
 
-def test_the_engine_core_pads_a_copy():
+@pytest.mark.parametrize("form", [list, lambda ids: np.array(ids, dtype=np.int32)], ids=["list", "array"])
+def test_the_engine_core_pads_a_copy(form):
+    """Since vLLM 0.34 a front sends the prompt as an array."""
     one = prompt(B, D)
 
     def request(plan):
         params = SamplingParams(extra_args={KEY: RequestMetadata(plan).to_wire()})
         return EngineCoreRequest(
             request_id="one",
-            prompt_token_ids=one.ids,
+            prompt_token_ids=form(one.ids),
             mm_features=None,
             sampling_params=params,
             pooling_params=None,
@@ -228,7 +230,7 @@ def test_the_engine_core_pads_a_copy():
 
     sent = request(one.plan)
     padded = with_padding(sent)
-    assert sent.prompt_token_ids == one.ids
+    assert list(sent.prompt_token_ids) == one.ids
     assert padded.prompt_token_ids == pad(one.plan, one.ids) and padded.request_id == "one"
     for plan in (None, StarPlan(64, 64, 0, 100, len(one.ids))):
         sent = request(plan)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import RequestStatus
 
 from starling.features.reuse.block_reuse import BlockReuse
@@ -61,6 +62,11 @@ def finish(engine: Engine) -> None:
     engine.run()
     engine.check_pages()
     assert engine.scheduler.reset_prefix_cache()
+
+
+def forget_step(scheduler, name: str) -> None:
+    """Do for a preempted request what vLLM's reset does; V1 alone has the step's requests in the scheduler."""
+    getattr(scheduler, "prev_step_scheduled_req_ids", set()).discard(name)
 
 
 def block_cost(block: int) -> int:
@@ -188,7 +194,7 @@ def test_a_preemption_discards_adopted_pages_that_are_not_reported_yet(engine):
     engine.scheduler.part(BlockReuse).adopt_all()  # the adopted pages are not reported to the worker yet
     engine.scheduler.running.remove(request)
     engine.scheduler._preempt_request(request, 0.0, drop_stale_output=True)
-    engine.scheduler.prev_step_scheduled_req_ids.discard("second")
+    forget_step(engine.scheduler, "second")
     assert not engine.scheduler.part(BlockReuse).unreported
     engine.check_pages()
     engine.run()
@@ -302,7 +308,7 @@ class Machine(RuleBasedStateMachine):
         request = data.draw(st.sampled_from(scheduler.running))
         scheduler.running.remove(request)
         scheduler._preempt_request(request, 0.0, drop_stale_output=True)
-        scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+        forget_step(scheduler, request.request_id)
 
     @precondition(lambda self: self.engine is not None and self.engine.scheduler.requests)
     @rule(data=st.data())
@@ -336,3 +342,34 @@ def test_no_page_is_leaked_freed_twice_or_read_in_place_of_another(config):
     Machine.config = config
     limits = settings(max_examples=150, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(Machine, settings=limits)
+
+
+@pytest.mark.skipif(not hasattr(KVCacheManager, "get_num_cached_tokens"), reason="before vLLM 0.34")
+def test_requests_with_cached_blocks_behind_an_edit_are_admitted_first(tmp_path):
+    """With --cache-aware-admission-window; vLLM alone counts the pages before the edit."""
+    window = {"cache_aware_admission_window": 8, "cache_aware_admission_threshold": 0.0, "max_num_seqs": 1}
+    engine = Engine(
+        make_scheduler(make_config(tmp_path, block_size=PAGE_SIZE, **window), StarScheduler, PAGE_SIZE, 100),
+        page_size=PAGE_SIZE,
+    )
+    ids = random_ids(1, LENGTH)
+    engine.add("first", PLAN, ids)
+    engine.run()
+    engine.add("longer prefix", PLAN, edited(ids, 2, 3, 4, 5))
+    engine.add("more cached", PLAN, edited(ids, 1))
+    engine.run()
+    assert engine.cached["more cached"] > engine.cached["longer prefix"] > 2 * BLOCK
+    assert engine.first_token["more cached"] < engine.first_token["longer prefix"]
+    finish(engine)
+
+
+@pytest.mark.skipif(not hasattr(KVCacheManager, "get_num_cached_tokens"), reason="before vLLM 0.34")
+def test_a_request_for_logprobs_of_its_prompt_reads_no_page_behind_the_first_scored_token(engine):
+    ids = random_ids(1, LENGTH)
+    engine.add("first", PLAN, ids)
+    engine.run()
+    scored = {"prompt_logprobs": 0, "prompt_logprob_start": BLOCK, "skip_reading_prefix_cache": False}
+    engine.add("second", PLAN, edited(ids, 2), sampling=scored)
+    engine.run()
+    assert engine.cached["second"] == BLOCK // PAGE_SIZE * PAGE_SIZE
+    finish(engine)

@@ -156,16 +156,18 @@ names: env env-next ## write .ci/vllm_names/names-*.json, the vLLM names that St
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --dest "$$wheel" vllm==0.33.0 && \
 	PYTHONPATH=.ci:proto $(BIN)/python -m vllm_names.names --write "$$wheel"/vllm-*.whl
 
-check-vllm: ## compare those names with another vLLM: VERSION=0.33.0, by default the newest release; needs pip alone
+check-vllm: ## compare those names with another vLLM: VERSION=0.35.0, by default the newest release; needs pip alone
 	@wheel=$$(mktemp -d) && trap 'rm -rf "$$wheel"' EXIT && python=$${PYTHON:-python3} && \
 	"$$python" -m pip download --quiet --no-deps --only-binary :all: --dest "$$wheel" 'vllm$(addprefix ==,$(VERSION))' && \
 	PYTHONPATH=.ci:proto "$$python" -m vllm_names.names "$$wheel"/vllm-*.whl
 
-# --python-platform: llguidance, which vLLM requires, has no wheels for a glibc older than 2.31.
+# --python-platform: llguidance, which vLLM requires, has no wheels for a glibc older than 2.31. --override: vLLM 0.34.0
+# requires flashinfer-python 0.7.3, which the package index does not have: without the override nothing installs 0.34.0.
 check-cuda: env ## resolve what a GPU server installs, for each vLLM and Python, and write docs/compatibility.md; installs nothing
 	rm -rf build/cuda && mkdir -p build/cuda
+	echo 'flashinfer-python==0.7.4' > build/cuda/overrides-0.34.0 && touch build/cuda/overrides-0.32.0
 	uv=$$(command -v uv || echo $(BIN)/uv) && for vllm in 0.32.0 $(NEXT_VLLM); do for python in 3.11 3.12 3.13; do \
-	echo "vllm==$$vllm" | "$$uv" pip compile --quiet --no-header --no-annotate --only-binary :all: --constraint - \
+	echo "vllm==$$vllm" | "$$uv" pip compile --quiet --no-header --no-annotate --only-binary :all: --constraint - --override build/cuda/overrides-$$vllm \
 		--python-platform x86_64-manylinux_2_31 --python-version $$python --extra cuda --extra xformers \
 		--output-file build/cuda/$$python-$$vllm.txt pyproject.toml || exit 1; done; done
 	$(BIN)/python .ci/compatibility.py cuda build/cuda

@@ -12,7 +12,7 @@ set -euo pipefail
 VERSION=${1:?usage: .ci/overlay.sh VERSION}
 BASE=.venv NEXT=.venv-next
 # For vLLM 0.34: triton of torch 2.14, and the newest transformers that it takes.
-PACKAGES=(triton==3.9.0 transformers==5.22.2)
+PACKAGES=(triton==3.8.0 transformers==5.22.2)
 
 say() { printf '==> %s\n' "$*"; }
 

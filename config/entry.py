@@ -79,8 +79,8 @@ class StarlingConfig:
 class Entries(Mapping[str, Any]):
     """An engine's additional_config with the `starling` entry alone, which vLLM's key of compiled code does not have.
 
-    vLLM hashes a dict as it is, and asks anything else for ``compute_hash`` (VllmConfig.compute_hash in
-    vllm/config/vllm.py). No compiled code depends on Starling's options: attention is an op that is not compiled, and
+    vLLM hashes a dict as it is, and asks anything else for ``compute_hash``, since 0.34 for ``compile_factors``
+    (vllm/config/vllm.py). No compiled code depends on Starling's options: attention is an op that is not compiled, and
     vLLM hashes backend and LoRA by themselves. So another option or peer does not cost a compilation of minutes.
     """
 
@@ -100,8 +100,12 @@ class Entries(Mapping[str, Any]):
         return repr(self._entries)
 
     def compute_hash(self) -> str:
-        """The same for all options: Starling is activated."""
+        """Return the same for all options: Starling is activated."""
         return ENTRY
+
+    def compile_factors(self) -> dict[str, Any]:
+        """Return the same for all options, as ``compute_hash``."""
+        return {ENTRY: True}
 
 
 MAX_PARSED = 8

@@ -399,6 +399,21 @@ def test_the_connector_does_not_support_sleep_mode():
     assert not StarConnector.supports_sleep_mode(KVTransferConfig(kv_connector="StarConnector", kv_role="kv_both"))
 
 
+@pytest.mark.skipif(not hasattr(StarConnector.__base__, "kv_cache_access"), reason="vLLM asks since 0.34")
+def test_a_gpu_s_pages_can_be_registered_and_mapped():
+    """Else the KV cache of a GPU consists of pieces of memory, which NIXL can't register as one region."""
+    from vllm.config.kv_transfer import KVCacheAccess
+
+    transfer = KVTransferConfig(
+        kv_connector="StarConnector",
+        kv_connector_module_path=StarConnector.__module__,
+        kv_role="kv_both",
+        kv_buffer_device="cuda",
+    )
+    assert transfer.kv_cache_access() == KVCacheAccess.REGISTERS | KVCacheAccess.EXPORTS_FABRIC
+    assert transfer.registers_kv_cache_memory()
+
+
 @pytest.mark.parametrize("cached", [300, 0], ids=["found all pages cached", "lost its start"])
 def test_a_request_that_has_begun_without_fetching_fetches_nothing_after_a_preemption(scheduler, cached):
     """The other replicas have released their pages by then, and use them for other prompts."""

@@ -59,17 +59,24 @@ def test_activated_engines_get_starlings_scheduler_and_worker(model):
     assert star_refusals(config) == []
 
 
+def compile_key(config) -> str:
+    """Return vLLM's key of the code that it compiles for a configuration."""
+    if hasattr(config, "compute_hash"):  # before vLLM 0.34
+        return config.compute_hash()
+    from vllm.config.utils import hash_config
+
+    return hash_config(config)
+
+
 def test_options_do_not_change_vllms_key_of_compiled_code(model):
     """Also in a worker, which gets the configuration as a copy. With an entry of another's, vLLM's rule holds."""
     entries = [{"star": "on", "star_block_size": size, "star_replicas": 1} for size in (256, 512)]
     one, other = (engine_config(model, additional_config={"starling": entry}) for entry in entries)
-    assert one.compute_hash() == other.compute_hash()
+    assert compile_key(one) == compile_key(other)
     for copied in (pickle.loads(pickle.dumps(one)), replace(one, instance_id="another")):
         assert parse_config(copied.additional_config) == parse_config({"starling": entries[0]})
-        assert copied.compute_hash() == one.compute_hash()
-    hashes = {
-        engine_config(model, additional_config={"starling": entry, "more": 1}).compute_hash() for entry in entries
-    }
+        assert compile_key(copied) == compile_key(one)
+    hashes = {compile_key(engine_config(model, additional_config={"starling": entry, "more": 1})) for entry in entries}
     assert len(hashes) == 2
 
 
@@ -452,3 +459,14 @@ class TestGpuAttention:
     def test_a_backend_beside_it_is_refused(self, model, given):
         with pytest.raises(OptionError, match="--attention-backend FLASHINFER is given too"):
             engine_config(model, additional_config={"starling": {"gpu_attention": "xformers"}}, **given)
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "share"), [("cuda", None, 0.92), ("cuda", 0.8, 0.8), ("cpu", None, None)], ids=str
+)
+def test_a_gpu_has_memory_left_for_star_steps(monkeypatch, device, given, share):
+    """Since vLLM 0.34 no share means: all that the warm-up, which has no star step, leaves free."""
+    monkeypatch.setattr(activation, "current_platform", SimpleNamespace(device_type=device))
+    arguments = SimpleNamespace(gpu_memory_utilization=given)
+    activation.leave_memory_for_steps(arguments)
+    assert arguments.gpu_memory_utilization == share

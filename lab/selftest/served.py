@@ -27,7 +27,7 @@ def adapter_feature(model: str, folder: Path) -> dict[str, Feature]:
     """An engine with an adapter of zeros, which is written to ``folder``; nothing for a model without one."""
     if adapter_refusal(model) is not None:
         return {}
-    return {ADAPTER: Feature({STAR_ADAPTER: str(zero_adapter(folder / "zero_adapter", model))}, {})}
+    return {ADAPTER: Feature({STAR_ADAPTER: str(zero_adapter(folder, model))}, {})}
 
 
 def served(engines: Engines, folder: Path, memory: str) -> EngineRun:
@@ -40,7 +40,9 @@ def served(engines: Engines, folder: Path, memory: str) -> EngineRun:
     """
     ours = engines.ours
     library = Feature({STAR_LIBRARY: f":{memory}"}, p.library_batches(vocabulary(engines.model)))
-    features = {DOCUMENTS: ours.features[DOCUMENTS], LIBRARY: library} | adapter_feature(engines.model, folder)
+    features = {DOCUMENTS: ours.features[DOCUMENTS], LIBRARY: library} | adapter_feature(
+        engines.model, folder / "adapter"
+    )
     return EngineRun(ours.engine, {"star": ours.batches["star"]}, ours.env, features)
 
 

@@ -133,7 +133,7 @@ def speed_checks(
         checks.append(Check(f"speed: {title}", run))
     if documents and not quick:
         same = {name: batch for name, batch in documents.items() if name in (WARM_DOCUMENTS, *requests(gpu))}
-        features = {DOCUMENTS: Feature(WITH_DOCUMENTS, same)} | adapter_feature(model, folder)
+        features = {DOCUMENTS: Feature(WITH_DOCUMENTS, same)} | adapter_feature(model, folder / "speed_adapter")
         adapted = EngineRun(activated, {}, features=features)
         checks += [adapter_check(engines, adapted, name) for name in requests(gpu)]
     decoded = {"star": list(decodes), DOCUMENTS: [name for name in names if name != REORDERED]}

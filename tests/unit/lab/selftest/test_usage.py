@@ -6,12 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig
 from vllm.compilation.cuda_graph import CUDAGraphStat
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
 
-from starling.lab.selftest import model, speed, suite
+from starling.config.adapter import WEIGHTS
+from starling.lab.selftest import model, served, speed, suite
 from starling.lab.selftest.engine_run import EngineRun
 from starling.lab.selftest.result import Skip
 from starling.vllm_compat.engine_readings import count_graphs, gpu_memory
@@ -116,6 +119,22 @@ def test_what_a_quick_run_measures(monkeypatch):
         "speed: first token of a long tail behind documents",
         *(f"speed: a token behind 16 documents with an adapter, {count} requests" for count in (1, 4)),
     }
+
+
+def test_each_model_of_a_run_has_an_adapter_of_its_own_shapes(monkeypatch):
+    """Without a MODEL, times are measured with a larger one than the checks have."""
+    for name in ("kernel_checks", "row_checks"):
+        monkeypatch.setattr(suite, name, list)
+    with suite.make_suite(None, gpu=False, quick=False) as (checks, _):
+        runs = [check.run.args for check in checks if "documents with an adapter" in check.name]
+        found = {}
+        for run in (args[1] for args in runs if len(args) > 1):
+            sizes = AutoConfig.from_pretrained(run.engine["model"])
+            folder = run.features[served.ADAPTER].options["star_adapter"]
+            matrix = load_file(f"{folder}/{WEIGHTS}")["base_model.model.model.layers.0.mlp.gate_proj.lora_B.weight"]
+            assert matrix.shape == (sizes.intermediate_size, model.ADAPTER_RANK)
+            found[run.engine["model"]] = folder
+    assert len(found) == len(set(found.values())) == 2
 
 
 def timed(run: EngineRun, **batches: dict) -> None:

@@ -130,7 +130,7 @@ $ starling selftest MODEL --report out
 """
 NO_GPU = """**There is no report from a GPU yet: no GPU was at hand.** Starling's CUDA path is tested on CPUs only
 ([On GPUs](star-attention.md#on-gpus)). [`starling selftest`](selftest.md) checks yours, and
-[these commands](gpu-results.md) say the most in 45 minutes."""
+[these commands](gpu-results.md) say the most in an hour."""
 
 
 def count(files: Iterable[Path]) -> dict[str, dict[str, int]]:

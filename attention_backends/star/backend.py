@@ -34,6 +34,7 @@ from starling.attention_backends.star.head_step import HeadStep
 from starling.attention_backends.star.metadata import virtual_block_table, virtual_metadata
 from starling.attention_backends.star.step import current_step
 from starling.config.entry import config_of
+from starling.vllm_compat.attention_splits import build_unsplit
 from starling.vllm_compat.config import set_cpu_attention_isa
 from starling.vllm_compat.patching import extends
 
@@ -183,7 +184,8 @@ class StarBuilder:
                 if heads is not None:
                     build = self.head_builders.build if self.head_builders else None
                     heads.keep(common_attn_metadata, virtual, page_size, self.layer_names, build)
-                common_attn_metadata = virtual
+                of_rows = functools.partial(super().build, common_prefix_len, virtual, fast_build)  # type: ignore[misc]
+                return build_unsplit(self.backend, self, virtual.num_actual_tokens, of_rows)
         return super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:

@@ -6,6 +6,7 @@ the backends in ``CONTIGUOUS_OUTPUT``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionType, CommonAttentionMetadata
 
 from starling.attention_backends.star.head_step import HeadCall
+from starling.vllm_compat.attention_splits import build_unsplit
 from starling.vllm_compat.head_attention import (
     builder_of_heads,
     builder_of_other_rows,
@@ -73,7 +75,9 @@ class HeadBuilders:
         key = place, num_kv_heads
         if key not in self.by_heads:
             self.by_heads[key] = builder_of_heads(self.backend, self.by_rows[place], num_kv_heads)
-        return self.base.build(self.by_heads[key], 0, rows)
+        builder = self.by_heads[key]
+        of_rows = functools.partial(self.base.build, builder, 0, rows)
+        return build_unsplit(self.backend, builder, rows.num_actual_tokens, of_rows)
 
 
 def attend_by_heads(

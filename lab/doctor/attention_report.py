@@ -10,6 +10,7 @@ SAMPLES = {"decode, 1k keys": (1, 1024), "decode, 32k keys": (1, 32_768), "prefi
 GPU_KERNELS = {"triton": "Starling's Triton kernels", "xformers": "xformers' kernels"}
 MOST_MULTIPROCESSORS = 256
 """No GPU has more. Partial results are in proportion to their number."""
+SPLITS_NONE = "FlashAttention 3 splits no keys in steps with star rows"
 MADE_WITH_THE_WEIGHTS = "the tables of angles are made with the weights, and vLLM's profile counts them"
 
 
@@ -119,7 +120,23 @@ def unprofiled_memory(config: Any) -> dict[str, Any]:
     why = [f"{num_bytes:,}: {what}" for what, num_bytes in found.items()] or ["star rows take no more than dense rows"]
     if is_made_for_documents(config):
         why.append(MADE_WITH_THE_WEIGHTS)
+    if backend in (None, "FLASH_ATTN"):
+        why.append(split_keys(config))
     return {"bytes": sum(found.values()), "why": "; ".join(why)}
+
+
+def split_keys(config: Any) -> str:
+    """Say what FlashAttention 3 takes for the partial results of split keys on a rank, in steps with star rows."""
+    mode, model = config.compilation_config.cudagraph_mode, config.model_config
+    graph_size = config.compilation_config.max_cudagraph_capture_size or 0
+    if mode is None or not mode.has_full_cudagraphs() or not graph_size:
+        return SPLITS_NONE
+    splits = config.attention_config.flash_attn_max_num_splits_for_cuda_graph
+    numbers = splits * graph_size * model.get_num_attention_heads(config.parallel_config) * (model.get_head_size() + 1)
+    return (
+        f"not counted, as plain vLLM takes it too: {4 * numbers:,} for the keys that FlashAttention 3 splits in a step "
+        f"of up to {graph_size:,} tokens; in a longer step with star rows it splits none"
+    )
 
 
 def output_bytes(config: Any) -> int:

@@ -59,6 +59,14 @@ def document_batches(vocabulary: int) -> dict[str, list[Prompt]]:
     }
 
 
+def library_batches(vocabulary: int) -> dict[str, list[Prompt]]:
+    """The documents of ``document_batches`` again, behind prompts that take every page of the KV cache."""
+    (documents,) = document_batches(vocabulary)["computed"]
+    count = -(-NUM_PAGES // (LENGTH // PAGE_SIZE))  # a page that is not full is used again at once
+    others = [make_prompt(400 + seed, LENGTH, vocabulary, max_tokens=2, bare=True) for seed in range(count)]
+    return {"other prompts": others, "stored": [documents]}
+
+
 def head_batches(vocabulary: int) -> dict[str, list[Prompt]]:
     """A prompt of which half of the KV heads see everything: alone, beside one without such heads, and cached."""
     prompt = make_prompt(1, LENGTH, vocabulary, star=STAR | {"star_dense_heads": DENSE_HEADS})

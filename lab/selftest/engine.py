@@ -20,8 +20,9 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Run the batches.
 
     Returns:
-        {"environment", "batches": {name: {"outputs", "preemptions", "graphs"}}, "memory": {"start", "end"}}. "graphs"
-        has the steps by the mode of their CUDA graphs, and "memory" what ``gpu_memory`` says of each rank.
+        {"environment", "batches": {name: {"outputs", "preemptions", "graphs", "memory"}}, "memory"}. "graphs" has the
+        steps by the mode of their CUDA graphs, and "memory" what ``gpu_memory`` says of each rank: before all batches,
+        and of each batch.
     """
     from vllm import LLM
     from vllm.v1.metrics.reader import Counter
@@ -29,16 +30,21 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     from starling.vllm_compat.engine_readings import count_graphs, gpu_memory
 
     llm = LLM(skip_tokenizer_init=True, disable_log_stats=False, cudagraph_metrics=True, seed=0, **job["engine"])
-    graphs, memory = count_graphs(llm.llm_engine), {"start": llm.collective_rpc(gpu_memory)}
+    graphs, memory = count_graphs(llm.llm_engine), llm.collective_rpc(gpu_memory)
     batches, before = {}, 0
     for name, prompts in job["batches"].items():
         outputs = run_batch(llm, prompts)
         counters = [metric for metric in llm.get_metrics() if isinstance(metric, Counter)]
         after = sum(counter.value for counter in counters if counter.name == "vllm:num_preemptions")
-        batches[name] = {"outputs": outputs, "preemptions": after - before, "graphs": dict(graphs)}
+        taken = llm.collective_rpc(gpu_memory)
+        batches[name] = {
+            "outputs": outputs,
+            "preemptions": after - before,
+            "graphs": dict(graphs),
+            "memory": taken,
+        }
         graphs.clear()
         before = after
-    memory["end"] = llm.collective_rpc(gpu_memory)
     return {"environment": environment(llm.llm_engine.vllm_config), "batches": batches, "memory": memory}
 
 
@@ -67,6 +73,8 @@ def read_output(output: Any) -> dict[str, Any]:
     """Tokens, log-probabilities and times of a request.
 
     ``margins`` has, for each generated token, by how much it is more probable than the second best, in nats.
+    ``adapter`` says whether the prompt ran with the server's, and ``stored`` how many tokens of documents came from its
+    library.
     """
     (choice,) = output.outputs
     steps = list(zip(choice.logprobs, choice.token_ids, strict=True)) if choice.logprobs else []
@@ -74,12 +82,15 @@ def read_output(output: Any) -> dict[str, Any]:
     second = [max(entry.logprob for other, entry in step.items() if other != token) for step, token in steps]
     prompt = zip((output.prompt_logprobs or [])[1:], output.prompt_token_ids[1:], strict=False)
     times, count = output.metrics, len(choice.token_ids)
+    plan, sources = getattr(output, "plan", None) or {}, getattr(output, "document_sources", None) or []  # not vLLM's
     return {
         "token_ids": list(choice.token_ids),
         "logprobs": chosen,
         "margins": [best - other for best, other in zip(chosen, second, strict=True)],
         "prompt_logprobs": [step[token].logprob for step, token in prompt],
         "cached": output.num_cached_tokens,
+        "adapter": bool(plan.get("adapter")),
+        "stored": sum(document["host"] + document["storage"] for document in sources),
         "ttft": times.first_token_latency,
         "seconds_per_token": (times.last_token_ts - times.first_token_ts) / max(count - 1, 1),
     }

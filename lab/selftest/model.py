@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from starling.attention_backends.star.reference import Heads, masks_by_head
+from starling.config.adapter import DISTILLED, PEFT_CONFIG, VERSION, WEIGHTS
 from starling.config.head_scores import HeadScores
 
 TINY = {
@@ -38,6 +40,9 @@ LLAMA_1B = SMALL | {
 LLAMA_8B = LLAMA_1B | {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32}
 TIMED = ((60, "Llama-3.1-8B", LLAMA_8B), (20, "Llama-3.2-1B", LLAMA_1B), (0, "a small Llama", SMALL))
 """GiB of a GPU that a model takes with 128k tokens in its KV cache, the name of its shape, and LlamaConfig fields."""
+ADAPTED = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose linear layers have the names and shapes of a Llama's."""
+ADAPTER_RANK = 8  # that of `starling distil`
 MAX_REFERENCE_BYTES = 8 << 30
 """Checkpoints above this size get no float32 reference, which runs on the CPU."""
 
@@ -112,6 +117,52 @@ def alternating_scores(model: str) -> HeadScores:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     row = tuple(float(head % 2 == 0) for head in range(heads))
     return HeadScores(scores=tuple(row if kind == "full_attention" else () for kind in kinds))
+
+
+def adapter_refusal(model: str) -> str | None:
+    """Why ``zero_adapter`` makes no adapter of a model; None where it does."""
+    from transformers import AutoConfig
+
+    kind = AutoConfig.from_pretrained(model).model_type
+    return None if kind in ADAPTED else f"an adapter of zeros is made for {', '.join(ADAPTED)}, and this is {kind}"
+
+
+def zero_adapter(folder: Path, model: str) -> Path:
+    """Write an adapter for documents that changes all linear layers by zero, as `starling distil` does; its folder.
+
+    Args:
+        model: of which ``adapter_refusal`` says None.
+    """
+    from safetensors.torch import save_file
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    size = getattr(config, "head_dim", None) or hidden // heads
+    queries, keys = heads * size, config.num_key_value_heads * size
+    shapes = {  # rows, columns
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    weights = {}
+    for layer in range(config.num_hidden_layers):
+        for name, (rows, columns) in shapes.items():
+            base = f"base_model.model.model.layers.{layer}.{name}"
+            weights[f"{base}.lora_A.weight"] = torch.ones(ADAPTER_RANK, columns, dtype=torch.bfloat16)
+            weights[f"{base}.lora_B.weight"] = torch.zeros(rows, ADAPTER_RANK, dtype=torch.bfloat16)
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    modules = sorted(name.rpartition(".")[2] for name in shapes)
+    peft = {"peft_type": "LORA", "r": ADAPTER_RANK, "lora_alpha": ADAPTER_RANK, "target_modules": modules}
+    (folder / PEFT_CONFIG).write_text(json.dumps(peft | {"bias": "none"}))
+    made = {"version": VERSION, "purposes": ["documents"], "model": str(model)}
+    (folder / DISTILLED).write_text(json.dumps(made))
+    return folder
 
 
 def reference_refusal(model: str) -> str | None:

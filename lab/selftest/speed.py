@@ -13,8 +13,9 @@ from starling.config.entry import ENTRY
 from starling.lab.selftest.check_prompts import QUERY, WITH_DOCUMENTS, make_prompt
 from starling.lab.selftest.engine_checks import DOCUMENTS, HEADS, Engines
 from starling.lab.selftest.engine_run import Batches, EngineRun, Feature, by_mode
-from starling.lab.selftest.model import alternating_scores
+from starling.lab.selftest.model import adapter_refusal, alternating_scores
 from starling.lab.selftest.result import Check, Result, Skip
+from starling.lab.selftest.served import ADAPTER, adapter_feature
 
 NO_GRAPHS = "no GPU: a CPU has no CUDA graphs"
 NO_PROFILE = "no GPU: vLLM makes no memory profile on a CPU"
@@ -28,7 +29,13 @@ COUNT, DOCUMENT_TOKENS = 16, {True: 256, False: 64}  # documents of a prompt
 DOCUMENTS_LENGTH = {gpu: COUNT * tokens + QUERY + DECODED for gpu, tokens in DOCUMENT_TOKENS.items()}
 DOCUMENT_REQUESTS = {True: (1, 8, 64), False: (1, 4)}
 REORDERED = "another order"
+TAIL, TAIL_TOKENS = "a long tail", {True: 4_000, False: 500}  # behind documents, as a chat's own messages are
+TAIL_DOCUMENTS = {True: 2_048, False: 128}  # tokens of each
+WIDE = "documents beside a decode"  # behind a prompt that is as long as the largest step
+WIDE_DOCUMENTS, WIDE_TOKENS = 25, 320
+STEP_TOKENS = {True: 8192, False: 2048}
 WARM = "warm"  # begins the names of batches that are not timed
+WARM_DOCUMENTS = f"{WARM} documents"
 BESIDE = 8  # requests with documents beside a long prompt that decodes
 STEP = 1024  # prompts that are shortened have a multiple of this, of which an eighth is whole KV pages
 SHORTEST = 2 * STEP  # a shorter prefill has too little attention to show what star saves
@@ -80,20 +87,32 @@ def speed_checks(
     plain_documents, documents = (
         document_batches(vocabulary, measured, gpu, max_length, star) for star in (False, True)
     )
-    longest = max([*measured, DECODE_LENGTH, *([DOCUMENTS_LENGTH[gpu]] if documents else [])])
+    plain_tails, tails = ({} if quick else tail_batches(vocabulary, gpu, max_length, star) for star in (False, True))
+    plain_wide, wide = (wide_batches(vocabulary, gpu, max_length, star) for star in (False, True))
+    longest = max(
+        [
+            *([STEP_TOKENS[gpu] + DECODED] if wide else []),
+            *measured,
+            DECODE_LENGTH,
+            *([DOCUMENTS_LENGTH[gpu]] if documents else []),
+            *([tail_length(gpu)] if tails else []),
+        ]
+    )
     engine = {"model": model, "dtype": "bfloat16" if gpu else "float32", "enforce_eager": not gpu} | arguments
-    engine |= {"max_model_len": min(longest + STEP, max_length), "max_num_batched_tokens": 8192 if gpu else 2048}
+    engine |= {"max_model_len": min(longest + STEP, max_length), "max_num_batched_tokens": STEP_TOKENS[gpu]}
     scores = folder / "speed_scores.json"
     scores.write_text(alternating_scores(model).model_dump_json())
     features = {
         HEADS: Feature({"star_heads": str(scores)}, prefill_batches(vocabulary, measured, {HEADS: DENSE_HEADS})),
-        DOCUMENTS: Feature(WITH_DOCUMENTS, documents),
+        DOCUMENTS: Feature(WITH_DOCUMENTS, documents | tails | wide),
     }
     features = {name: feature for name, feature in features.items() if feature.batches}
     activated = engine | {"additional_config": {ENTRY: dict(starling)}}
     batches = decodes | prefill_batches(vocabulary, measured, {"dense": None, "star": 0})
     engines = Engines(
-        model, EngineRun(engine, decodes | plain_documents), EngineRun(activated, batches, features=features)
+        model,
+        EngineRun(engine, decodes | plain_documents | plain_tails | plain_wide),
+        EngineRun(activated, batches, features=features),
     )
     limit = f"the model takes {max_length:,} tokens at most"
     checks = [prefill_check(engines, length, fits, limit, note) for length, fits in lengths.items()]
@@ -103,6 +122,20 @@ def speed_checks(
     checks.append(Check("speed: a token, activated", decode))
     names = [name for name in documents if not name.startswith(WARM)]
     checks += [document_check(engines, name) for name in names]
+    more: dict[str, tuple[Callable[[Engines], Result | Skip], int, Batches]] = {
+        f"memory of {WIDE}": (measure_wide_step, STEP_TOKENS[gpu] + DECODED, wide)
+    }
+    if not quick:
+        more[f"first token of {TAIL} behind documents"] = measure_tail, tail_length(gpu), tails
+    for title, (measure, needed, has) in more.items():
+        reason = f"{limit}, and {needed:,} are needed" if needed > max_length else NO_PROFILE
+        run = functools.partial(measure, engines) if has else functools.partial(Skip, reason)
+        checks.append(Check(f"speed: {title}", run))
+    if documents and not quick:
+        same = {name: batch for name, batch in documents.items() if name in (WARM_DOCUMENTS, *requests(gpu))}
+        features = {DOCUMENTS: Feature(WITH_DOCUMENTS, same)} | adapter_feature(model, folder / "speed_adapter")
+        adapted = EngineRun(activated, {}, features=features)
+        checks += [adapter_check(engines, adapted, name) for name in requests(gpu)]
     decoded = {"star": list(decodes), DOCUMENTS: [name for name in names if name != REORDERED]}
     return checks + (usage_checks(engines.plain, engines.ours, decoded, gpu) if decodes else [])
 
@@ -145,13 +178,57 @@ def document_batches(vocabulary: int, lengths: Sequence[int], gpu: bool, max_len
         prompt |= {"star": {"star": "on", "star_segments": starts}}
     ids = prompt["ids"]
     reordered = [token for start in starts[-2::-1] for token in ids[start : start + size]] + ids[starts[-1] :]
-    batches = {f"{WARM} documents": [prompt], REORDERED: [prompt | {"ids": reordered, "max_tokens": 1}]}
-    batches |= {f"{count} requests": count * [prompt] for count in DOCUMENT_REQUESTS[gpu]}
+    batches = {WARM_DOCUMENTS: [prompt], REORDERED: [prompt | {"ids": reordered, "max_tokens": 1}]}
+    batches |= {name: count * [prompt] for name, count in requests(gpu).items()}
     if lengths:
         long = make_prompt(2, lengths[-1], vocabulary, max_tokens=DECODED)
         name = f"{BESIDE} requests beside a decode of {lengths[-1]:,} tokens"
         batches |= {f"{WARM} long prompt": [long], name: [*BESIDE * [prompt], long]}
     return batches
+
+
+def requests(gpu: bool) -> dict[str, int]:
+    """The batches of equal prompts behind documents: name -> how many they are."""
+    return {f"{count} requests": count for count in DOCUMENT_REQUESTS[gpu]}
+
+
+def tail_length(gpu: bool) -> int:
+    """Tokens of a prompt with a long tail, and one of output."""
+    return COUNT * TAIL_DOCUMENTS[gpu] + TAIL_TOKENS[gpu] + 1
+
+
+def tail_batches(vocabulary: int, gpu: bool, max_length: int, star: bool) -> Batches:
+    """Long documents, and then the same with many tokens behind them; none where they do not fit.
+
+    Args:
+        star: whether documents have positions of their own.
+    """
+    if tail_length(gpu) > max_length:
+        return {}
+    starts = [TAIL_DOCUMENTS[gpu] * number for number in range(COUNT + 1)]
+    documents = make_prompt(5, starts[-1], vocabulary)["ids"]
+    tails = {f"{WARM} {TAIL}": QUERY, TAIL: TAIL_TOKENS[gpu]}
+    return {
+        name: [
+            {"ids": documents + make_prompt(6 + length, length, vocabulary)["ids"], "max_tokens": 1}
+            | ({"star": {"star": "on", "star_segments": starts}} if star else {})
+        ]
+        for name, length in tails.items()
+    }
+
+
+def wide_batches(vocabulary: int, gpu: bool, max_length: int, star: bool) -> Batches:
+    """A dense prompt that decodes while many documents are computed in one step; none on a CPU, or without room.
+
+    Args:
+        star: whether documents have positions of their own.
+    """
+    starts = [WIDE_TOKENS * number for number in range(WIDE_DOCUMENTS + 1)]
+    if not gpu or STEP_TOKENS[gpu] + DECODED > max_length:
+        return {}
+    dense = make_prompt(7, STEP_TOKENS[gpu], vocabulary, max_tokens=DECODED, cold=True)
+    documents = make_prompt(8, starts[-1] + QUERY, vocabulary, max_tokens=2, cold=True)
+    return {WIDE: [dense, documents | ({"star": {"star": "on", "star_segments": starts}} if star else {})]}
 
 
 def prefill_check(engines: Engines, wanted: int, length: int | None, limit: str, note: str = "") -> Check:
@@ -216,11 +293,49 @@ def measure_documents(engines: Engines, batch: str) -> Result | Skip:
     refusal = engines.ours.refusal(DOCUMENTS)
     if refusal is not None:
         return Skip(refusal)
-    ours, plains = (
-        1000 * statistics.median(output["seconds_per_token"] for output in engine.outputs(batch))
-        for engine in (engines.ours, engines.plain)
-    )
+    ours, plains = per_token(engines.ours, batch), per_token(engines.plain, batch)
     return Result(ours, None, "ms", f"plain vLLM, dense {plains:.3g} ms")
+
+
+def per_token(run: EngineRun, batch: str) -> float:
+    """Milliseconds between two tokens of a request, the median of a batch (raises EngineError)."""
+    return 1000 * statistics.median(output["seconds_per_token"] for output in run.outputs(batch))
+
+
+def measure_tail(engines: Engines) -> Result | Skip:
+    """Seconds to the first token of many tokens behind cached documents, and of the same prompt with dense attention.
+
+    A plain engine has the documents cached too, as they stand where they stood.
+    """
+    refusal = engines.ours.refusal(DOCUMENTS)
+    if refusal is not None:
+        return Skip(refusal)
+    (ours,), (plains,) = engines.ours.outputs(TAIL), engines.plain.outputs(TAIL)
+    length = len(engines.plain.batches[TAIL][0]["ids"])
+    detail = f"{length - ours['cached']} tokens behind {ours['cached']} that are cached"
+    return Result(
+        ours["ttft"], None, "s", f"{detail}; plain vLLM, dense {plains['ttft']:.3g} s, {plains['cached']} cached"
+    )
+
+
+def adapter_check(engines: Engines, adapted: EngineRun, batch: str) -> Check:
+    """The measurement of what an adapter adds to a token."""
+    name = f"speed: a token behind {COUNT} documents with an adapter, {batch}"
+    return Check(name, functools.partial(measure_adapter, engines, adapted, batch))
+
+
+def measure_adapter(engines: Engines, adapted: EngineRun, batch: str) -> Result | Skip:
+    """Milliseconds between two tokens of a prompt that runs with an adapter, and with documents alone.
+
+    Args:
+        adapted: an engine as ``engines.ours``, with the adapter.
+    """
+    without = per_token(engines.ours, batch) if engines.ours.refusal(DOCUMENTS) is None else None
+    refusal = adapter_refusal(engines.model) or engines.ours.refusal(DOCUMENTS) or adapted.refusal(ADAPTER)
+    if refusal or without is None:
+        return Skip(str(refusal))
+    ours = per_token(adapted, batch)
+    return Result(ours, None, "ms", f"without it {without:.3g} ms: {ours - without:.3g} ms more a token")
 
 
 def usage_checks(plain: EngineRun, ours: EngineRun, batches: Mapping[str, Sequence[str]], gpu: bool) -> list[Check]:
@@ -259,7 +374,7 @@ def measure_memory(ours: EngineRun, plain: EngineRun) -> Result | Skip:
     refusal = ours.refusal()
     if refusal is not None:
         return Skip(refusal)
-    ranks = ours.result()["memory"]["end"]
+    ranks = [rank for batch in ours.result()["batches"].values() for rank in batch["memory"]]
     reserved, requested, profiled = (
         max(rank[name] for rank in ranks) / 2**30 for name in ("reserved", "requested", "profiled")
     )
@@ -270,7 +385,24 @@ def measure_memory(ours: EngineRun, plain: EngineRun) -> Result | Skip:
     return Result(taken(ours), None, "GiB", detail)
 
 
-def taken(run: EngineRun) -> float:
-    memory = run.result()["memory"]
-    ranks = zip(memory["start"], memory["end"], strict=True)
+def measure_wide_step(engines: Engines) -> Result | Skip:
+    """GiB that documents beside a decode behind a long prompt took at most, and those of the same prompts, dense.
+
+    FlashAttention may keep partial results of split keys for such a step, of which no memory profile knows.
+    """
+    refusal = engines.ours.refusal(DOCUMENTS)
+    if refusal is not None:
+        return Skip(refusal)
+    profiled = max(rank["profiled"] for rank in engines.ours.result()["memory"]) / 2**30
+    detail = (
+        f"vLLM's profile has {profiled:.3g} GiB for it, plain vLLM, dense takes {taken(engines.plain, WIDE):.3g} GiB"
+    )
+    return Result(taken(engines.ours, WIDE), None, "GiB", detail)
+
+
+def taken(run: EngineRun, *names: str) -> float:
+    """GiB that some batches, or all, took at most beside what was allocated before them, on the rank that took most."""
+    result = run.result()
+    batches = [result["batches"][name]["memory"] for name in names or result["batches"]]
+    ranks = (pair for batch in batches for pair in zip(result["memory"], batch, strict=True))
     return max(end["peak"] - start["allocated"] for start, end in ranks) / 2**30

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from starling.config.entry import GPU_ATTENTION
 from starling.lab.selftest.check_prompts import LONGEST
 from starling.lab.selftest.engine_checks import (
+    DOCUMENTS,
     FP8_CAPABILITY,
     Engines,
     Setting,
@@ -29,6 +31,7 @@ from starling.lab.selftest.engine_run import EngineRun, read_result
 from starling.lab.selftest.kernels import kernel_checks
 from starling.lab.selftest.model import TINY, make_config, make_model, max_length, timed_shape, vocabulary
 from starling.lab.selftest.result import Check, Result, Skip
+from starling.lab.selftest.served import MEMORY, served, served_checks
 from starling.lab.selftest.speed import speed_checks
 from starling.lab.selftest.star_rows import row_checks
 from starling.lab.selftest.tiles import tile_checks
@@ -72,7 +75,10 @@ def make_suite(
             checks += engine_checks(setting.name(), made)
             if not (quick or (gpu and (setting.eager or setting.kv_dtype != "auto"))):
                 checks += steady_checks(setting.name(), made.plain, made.ours, gpu)
-        checks += two_gpu_checks(next(iter(engines.values()), None))
+        first = next(iter(engines.values()), None)
+        run = None if first is None else served(first, folder, MEMORY[model is not None])
+        checks += served_checks("as served", first, run) if first and run else []
+        checks += two_gpu_checks(first, run)
         checks += timed_checks(model, gpu, folder, quick=quick, **arguments)
         if not quick:
             checks += tile_checks()
@@ -115,14 +121,25 @@ def length_refusal(longest: int) -> str | None:
     return f"the model takes {longest:,} tokens at most, and the prompts of the engine checks have up to {LONGEST:,}"
 
 
-def two_gpu_checks(engines: Engines | None) -> list[Check]:
-    """The checks of two GPUs; ``engines`` is None where no setting can run."""
-    if engines is None:
+def two_gpu_checks(engines: Engines | None, run: EngineRun | None) -> list[Check]:
+    """The checks of two GPUs.
+
+    Args:
+        engines: of one GPU; None where no setting can run.
+        run: the engine that ``served`` made of them.
+    """
+    if engines is None or run is None:
         return [Check("two GPUs", functools.partial(Skip, "no engine of one GPU can run to compare with"))]
-    return [
-        Check("two GPUs: TP=2 equals TP=1", functools.partial(check_tensor_parallel, engines)),
-        Check("two GPUs: moved pages are equal", check_moved_pages),
-    ]
+    parallel = replace(run, engine=run.engine | {"tensor_parallel_size": 2})
+    checks = [Check("TP=2 equals TP=1", functools.partial(check_tensor_parallel, engines, parallel))]
+    checks += served_checks("TP=2", engines, parallel)
+    checks = [Check(f"two GPUs: {check.name}", functools.partial(on_two_gpus, check)) for check in checks]
+    return [*checks, Check("two GPUs: moved pages are equal", check_moved_pages)]
+
+
+def on_two_gpus(check: Check) -> Result | Skip:
+    """Run a check; skipped where there are not two GPUs."""
+    return two_gpus_missing() or check.run()
 
 
 def two_gpus_missing() -> Skip | None:
@@ -130,15 +147,20 @@ def two_gpus_missing() -> Skip | None:
     return Skip(f"{count} GPUs, and two are needed") if count < 2 else None
 
 
-def check_tensor_parallel(engines: Engines) -> Result | Skip:
-    """The star prompt on two GPUs and on one."""
-    missing = two_gpus_missing()
-    if missing:
-        return missing
-    ours = engines.ours
-    batch = {"star": ours.batches["star"]}
-    run = EngineRun(ours.engine | {"tensor_parallel_size": 2}, batch, ours.env)
-    return judge_tokens(run.outputs("star"), ours.outputs("star"), engines.noise())
+def check_tensor_parallel(engines: Engines, parallel: EngineRun) -> Result:
+    """The star prompt, and documents where there are any, on two GPUs and on one.
+
+    Args:
+        parallel: the engine on two GPUs. Its adapter changes the model by zero.
+    """
+    batches = ["star"]
+    engines.ours.result()
+    if engines.documents_refusal() is None and parallel.refusal(DOCUMENTS) is None:
+        batches += ["computed", "reordered, cold"]
+    found, expected = (
+        [output for batch in batches for output in engine.outputs(batch)] for engine in (parallel, engines.ours)
+    )
+    return judge_tokens(found, expected, engines.noise(), "with documents" if len(batches) > 1 else "star alone")
 
 
 def check_moved_pages() -> Result | Skip:

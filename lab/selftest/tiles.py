@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 KEYS, STAGES, WARPS, PROGRAMS = (16, 32, 64), (2, 5), (4, 8), (2, 4)
 SCALE, ROUNDING = 0.1, 1e-2
-ONE_TOKEN, QUESTION = 1, 64
+ONE_TOKEN, QUESTION, TAIL = 1, 64, 4_000
 """Tokens of a row."""
 
 
@@ -31,17 +31,24 @@ def tile_checks() -> list[Check]:
     return [
         Check("kernel: tile of a token behind documents", functools.partial(check_tiles, ONE_TOKEN)),
         Check("kernel: tile of a question behind documents", functools.partial(check_tiles, QUESTION)),
+        Check(
+            "kernel: tile of a long tail behind documents", functools.partial(check_tiles, TAIL, rows=1, documents=144)
+        ),
     ]
 
 
-def check_tiles(queries: int) -> Result | Skip:
-    """Whether another tile would be faster on this card, for rows of so many tokens."""
+def check_tiles(queries: int, **shape: int) -> Result | Skip:
+    """Whether another tile would be faster on this card, for rows of so many tokens.
+
+    Args:
+        shape: fields of ``Shape``.
+    """
     if not has_gpu():
         return Skip(NO_GPU)
     from triton.testing import do_bench
 
     try:
-        call = Call(Shape(), queries, "cuda", torch.bfloat16)
+        call = Call(Shape(**shape), queries, "cuda", torch.bfloat16)
         return time_tiles(call, functools.partial(do_bench, return_mode="median"))
     finally:
         torch.cuda.empty_cache()  # for the engines of later checks
@@ -87,11 +94,10 @@ class Call:
         pages = length // shape.page_size
         heads = shape.kv_heads * shape.group
         self.query = torch.randn(shape.rows * queries, heads, shape.size, device=device, dtype=dtype)
-        cache = shape.rows * pages, shape.page_size, shape.kv_heads, shape.size
-        self.caches = (
-            torch.randn(cache, device=device, dtype=dtype),
-            torch.randn(cache, device=device, dtype=dtype),
-        )
+        # As vLLM has it: the keys and values of a head's page are next to one another.
+        cache = shape.rows * pages, shape.kv_heads, shape.page_size, 2 * shape.size
+        keys, values = torch.randn(cache, device=device, dtype=dtype).transpose(1, 2).split(shape.size, -1)
+        self.caches = keys, values
         angles = torch.outer(torch.arange(length), 1e4 ** -torch.linspace(0, 1, shape.size // 2))
         self.rotation = Rotation(angles.cos().to(device), angles.sin().to(device), is_neox_style=True)
         row, document = np.divmod(np.arange(shape.rows * shape.documents), shape.documents)

@@ -105,17 +105,22 @@ def test_python_of_clients(server, tmp_path, block):
         assert output.strip()
 
 
-def test_the_first_answer_of_the_quick_start(forked, tmp_path):
-    """With a server as the page starts it, the second prompt finds the documents of the first in another order."""
+def test_the_first_answer_of_the_quick_start_and_the_first_request_of_the_readme(forked, tmp_path):
+    """With a server as the pages start it, the second prompt finds the documents of the first in another order."""
     model, *options = shlex.split(servers((ROOT / QUICK_START).read_text(encoding="utf-8"))[0])
     code = (ROOT / "examples" / "ask_documents.py").read_text(encoding="utf-8")
     with serving(ROOT / model, *options, log=tmp_path / "log") as server:
         output = run(sys.executable, "-c", addressed(server, code), folder=tmp_path)
+        request = (ROOT / "examples" / "first_request.py").read_text(encoding="utf-8")
+        requested = run(sys.executable, "-c", addressed(server, request), folder=ROOT)
     printed = re.findall(r"^[\d.]+ s (\[\{.*?\}\])", output, re.MULTILINE)
     first, second = (json.loads(sources.replace("'", '"')) for sources in printed)
     assert [{*sources} for sources in first] == [{"computed"}] * 3
     assert [{*sources} for sources in second] == [{"memory"}] * 3
     assert sorted(of["memory"] for of in second) == sorted(of["computed"] for of in first)
+    plans = [json.loads(plan) for plan in re.findall(r"^[\d:.]+ (\{.*\}) ", requested, re.MULTILINE)]
+    kinds = [[kind for of in plan["document_sources"] for kind in of] for plan in plans]
+    assert kinds == [4 * ["computed"], 4 * ["memory"]], "the first message and three documents"
 
 
 def run_engine(folder: Path, code: str) -> str:

@@ -156,10 +156,10 @@ def _flash_attention(
     return out
 
 
-def _metadata_of(lengths: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
-    """The size that FlashAttentionMetadataBuilder allocates for; it shows for which rows and heads it was made."""
+def _metadata_of(lengths: torch.Tensor, heads: int, kv_heads: int, splits: int) -> torch.Tensor:
+    """The size that FlashAttentionMetadataBuilder allocates for; it shows for which rows, heads and splits it is."""
     made = torch.zeros(1 + round_up(len(lengths), 4) * 4, dtype=torch.int32)
-    made[0] = heads * 1000 + kv_heads
+    made[0] = (splits * 1000 + heads) * 1000 + kv_heads
     made[1 : 1 + len(lengths)] = lengths
     return made
 
@@ -171,7 +171,7 @@ def _fa3_scheduler_metadata(*arguments: Any) -> torch.Tensor:
     require(len(starts) == batch_size + 1, f"{len(starts)} query starts of {batch_size} rows")
     require(lengths.dtype == starts.dtype == torch.int32, "lengths or query starts are not int32")
     require(lengths.max() <= max_keys and starts.diff().max() <= max_queries, "rows above the maxima")
-    return _metadata_of(lengths, *arguments[3:5])
+    return _metadata_of(lengths, *arguments[3:5], arguments[20])
 
 
 def _fa3(*arguments: Any) -> tuple[torch.Tensor, None, None, None]:
@@ -179,11 +179,11 @@ def _fa3(*arguments: Any) -> tuple[torch.Tensor, None, None, None]:
     out, starts, lengths = arguments[6], arguments[7], arguments[11]
     max_queries, max_keys, table = arguments[12:15]
     q_scale, k_scale, v_scale, scale, causal, left, right, softcap, _, metadata = arguments[20:30]
-    sinks = arguments[33]
+    splits, sinks = arguments[30], arguments[33]
     if metadata is not None:
         require(metadata.is_contiguous() and metadata.dtype == torch.int32, "scheduler metadata")
-        made = _metadata_of(lengths, q.shape[1], k.shape[2])
-        require(torch.equal(metadata, made), "the scheduler metadata was made for other rows or heads")
+        made = _metadata_of(lengths, q.shape[1], k.shape[2], splits)
+        require(torch.equal(metadata, made), "the scheduler metadata was made for other rows, heads or splits")
     _flash_attention(
         *(q, k, v, out, starts, lengths, max_queries, max_keys, table),
         descales=(q_scale, k_scale, v_scale),

@@ -39,6 +39,8 @@ PASSED = [
             "documents in another order",
         )
     ),
+    "as served: documents with an adapter",
+    "as served: documents from a library",
     "speed: a token, activated",
     "speed: first token behind 16 documents in another order",
     *(f"speed: a token behind 16 documents, {count} requests" for count in (1, 4)),
@@ -48,8 +50,11 @@ SKIPPED = [
     "kernel: xformers",
     "kernel: Triton, cache above 2^31 elements",
     "two GPUs: TP=2 equals TP=1",
+    "two GPUs: TP=2: documents with an adapter",
+    "two GPUs: TP=2: documents from a library",
     "two GPUs: moved pages are equal",
     *(f"speed: steps in full CUDA graphs, {kind}" for kind in ("star", "documents")),
+    "speed: memory of documents beside a decode",
     "speed: memory of the GPU",
 ]
 

@@ -93,14 +93,28 @@ def refuse_missing_model(model: str, options: Options) -> None:
 
 
 def refuse_uncached(model: str, path: Path) -> None:
-    """Refuse a model's name where the hub is not asked and its cache has no such model (raises OptionError)."""
+    """Refuse a model's name that is not in the hub's cache, where the hub is not asked or a folder is meant.
+
+    A folder is meant where there is the folder that it would be in, as with models/nowhere beside models/. Without a
+    network, the hub would be asked for half a minute.
+
+    Raises:
+        OptionError: as above.
+    """
     from huggingface_hub import constants
 
-    if not constants.HF_HUB_OFFLINE or os.environ.get(MODELSCOPE, "").lower() in ("1", "true"):
+    if os.environ.get(MODELSCOPE, "").lower() in ("1", "true"):
         return
-    if not (Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}").exists():
-        reason = "there is no such folder, nor such a model in the cache of the hub, and HF_HUB_OFFLINE is set"
-        raise OptionError("MODEL", model, reason + similar(path, model), A_MODEL)
+    if (Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}").exists():
+        return
+    near, parent = similar(path, model), model.partition("/")[0]
+    if constants.HF_HUB_OFFLINE:
+        reason = f"there is no such folder, nor such a model in the cache of the hub, and HF_HUB_OFFLINE is set{near}"
+        raise OptionError("MODEL", model, reason, A_MODEL)
+    if "/" in model and Path(parent).is_dir():
+        reason = f"there is no such folder in {parent}/, nor such a model in the cache of the hub{near}"
+        allowed = f"{A_MODEL}; one that has to be downloaded, where there is no folder {parent}/"
+        raise OptionError("MODEL", model, reason, allowed)
 
 
 def similar(path: Path, model: str) -> str:

@@ -36,7 +36,7 @@ class FakeBuilder(AttentionMetadataBuilder):
 
     _cudagraph_support = AttentionCGSupport.ALWAYS
     supports_update_block_table = True
-    num_heads_q, num_heads_kv, use_full_cuda_graph = 8, 4, True
+    num_heads_q, num_heads_kv, use_full_cuda_graph, max_cudagraph_size = 8, 4, True, 512
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -52,6 +53,14 @@ def test_the_long_prompt_is_that_of_the_five_minutes(printed):
     assert f"$ python3 -c '{code}' > prompt.json" in (ROOT / "docs" / "five-minutes.md").read_text()
 
 
-def test_the_readme_shows_the_program_of_its_quick_start():
-    code = (ROOT / "examples" / "ask_documents.py").read_text()
+def test_the_readme_shows_its_first_request_which_has_ten_lines():
+    code = (ROOT / "examples" / "first_request.py").read_text()
     assert f"```python\n{code}```" in (ROOT / "README.md").read_text()
+    assert len(code.splitlines()) <= 10
+
+
+def test_the_quick_start_of_the_readme_shows_what_starling_does_and_passes_its_tests():
+    start = (ROOT / "README.md").read_text().split("## Quick start")[1].split("\n## ")[0]
+    first, *others = re.findall(r"```console\n(.*?)```", start, re.DOTALL)
+    assert re.findall(r"^\$ (make \w+) ", first, re.MULTILINE) == ["make demo", "make test"]
+    assert "first_request.py" in others[0] and "`pip install .` needs a build of vLLM" in start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -44,3 +45,17 @@ def test_what_takes_memory_that_vllm_has_not_seen(model, tmp_path, options, back
     assert says in report["why"]
     assert (report["bytes"] == 0) == (says == "star rows take no more")
     assert (attention_report.MADE_WITH_THE_WEIGHTS in report["why"]) == ("star_segments" in options)
+    assert (attention_report.SPLITS_NONE in report["why"]) == (backend != "FLASHINFER"), "no graphs are configured"
+
+
+def test_partial_results_of_flash_attention_3_are_named_within_graph_size(model):
+    """32 splits of a rank's query heads, each with its log-sum-exp, in float32."""
+    config = EngineArgs(model=model, additional_config={"starling": {}}).create_engine_config()
+    config.device_config.device_type = "cuda"
+    config.attention_config.backend = AttentionBackendEnum.FLASH_ATTN
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    config.compilation_config.max_cudagraph_capture_size = 512
+    report = attention_report.unprofiled_memory(config)
+    heads, size = TINY["num_attention_heads"], TINY["hidden_size"] // TINY["num_attention_heads"]
+    assert f"{32 * 512 * heads * (size + 1) * 4:,} for the keys" in report["why"]
+    assert report["bytes"] == 0, "plain vLLM has them too"

@@ -9,13 +9,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from vllm import envs
 from vllm.engine.arg_utils import EngineArgs
 
 from starling.attention_backends.kernels.cpu import fallback
+from starling.config.adapter import WEIGHTS, read_adapter
 from starling.features.replicas import network
 from starling.lab.selftest import check_prompts as p
-from starling.lab.selftest import engine_checks, engine_run, kernels, model, moved_pages, speed, star_rows, suite
+from starling.lab.selftest import (
+    engine_checks,
+    engine_run,
+    kernels,
+    model,
+    moved_pages,
+    served,
+    speed,
+    star_rows,
+    suite,
+)
 from starling.lab.selftest.engine_checks import Setting, judge_tokens, settings
 from starling.lab.selftest.engine_run import EngineError, EngineRun
 from starling.lab.selftest.kernels import DECODE, MIXED, make_operands
@@ -233,6 +245,107 @@ def test_a_process_that_can_not_read_pages_fails_the_check():
         suite.judge_pages("cpu", "no device")
 
 
+def gpu_engines(tmp_path) -> engine_checks.Engines:
+    """The engines of a setting on a GPU, of which none has started."""
+    path = str(model.make_model(tmp_path / "model", torch.bfloat16, model.TINY))
+    setting = Setting(None, eager=False)
+    return engine_checks.make_engines(path, model.VOCABULARY, 4096, setting, True, tmp_path, starling={})
+
+
+def finished(run: EngineRun, **fields) -> EngineRun:
+    """An engine as ``run``, each of whose prompts had the same output; ``fields`` are those of an output."""
+    outputs = {name: {"outputs": [output("ab", **fields) for _ in batch]} for name, batch in run.all_batches.items()}
+    made = replace(run)
+    made.__dict__["_result_or_error"] = {"batches": outputs, "refused": {}}
+    return made
+
+
+def test_two_gpus_serve_documents_with_an_adapter_and_a_library(tmp_path, monkeypatch):
+    """As `serve --preset rag -tp 2 --star-adapter --star-library`: one engine, which the checks share."""
+    engines, jobs = gpu_engines(tmp_path), []
+    engines.plain.__dict__["_result_or_error"] = engines.ours.__dict__["_result_or_error"] = {"batches": {}}
+
+    def end(job, env):
+        jobs.append(job)
+        raise EngineError("the engine's process ended with 1:")
+
+    monkeypatch.setattr(engine_run, "run_engine", end)
+    monkeypatch.setattr(suite, "two_gpus_missing", lambda: None)
+    monkeypatch.setattr(suite, "check_moved_pages", lambda: Skip("not here"))
+    checks = suite.two_gpu_checks(engines, served.served(engines, tmp_path, "64MiB"))
+    assert [judge(check).verdict for check in checks] == 3 * [Verdict.FAIL] + [Verdict.SKIP]
+    (job,) = jobs
+    options = job["engine"]["additional_config"]["starling"]
+    assert job["engine"]["tensor_parallel_size"] == 2 and "star_heads" not in options
+    assert (options["star_segments"], options["star_library"]) == ("auto", ":64MiB")
+    assert "star_segments" in job["batches"]["computed"][0]["star"] and {"star", "stored"} <= set(job["batches"])
+    adapter = read_adapter(options["star_adapter"])
+    assert (adapter.purposes, adapter.rank, len(adapter.target_modules)) == (("documents",), 8, 7)
+    weights = load_file(f"{adapter.folder}/{WEIGHTS}")
+    changes = [weights[name] for name in weights if "lora_B" in name]
+    assert len(changes) == 7 * model.TINY["num_hidden_layers"] and not any(change.any() for change in changes)
+    assert EngineArgs(**job["engine"]).tensor_parallel_size == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "fine"),
+    [
+        ({"adapter": True}, True),
+        ({"adapter": False}, False),
+        ({"adapter": True, "token_ids": list("ac")}, False),
+    ],
+    ids=["equal", "without the adapter", "other tokens"],
+)
+def test_an_adapter_of_zeros_that_was_not_used_or_changes_a_token_fails_the_check(tmp_path, monkeypatch, fields, fine):
+    monkeypatch.setattr(engine_checks.Engines, "own_gap", 0.0)
+    engines = gpu_engines(tmp_path)
+    run = finished(served.served(engines, tmp_path, "64MiB"), **fields)
+    engines = replace(engines, ours=finished(engines.ours))
+    assert (served.check_adapter(engines, run).measured == 0) == fine
+    tokens_differ = "token_ids" in fields
+    assert (suite.check_tensor_parallel(engines, run).measured > 0) == tokens_differ
+
+
+@pytest.mark.parametrize(
+    ("fields", "fine"),
+    [
+        ({"stored": sum(p.DOCUMENTS)}, True),
+        ({"stored": sum(p.DOCUMENTS) - 1}, False),
+        ({"stored": sum(p.DOCUMENTS), "token_ids": list("ac")}, False),
+    ],
+    ids=["equal", "computed in part", "other tokens"],
+)
+def test_documents_that_are_not_in_the_library_or_not_the_same_there_fail_the_check(
+    tmp_path, monkeypatch, fields, fine
+):
+    monkeypatch.setattr(engine_checks.Engines, "own_gap", 0.0)
+    engines = gpu_engines(tmp_path)
+    run = finished(served.served(engines, tmp_path, "64MiB"), **fields)
+    engines = replace(engines, ours=finished(engines.ours))
+    assert (served.check_library(engines, run).measured == 0) == fine
+
+
+def test_what_is_refused_of_an_engine_as_served_is_skipped(tmp_path):
+    engines = gpu_engines(tmp_path)
+    run = finished(served.served(engines, tmp_path, "64MiB"))
+    engines = replace(engines, ours=finished(engines.ours))
+    run.__dict__["_result_or_error"]["refused"] = {served.ADAPTER: "no LoRA", served.LIBRARY: "no room"}
+    assert served.check_adapter(engines, run) == Skip("no LoRA")
+    assert served.check_library(engines, run) == Skip("no room")
+
+
+def test_a_model_of_other_layers_has_no_adapter_of_zeros(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gemma2"}')
+    assert served.adapter_feature(str(tmp_path), tmp_path) == {}
+    assert "llama, mistral, qwen2, qwen3, and this is gemma2" in str(model.adapter_refusal(str(tmp_path)))
+
+
+def test_prompts_before_the_library_is_asked_take_every_page():
+    others = p.library_batches(model.VOCABULARY)["other prompts"]
+    full = [len(one["ids"]) // p.PAGE_SIZE for one in others]
+    assert sum(full) >= p.NUM_PAGES > max(full)
+
+
 def engines_asked_for(monkeypatch, path: str) -> tuple[list[dict], dict[str, str]]:
     """The arguments of each engine that a GPU's checks start for a model, and why checks are skipped, by their names.
 
@@ -267,7 +380,7 @@ def test_no_engine_is_asked_for_more_tokens_than_vllm_takes_for_the_model(tmp_pa
         assert prompts
         assert all(len(one["ids"]) + one["max_tokens"] <= taken <= longest for one in prompts)
     reasons = [reason for reason in skipped.values() if f"the model takes {longest:,} tokens at most" in reason]
-    assert len(reasons) == {500: 7, 700: 2, 4096: 1}.get(longest, 0), skipped
+    assert len(reasons) == {500: 9, 700: 4, 4096: 3}.get(longest, 0), skipped
 
 
 @pytest.mark.parametrize(

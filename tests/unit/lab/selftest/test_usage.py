@@ -6,12 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig
 from vllm.compilation.cuda_graph import CUDAGraphStat
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
 
-from starling.lab.selftest import model, speed, suite
+from starling.config.adapter import WEIGHTS
+from starling.lab.selftest import model, served, speed, suite
 from starling.lab.selftest.engine_run import EngineRun
 from starling.lab.selftest.result import Skip
 from starling.vllm_compat.engine_readings import count_graphs, gpu_memory
@@ -44,8 +47,11 @@ def engine(steps: dict[str, int], peak: int) -> EngineRun:
     run = EngineRun({}, {"decode": []})
     run.__dict__["_result_or_error"] = {
         "environment": {"runner": "V1"},
-        "batches": {"warm": {"graphs": {"NONE": 7}}, "decode": {"graphs": steps}},
-        "memory": {"start": 2 * [memory(50, 58)], "end": [memory(50, 51), memory(50, peak)]},
+        "batches": {
+            "warm": {"graphs": {"NONE": 7}, "memory": 2 * [memory(50, 51)]},
+            "decode": {"graphs": steps, "memory": [memory(50, 51), memory(50, peak)]},
+        },
+        "memory": 2 * [memory(50, 58)],
     }
     return run
 
@@ -109,4 +115,71 @@ def test_what_a_quick_run_measures(monkeypatch):
         "speed: a token behind 16 documents, 8 requests beside a decode of 4,096 tokens",
         "kernel: tile of a token behind documents",
         "kernel: tile of a question behind documents",
+        "kernel: tile of a long tail behind documents",
+        "speed: first token of a long tail behind documents",
+        *(f"speed: a token behind 16 documents with an adapter, {count} requests" for count in (1, 4)),
     }
+
+
+def test_each_model_of_a_run_has_an_adapter_of_its_own_shapes(monkeypatch):
+    """Without a MODEL, times are measured with a larger one than the checks have."""
+    for name in ("kernel_checks", "row_checks"):
+        monkeypatch.setattr(suite, name, list)
+    with suite.make_suite(None, gpu=False, quick=False) as (checks, _):
+        runs = [check.run.args for check in checks if "documents with an adapter" in check.name]
+        found = {}
+        for run in (args[1] for args in runs if len(args) > 1):
+            sizes = AutoConfig.from_pretrained(run.engine["model"])
+            folder = run.features[served.ADAPTER].options["star_adapter"]
+            matrix = load_file(f"{folder}/{WEIGHTS}")["base_model.model.model.layers.0.mlp.gate_proj.lora_B.weight"]
+            assert matrix.shape == (sizes.intermediate_size, model.ADAPTER_RANK)
+            found[run.engine["model"]] = folder
+    assert len(found) == len(set(found.values())) == 2
+
+
+def timed(run: EngineRun, **batches: dict) -> None:
+    """Give an engine these outputs of batches of one prompt, as if it had run."""
+    named = {name.replace("_", " "): {"outputs": [output]} for name, output in batches.items()}
+    run.__dict__["_result_or_error"] = {"batches": named, "refused": {}}
+
+
+def test_a_long_tail_is_timed_behind_documents_that_both_engines_have_cached():
+    """A CPU's: 500 tokens behind 16 documents of 128. What the plain engine has cached stands where it stood."""
+    plain, star = (speed.tail_batches(320, gpu=False, max_length=4096, star=star) for star in (False, True))
+    (warm,), (tail,) = plain["warm a long tail"], plain[speed.TAIL]
+    assert warm["ids"][:2048] == tail["ids"][:2048] and warm["ids"][2048:] != tail["ids"][2048:][: speed.QUERY]
+    assert len(tail["ids"]) == 2548
+    assert star[speed.TAIL] == [tail | {"star": {"star": "on", "star_segments": list(range(0, 2049, 128))}}]
+    assert speed.tail_batches(320, gpu=False, max_length=2548, star=True) == {}
+    engines = speed.Engines("a model", EngineRun({}, plain), EngineRun({}, star))
+    timed(engines.plain, a_long_tail={"ttft": 0.12, "cached": 2032})
+    timed(engines.ours, a_long_tail={"ttft": 0.3, "cached": 2048})
+    result = speed.measure_tail(engines)
+    assert (result.measured, result.unit) == (0.3, "s")
+    assert result.detail == "500 tokens behind 2048 that are cached; plain vLLM, dense 0.12 s, 2032 cached"
+
+
+def test_what_an_adapter_adds_to_a_token(monkeypatch):
+    monkeypatch.setattr(speed, "adapter_refusal", lambda model: None)
+    engines = speed.Engines("a model", EngineRun({}, {}), EngineRun({}, {}))
+    adapted = EngineRun({}, {})
+    timed(engines.ours, **{"1 requests": {"seconds_per_token": 0.010}})
+    timed(adapted, **{"1 requests": {"seconds_per_token": 0.0125}})
+    result = speed.measure_adapter(engines, adapted, "1 requests")
+    assert (result.measured, result.unit, result.detail) == (12.5, "ms", "without it 10 ms: 2.5 ms more a token")
+
+
+def test_memory_of_documents_beside_a_decode_is_that_of_its_batch():
+    """25 documents and the decode fit one step, and the prompt that decodes has filled the step before."""
+    (dense, documents), (_, plain) = (
+        speed.wide_batches(320, gpu=True, max_length=1 << 17, star=star)[speed.WIDE] for star in (True, False)
+    )
+    assert len(dense["ids"]) == speed.STEP_TOKENS[True] > len(documents["ids"]) and "star" not in dense
+    assert len(documents["star"]["star_segments"]) == 26 and documents == plain | {"star": documents["star"]}
+    assert speed.wide_batches(320, gpu=False, max_length=1 << 17, star=True) == {}
+    engines = speed.Engines("a model", engine({}, 53), engine({}, 54))
+    for run, peak in ((engines.plain, 55), (engines.ours, 57)):
+        run.result()["batches"][speed.WIDE] = {"graphs": {}, "memory": [memory(50, peak), memory(50, 51)]}
+    result = speed.measure_wide_step(engines)
+    assert (result.measured, result.unit) == (7, "GiB")
+    assert result.detail == "vLLM's profile has 3 GiB for it, plain vLLM, dense takes 5 GiB"

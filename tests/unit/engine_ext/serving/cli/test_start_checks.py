@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import subprocess
@@ -129,6 +130,43 @@ def test_what_only_vllm_can_judge_is_left_to_it(monkeypatch, argv):
 def test_a_name_on_the_hub_is_accepted_where_the_hub_can_be_asked(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     refuse_mistakes(["some/model"])
+    refuse_mistakes(["gpt2"])
+
+
+def test_a_name_in_a_folder_that_is_there_is_a_folders_unless_the_hubs_cache_has_it(model, tmp_path, monkeypatch):
+    """Else vLLM asks the hub, which takes half a minute without a network."""
+    monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = tmp_path.name
+    refuse_mistakes([f"{folder}/{model.name}"])
+    name = f"{folder}/tiny-modell"
+    says = f"MODEL='{name}' is refused: there is no such folder in {folder}/, nor such a model in the cache of the hub"
+    with pytest.raises(ValueError, match=re.escape(f"{says}, did you mean {folder}/{model.name}. Allowed: the folder")):
+        refuse_mistakes([name])
+    with pytest.raises(ValueError, match=f"where there is no folder {folder}/"):
+        refuse_mistakes([f"{folder}/nowhere", "--port", "1"])
+    (tmp_path / "hub" / f"models--{folder}--tiny-modell").mkdir(parents=True)
+    refuse_mistakes([name])
+    with monkeypatch.context() as modelscope:
+        modelscope.setenv("VLLM_USE_MODELSCOPE", "1")
+        refuse_mistakes([f"{folder}/nowhere"])
+
+
+def test_a_model_that_is_not_there_is_refused_before_vllm_is_imported(tmp_path):
+    """By the command, which asks no hub for it."""
+    (tmp_path / "models").mkdir()
+    code = (
+        "import sys; from starling.engine_ext.serving.cli import main; "
+        "code = main.main(['serve', 'models/nowhere']); print(code, 'vllm' in sys.modules, 'torch' in sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= {"HF_HUB_CACHE": str(tmp_path / "hub")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "2 False False\n", done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "MODEL='models/nowhere' is refused: there is no such folder in models/" in line
 
 
 @pytest.mark.parametrize(

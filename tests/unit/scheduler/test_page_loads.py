@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,14 @@ def release(engine: LibraryEngine | None) -> None:
     """Release all pages that parts hold."""
     assert engine is not None
     engine.scheduler.connector.release(list(engine.scheduler.connector.holds))
+
+
+def documents_plan(lengths: Sequence[int], anchor_size: int = 0) -> StarPlan:
+    """The plan of a prompt of documents of so many tokens; the first one is the head if there is an anchor."""
+    sizes = [-(-length // PAGE_SIZE) * PAGE_SIZE for length in lengths]
+    starts = [0, *accumulate(sizes)]
+    spans = tuple((start, start + length) for start, length in zip(starts, lengths, strict=False))
+    return StarPlan(BLOCK, anchor_size, 0, starts[-1], starts[-1] + QUERY, documents=spans)
 
 
 def replaced(ids: list[int], *blocks: int, seed: int = 50) -> list[int]:
@@ -136,6 +145,22 @@ def test_two_requests_share_a_load(config: Any) -> None:
     assert engine.computed["third"] == BLOCK + QUERY + NEW - 1
     engine.check_pages()
     engine.close()
+
+
+def test_documents_that_repeat_or_begin_alike_are_loaded_once(engine: LibraryEngine) -> None:
+    """The first and the last document are the same one, and the second begins as they do."""
+    text, other = random_ids(1, BLOCK), random_ids(2, BLOCK)
+    repeated = [*text, *text[: 2 * PAGE_SIZE], *other[2 * PAGE_SIZE :], *text, *random_ids(3, QUERY)]
+    plan = documents_plan([BLOCK] * 3)
+    engine.add("first", plan, repeated)
+    engine.run()
+    forget(engine)
+    engine.add("second", plan, repeated)
+    engine.run()
+    different = (2 * BLOCK - 2 * PAGE_SIZE + QUERY) // PAGE_SIZE
+    assert len(engine.loaded) == len(set(engine.loaded)) == different
+    assert engine.computed["second"] == QUERY % PAGE_SIZE + NEW - 1
+    engine.check_pages()
 
 
 def test_a_library_larger_than_host_memory_is_found_in_files(tmp_path: Path) -> None:

@@ -86,6 +86,14 @@ class LibraryEngine(Engine):
         del self.chunks  # else the memory could not be closed
         self.scheduler.connector.shutdown()
 
+    def check_chunks(self) -> None:
+        """Assert that each chunk of host memory is free or holds a page, and that no copy holds one any more."""
+        host = self.library.manager.primary_tier
+        held = host._policy.chunks.values()
+        assert len(held) + host._get_num_free_chunks() == host._num_chunks, "chunks are lost"
+        assert not any(chunk.ref_cnt for chunk in held), "chunks are pinned"
+        assert len({chunk.chunk_id for chunk in held}) == len(held)
+
     def step(self) -> bool:
         """As Engine's; a step without tokens goes to the worker too, since its copies go on."""
         output = self.scheduler.schedule()

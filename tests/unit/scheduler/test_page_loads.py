@@ -163,6 +163,38 @@ def test_documents_that_repeat_or_begin_alike_are_loaded_once(engine: LibraryEng
     engine.check_pages()
 
 
+def test_a_document_that_repeats_in_a_step_takes_one_chunk_for_each_page(engine: LibraryEngine) -> None:
+    """And the chunk has the page: it is loaded from there."""
+    plan, text = documents_plan([BLOCK] * 3), random_ids(1, BLOCK)
+    ids = [*text, *text, *text, *random_ids(2, QUERY)]
+    engine.add("first", plan, ids)
+    engine.run()
+    host = engine.library.manager.primary_tier
+    assert host._num_chunks - host._get_num_free_chunks() == (BLOCK + QUERY) // PAGE_SIZE
+    engine.check_chunks()
+    forget(engine)
+    engine.add("second", plan, ids)
+    engine.run()
+    assert engine.computed["second"] == QUERY % PAGE_SIZE + NEW - 1
+    engine.check_pages()
+    engine.check_chunks()
+
+
+def test_a_request_may_end_while_a_page_that_it_has_twice_is_stored(engine: LibraryEngine) -> None:
+    """The library was emptied, so that pages which the request has found are stored once more."""
+    plan, text = documents_plan([BLOCK] * 2), random_ids(1, BLOCK)
+    ids = [*text, *text, *random_ids(2, QUERY)]
+    engine.add("first", plan, ids)
+    engine.run()
+    engine.scheduler.connector.reset_cache()
+    engine.add("second", plan, ids)
+    engine.run_until(lambda: bool(engine.stores))
+    engine.scheduler.finish_requests(["second"], RequestStatus.FINISHED_ABORTED)
+    engine.run()
+    engine.check_pages()
+    engine.check_chunks()
+
+
 def test_a_library_larger_than_host_memory_is_found_in_files(tmp_path: Path) -> None:
     """Host memory holds a little more than one of three prompts. All of them are found, in any order."""
     pages = LENGTH // PAGE_SIZE
@@ -377,6 +409,29 @@ class LibraryMachine(CountingMachine):
         assert self.engine is not None
         self.engine.add(f"{self.number}", PLAN if star else None, [*ids, *random_ids(blocks[0], QUERY)])
 
+    @precondition(lambda self: self.engine is not None)
+    @rule(
+        documents=st.lists(
+            st.tuples(st.integers(0, 1), st.integers(0, 1), st.sampled_from((BLOCK, BLOCK, BLOCK - 3))),
+            min_size=2,
+            max_size=BLOCKS,
+        ),
+        anchor_size=st.sampled_from((0, BLOCK // 2)),
+        retention=st.sampled_from((None, None, "low", "high")),
+    )
+    def add_documents(self, documents: list[tuple[int, int, int]], anchor_size: int, retention: str | None) -> None:
+        """Of documents that begin alike or are the same; each is a beginning, an end and a length."""
+        texts = [
+            [*random_ids(beginning, BLOCK // 2), *random_ids(10 + end, BLOCK // 2)][:length]
+            for beginning, end, length in documents
+        ]
+        plan = documents_plan([len(text) for text in texts], anchor_size)
+        self.number += 1
+        assert self.engine is not None
+        ids = [token for text in texts for token in text]
+        metadata = RequestMetadata(retention=retention)
+        self.engine.add(f"{self.number}", plan, [*ids, *random_ids(documents[0][0], QUERY)], metadata=metadata)
+
     @precondition(lambda self: self.engine is not None and self.engine.has_replicas)
     @rule(blocks=st.lists(st.integers(0, 2), min_size=BLOCKS, max_size=BLOCKS), start=st.integers(1, BLOCKS - 1))
     def add_part(self, blocks: list[int], start: int) -> None:
@@ -430,6 +485,7 @@ class LibraryMachine(CountingMachine):
             if self.engine.has_replicas:
                 release(self.engine)
             self.engine.check_pages()
+            self.engine.check_chunks()
             self.totals["requests"] += self.number
             self.totals["loaded pages"] += len(self.engine.loaded)
             self.engine.close()

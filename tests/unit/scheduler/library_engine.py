@@ -42,6 +42,15 @@ def with_replicas(config: Any) -> Any:
     return given
 
 
+def check_chunks(manager: Any) -> None:
+    """Assert that each chunk of a library's host memory is free or holds a page, and that no copy holds one."""
+    host = manager.primary_tier
+    held = host._policy.chunks.values()
+    assert len(held) + host._get_num_free_chunks() == host._num_chunks, "chunks are lost"
+    assert not any(chunk.ref_cnt for chunk in held), "chunks are pinned"
+    assert len({chunk.chunk_id for chunk in held}) == len(held)
+
+
 @dataclass
 class Transfer:
     """A copy between pages and chunks, which is done when ``steps`` steps have passed.
@@ -85,14 +94,6 @@ class LibraryEngine(Engine):
     def close(self) -> None:
         del self.chunks  # else the memory could not be closed
         self.scheduler.connector.shutdown()
-
-    def check_chunks(self) -> None:
-        """Assert that each chunk of host memory is free or holds a page, and that no copy holds one any more."""
-        host = self.library.manager.primary_tier
-        held = host._policy.chunks.values()
-        assert len(held) + host._get_num_free_chunks() == host._num_chunks, "chunks are lost"
-        assert not any(chunk.ref_cnt for chunk in held), "chunks are pinned"
-        assert len({chunk.chunk_id for chunk in held}) == len(held)
 
     def step(self) -> bool:
         """As Engine's; a step without tokens goes to the worker too, since its copies go on."""

@@ -23,7 +23,7 @@ from starling.features.schedulers import AsyncStarScheduler, StarScheduler
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import PageFetch, PageSource, PromptPart, RequestMetadata
 from tests.stateful import CountingMachine, Length, run_machine
-from tests.unit.scheduler.library_engine import PAGE_SIZE, LibraryEngine, library_config, with_replicas
+from tests.unit.scheduler.library_engine import PAGE_SIZE, LibraryEngine, check_chunks, library_config, with_replicas
 from tests.unit.scheduler.simulation import random_ids
 
 BLOCK, BLOCKS, QUERY, NEW = 32, 6, 13, 3
@@ -171,13 +171,13 @@ def test_a_document_that_repeats_in_a_step_takes_one_chunk_for_each_page(engine:
     engine.run()
     host = engine.library.manager.primary_tier
     assert host._num_chunks - host._get_num_free_chunks() == (BLOCK + QUERY) // PAGE_SIZE
-    engine.check_chunks()
+    check_chunks(engine.library.manager)
     forget(engine)
     engine.add("second", plan, ids)
     engine.run()
     assert engine.computed["second"] == QUERY % PAGE_SIZE + NEW - 1
     engine.check_pages()
-    engine.check_chunks()
+    check_chunks(engine.library.manager)
 
 
 def test_a_request_may_end_while_a_page_that_it_has_twice_is_stored(engine: LibraryEngine) -> None:
@@ -192,7 +192,7 @@ def test_a_request_may_end_while_a_page_that_it_has_twice_is_stored(engine: Libr
     engine.scheduler.finish_requests(["second"], RequestStatus.FINISHED_ABORTED)
     engine.run()
     engine.check_pages()
-    engine.check_chunks()
+    check_chunks(engine.library.manager)
 
 
 def test_a_library_larger_than_host_memory_is_found_in_files(tmp_path: Path) -> None:
@@ -485,7 +485,7 @@ class LibraryMachine(CountingMachine):
             if self.engine.has_replicas:
                 release(self.engine)
             self.engine.check_pages()
-            self.engine.check_chunks()
+            check_chunks(self.engine.library.manager)
             self.totals["requests"] += self.number
             self.totals["loaded pages"] += len(self.engine.loaded)
             self.engine.close()

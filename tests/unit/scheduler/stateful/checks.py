@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.request import RequestStatus
 
 from starling.features.fairness.core import PrefillLimiter
+from starling.features.replicas.connector import StarConnector
 from starling.features.retention.core import RetainedPages
 from starling.features.reuse.block_reuse import BlockReuse
 from tests.unit.scheduler.stateful.cases import Case
@@ -114,7 +115,7 @@ def check_empty(scheduler: Any) -> None:
         "making room": retention and retention.found,
         "long prompts": limiter and (limiter.prompts or limiter.cached_tokens or limiter.admission.tokens_before),
     }
-    if scheduler.connector is not None:
+    if isinstance(scheduler.connector, StarConnector):
         side = scheduler.connector.connector_scheduler
         left |= {
             "holds": side.holds,

@@ -38,6 +38,37 @@ def on_processed_request(callback: Callable[[Any, Any, Any], None]) -> None:
     mark_beams()
 
 
+@touches("vllm.v1.engine.output_processor.OutputProcessor.external_req_ids")
+def abort_unsent_requests() -> None:
+    """Abort each request that a front has noted and could not send to its engine core.
+
+    vLLM notes a request before it encodes and sends it. Where that fails, as for an integer above 64 bits, the request
+    counts against --max-num-queued-reqs for good, and an offline engine waits for it. Goes when vLLM aborts it, as it
+    does for requests of several choices.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    @wrap(AsyncLLM, "_add_request")
+    async def _add_request(original: Original, self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            await original(self, request, *args, **kwargs)
+        except BaseException:
+            if self.output_processor.has_request(request.request_id):
+                await self.abort(request.request_id, internal=True)
+            raise
+
+    @wrap(LLMEngine, "add_request")
+    def add_request(original: Original, self: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
+        known = set(self.output_processor.external_req_ids.get(request_id, ()))
+        try:
+            return original(self, request_id, *args, **kwargs)
+        except BaseException:
+            new = set(self.output_processor.external_req_ids.get(request_id, ())) - known
+            self.abort_request(sorted(new), internal=True)
+            raise
+
+
 def mark_beams() -> None:
     """Give the prompt of each beam the key IS_BEAM, in servers and in offline engines.
 

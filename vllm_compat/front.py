@@ -126,6 +126,14 @@ def on_generate(
         return original(self, request_id, engine_input, sampling_params, *args, **kwargs)
 
 
+def is_hooked() -> bool:
+    """Whether requests of this process's fronts pass ``on_processed_request`` and ``on_generate``."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    return all(hasattr(function, "__starling__") for function in (AsyncLLM.generate, InputProcessor.process_inputs))
+
+
 def on_encode(prepare: Callable[[Any, Any], Any]) -> None:
     """Let ``prepare(input_processor, prompt)`` check and replace the prompt of every pooling request of an AsyncLLM.
 

@@ -210,10 +210,10 @@ def on_error_text(explain: Callable[[str, str | None], str], shorten: Callable[[
 
 
 @touches("vllm.v1.engine.output_processor.RequestState.make_request_output")
-def on_request_output(plan_of: Callable[[Any], Any], sources_key: str) -> None:
+def on_request_output(plan_of: Callable[[Any], Any], sources_key: str, note: Callable[[Any], None]) -> None:
     """Give each RequestOutput the attributes ``plan`` and ``document_sources``.
 
-    The first is what ``plan_of(engine_core_request)`` returned. The second is what an engine core has put under
+    ``note(engine_core_request)`` is called for each request, which has the engine's own id by then. The first is what ``plan_of(engine_core_request)`` returned. The second is what an engine core has put under
     ``sources_key`` into the kv_transfer_params of the request's first output, of which clients see the others only;
     None: nothing.
 
@@ -225,6 +225,7 @@ def on_request_output(plan_of: Callable[[Any], Any], sources_key: str) -> None:
     @wrap(RequestState, "from_new_request")
     def from_new_request(original: Original, cls: Any, tokenizer: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         state = original(cls, tokenizer, request, *args, **kwargs)
+        note(request)
         state.star_plan, state.star_sources = plan_of(request), None
         return state
 

@@ -53,6 +53,7 @@ def _hook_in() -> None:
         before_engine_config(engine_args)
 
     def after(engine_args: object, vllm_config: object) -> None:
+        from starling.engine_ext.front.call import note_engine_request
         from starling.engine_ext.front.front_state import state_of
         from starling.engine_ext.front.requests import plan_of_request
         from starling.engine_ext.start.activation import after_engine_config
@@ -65,7 +66,7 @@ def _hook_in() -> None:
         after_engine_config(vllm_config)
         on_processed_request(resolve)
         abort_unsent_requests()
-        on_request_output(plan_of_request, SOURCES)
+        on_request_output(plan_of_request, SOURCES, note_engine_request)
         if is_async_engine(engine_args):  # each of several API servers passes here, in its own process
             _hook_into_front()
 

@@ -488,8 +488,10 @@ def test_each_output_of_a_request_has_its_plan_and_where_its_documents_came_from
             return SimpleNamespace(tokens=tokens, transfer=transfer, more=more) if tokens else None
 
     monkeypatch.setattr(output_processor, "RequestState", State)
-    front.on_request_output(lambda request: f"plan of {request}", "sources")
+    noted = []
+    front.on_request_output(lambda request: f"plan of {request}", "sources", noted.append)
     state = State.from_new_request("tokenizer", "me", prompt=None)
+    assert noted == ["me"]
     plain = {"tokens": [1], "plan": "plan of me", "more": "more"}
     others = {"theirs": 1}
     before = state.make_request_output([1], None, None, None, others, "more")

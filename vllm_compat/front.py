@@ -213,9 +213,9 @@ def on_error_text(explain: Callable[[str, str | None], str], shorten: Callable[[
 def on_request_output(plan_of: Callable[[Any], Any], sources_key: str, note: Callable[[Any], None]) -> None:
     """Give each RequestOutput the attributes ``plan`` and ``document_sources``.
 
-    ``note(engine_core_request)`` is called for each request, which has the engine's own id by then. The first is what ``plan_of(engine_core_request)`` returned. The second is what an engine core has put under
-    ``sources_key`` into the kv_transfer_params of the request's first output, of which clients see the others only;
-    None: nothing.
+    ``note(engine_core_request)`` is called for each request, which has the engine's own id by then. The plan is what
+    ``plan_of(engine_core_request)`` returned. The sources are what an engine core has put under ``sources_key`` into
+    the kv_transfer_params of the request's first output, of which clients see the others only; None: nothing.
 
     vLLM makes a request's outputs of its RequestState, which keeps nothing of the sampling parameters' extra_args. Goes
     when a RequestOutput has a place for what a plugin knows of its request.

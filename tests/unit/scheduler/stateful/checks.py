@@ -112,7 +112,7 @@ def check_empty(scheduler: Any) -> None:
         "pages": [manager.req_to_blocks for manager in managers if manager.req_to_blocks],
         "hashed": [manager.num_cached_block for manager in managers if manager.num_cached_block],
         "adopting": reuse and (reuse.requests or reuse.unreported),
-        "making room": retention and retention.found,
+        "making room": retention and (retention.found or retention.adopted),
         "long prompts": limiter and (limiter.prompts or limiter.cached_tokens or limiter.admission.tokens_before),
     }
     if isinstance(scheduler.connector, StarConnector):

@@ -32,6 +32,7 @@ from starling.engine_ext.front.front_state import front_state, split_state
 from starling.engine_ext.front.planning import PromptPlanner
 from starling.engine_ext.serving.cli.cores import CORES_ENV, bound_cores, core_binding, free_cores, physical_cores
 from starling.engine_ext.serving.cli.cpu_memory import memory_share
+from starling.engine_ext.serving.cli.hooks import NotHooked, check_hooks, install_hooks
 from starling.engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
 from starling.engine_ext.serving.grpc.addresses import LOOPBACK, AdminOptions
 from starling.engine_ext.serving.grpc.auth import peer_credentials, server_credentials
@@ -39,7 +40,6 @@ from starling.engine_ext.serving.grpc.prompt_inputs import chat_params
 from starling.engine_ext.serving.grpc.replica_service import ReplicaServicer
 from starling.engine_ext.serving.grpc.server import GRACE_SECONDS, Front
 from starling.engine_ext.serving.http.keepalive import KEEP_ALIVE_ENV, KEEP_ALIVE_SECONDS, end_lost_connections
-from starling.engine_ext.start.hooks import NotHooked, check_hooks, install_hooks
 from starling.features.replicas.split.peers import PeerDirectory, own_identity
 from starling.vllm_compat.config import is_of_configuration, plain_message
 from starling.vllm_compat.front import around_shutdown

@@ -13,8 +13,7 @@ import pytest
 from pydantic import BaseModel, ValidationError, field_validator
 
 from starling.config.star import StarOptions, parse_options, summary
-from starling.engine_ext.serving.cli import serve
-from starling.engine_ext.start import hooks
+from starling.engine_ext.serving.cli import hooks, serve
 from starling.engine_ext.start.activation import CORE
 from starling.vllm_compat.config import plain_message
 from starling.vllm_compat.report_to_fronts import add_report

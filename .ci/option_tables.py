@@ -21,6 +21,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 PLACEHOLDERS = {
     "page": "the KV page",
     "block_size": "the star block",
+    "model_tokens": "the model's length",
     "engine.replicas.size": "the number of replicas",
     "prompt.num_tokens": "the length of the prompt",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,17 @@ def parse_size(size: str, value: str, name: str) -> int:
     return num_bytes
 
 
+def why_not_private(folder: Path) -> str | None:
+    """Return why others could choose what the files of a folder hold; None: they can't (raises OSError)."""
+    state, user = folder.stat(), os.geteuid()
+    if state.st_uid != user:
+        return f"{folder} belongs to the user {state.st_uid}, and the server runs as {user}"
+    if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        permissions = stat.S_IMODE(state.st_mode)
+        return f"others can write to {folder} ({permissions:04o}), and so choose what documents say to the model"
+    return None
+
+
 def check_place(options: LibraryOptions, value: Any, name: str) -> None:
     """Check that this machine has the memory and the folder for a library; makes the folder.
 
@@ -84,7 +96,7 @@ def check_place(options: LibraryOptions, value: Any, name: str) -> None:
         value: of the option, and ``name`` its name, for messages.
 
     Raises:
-        OptionError: there is not so much memory or disk, or files can't be written.
+        OptionError: there is not so much memory or disk, files can't be written, or others can write them.
     """
     memory = shutil.disk_usage(SHARED_MEMORY)
     if options.host_bytes > memory.total:
@@ -95,6 +107,9 @@ def check_place(options: LibraryOptions, value: Any, name: str) -> None:
         return
     try:
         options.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        refusal = why_not_private(options.folder)
+        if refusal is not None:
+            raise OptionError(name, value, refusal, f"a folder of the server's own, such as {options.folder}/starling")
         probe = options.folder / f".starling-{os.getpid()}"
         probe.touch(mode=0o600)
         probe.unlink()

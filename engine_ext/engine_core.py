@@ -8,6 +8,7 @@ from vllm.logger import init_logger
 
 from starling.config.entry import config_of
 from starling.engine_ext.engine_report import engine_report
+from starling.engine_ext.start import plugin
 from starling.features.report_fields import SPLIT, STAR
 from starling.features.schedulers import (
     AsyncDiffusionStarScheduler,
@@ -22,6 +23,8 @@ from starling.vllm_compat.report_to_fronts import send_report
 __all__ = ["AsyncDiffusionStarScheduler", "AsyncStarScheduler", "DiffusionStarScheduler", "StarScheduler"]
 
 logger = init_logger("vllm.starling")
+
+plugin.register()  # vLLM has done so, unless the plugin has failed: then the engine core ends here
 
 
 def report_of(core: Any) -> dict[str, str | None] | None:

@@ -38,6 +38,37 @@ def on_processed_request(callback: Callable[[Any, Any, Any], None]) -> None:
     mark_beams()
 
 
+@touches("vllm.v1.engine.output_processor.OutputProcessor.external_req_ids")
+def abort_unsent_requests() -> None:
+    """Abort each request that a front has noted and could not send to its engine core.
+
+    vLLM notes a request before it encodes and sends it. Where that fails, as for an integer above 64 bits, the request
+    counts against --max-num-queued-reqs for good, and an offline engine waits for it. Goes when vLLM aborts it, as it
+    does for requests of several choices.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    @wrap(AsyncLLM, "_add_request")
+    async def _add_request(original: Original, self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            await original(self, request, *args, **kwargs)
+        except BaseException:
+            if self.output_processor.has_request(request.request_id):
+                await self.abort(request.request_id, internal=True)
+            raise
+
+    @wrap(LLMEngine, "add_request")
+    def add_request(original: Original, self: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
+        known = set(self.output_processor.external_req_ids.get(request_id, ()))
+        try:
+            return original(self, request_id, *args, **kwargs)
+        except BaseException:
+            new = set(self.output_processor.external_req_ids.get(request_id, ())) - known
+            self.abort_request(sorted(new), internal=True)
+            raise
+
+
 def mark_beams() -> None:
     """Give the prompt of each beam the key IS_BEAM, in servers and in offline engines.
 
@@ -93,6 +124,14 @@ def on_generate(
             has_lora = kwargs.get("lora_request") is not None
             engine_input = prepare(processor, engine_input, sampling_params, None, has_lora=has_lora)
         return original(self, request_id, engine_input, sampling_params, *args, **kwargs)
+
+
+def is_hooked() -> bool:
+    """Whether requests of this process's fronts pass ``on_processed_request`` and ``on_generate``."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    return all(hasattr(function, "__starling__") for function in (AsyncLLM.generate, InputProcessor.process_inputs))
 
 
 def on_encode(prepare: Callable[[Any, Any], Any]) -> None:
@@ -171,12 +210,12 @@ def on_error_text(explain: Callable[[str, str | None], str], shorten: Callable[[
 
 
 @touches("vllm.v1.engine.output_processor.RequestState.make_request_output")
-def on_request_output(plan_of: Callable[[Any], Any], sources_key: str) -> None:
+def on_request_output(plan_of: Callable[[Any], Any], sources_key: str, note: Callable[[Any], None]) -> None:
     """Give each RequestOutput the attributes ``plan`` and ``document_sources``.
 
-    The first is what ``plan_of(engine_core_request)`` returned. The second is what an engine core has put under
-    ``sources_key`` into the kv_transfer_params of the request's first output, of which clients see the others only;
-    None: nothing.
+    ``note(engine_core_request)`` is called for each request, which has the engine's own id by then. The plan is what
+    ``plan_of(engine_core_request)`` returned. The sources are what an engine core has put under ``sources_key`` into
+    the kv_transfer_params of the request's first output, of which clients see the others only; None: nothing.
 
     vLLM makes a request's outputs of its RequestState, which keeps nothing of the sampling parameters' extra_args. Goes
     when a RequestOutput has a place for what a plugin knows of its request.
@@ -186,6 +225,7 @@ def on_request_output(plan_of: Callable[[Any], Any], sources_key: str) -> None:
     @wrap(RequestState, "from_new_request")
     def from_new_request(original: Original, cls: Any, tokenizer: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         state = original(cls, tokenizer, request, *args, **kwargs)
+        note(request)
         state.star_plan, state.star_sources = plan_of(request), None
         return state
 

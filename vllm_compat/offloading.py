@@ -10,14 +10,21 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata, TransferJob
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
-from vllm.v1.kv_offload.base import GPULoadStoreSpec, LookupResult, OffloadKey, make_offload_key
+from vllm.v1.kv_offload.base import (
+    BlockIDsLoadStoreSpec,
+    GPULoadStoreSpec,
+    LookupResult,
+    OffloadKey,
+    PrepareStoreOutput,
+    make_offload_key,
+)
 from vllm.v1.kv_offload.tiering.fs import thread_pool
 from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 
@@ -82,10 +89,12 @@ class PageOffloading(OffloadingConnectorScheduler):
         scheduler.not_stored = lambda request: ()
         prepare_store = scheduler.manager.prepare_store
 
-        def prepare(keys: Collection[OffloadKey], context: Any) -> Any:
+        def prepare(keys: Collection[OffloadKey], context: Any) -> PrepareStoreOutput | None:
             status = scheduler._req_status[context.req_id]
             left_out = scheduler._keys_between(status, scheduler.not_stored(status.req))
-            return prepare_store([key for key in keys if key not in left_out] if left_out else keys, context)
+            kept = [key for key in keys if key not in left_out]
+            unique = list(dict.fromkeys(kept))
+            return for_each_position(prepare_store(unique, context), kept)
 
         scheduler.manager.prepare_store = prepare  # type: ignore[method-assign, assignment]
 
@@ -145,6 +154,14 @@ class PageOffloading(OffloadingConnectorScheduler):
         with self._without_new_loads(scheduler_output.preempted_req_ids or ()):
             return super().build_connector_meta(scheduler_output)
 
+    def _remove_pending_job(self, job_id: int, block_ids: list[int] | None) -> None:
+        """Remove a job from the pages that it stores.
+
+        Documents that repeat in a prompt share pages, and vLLM expects each page of a job once. Goes when vLLM takes a
+        page that a job names twice.
+        """
+        super()._remove_pending_job(job_id, list(dict.fromkeys(block_ids or ())))
+
     def has_pending_push_work(self) -> bool:
         return bool(self.page_loads) or super().has_pending_push_work()
 
@@ -190,6 +207,22 @@ class PageOffloading(OffloadingConnectorScheduler):
                 with locked():
                     self.manager.complete_load(load.keys, load.context)
         self.on_loaded(load)
+
+
+def for_each_position(prepared: PrepareStoreOutput | None, keys: Sequence[OffloadKey]) -> PrepareStoreOutput | None:
+    """Return what a manager has prepared for the keys of ``keys``, with the chunk of a key at each of its positions.
+
+    vLLM copies a page for each position of a prompt. A manager that is given a key twice takes two chunks, and never
+    frees the first. With keys ``a b a``, of which the manager stores ``a`` in chunk 7, the result has chunks ``7 7``.
+    Goes when vLLM's managers take a key once.
+    """
+    if prepared is None or len(prepared.keys_to_store) == len(keys):
+        return prepared
+    spec = prepared.store_spec
+    assert isinstance(spec, BlockIDsLoadStoreSpec)
+    chunks = dict(zip(prepared.keys_to_store, spec.block_ids.tolist(), strict=True))
+    stored = [key for key in keys if key in chunks]
+    return replace(prepared, keys_to_store=stored, store_spec=type(spec)([chunks[key] for key in stored]))
 
 
 def say_io_errors_once() -> None:

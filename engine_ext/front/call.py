@@ -25,7 +25,8 @@ class Call:
         star: the star options of the chat that is rendered for it, which vLLM's renderer does not get.
         plans: of its prompts, as the header of an HTTP response shows them.
         max_plans: how many plans to keep; None for all. Beam search makes a new prompt of each beam and token.
-        request_ids: of the engine requests that were made for it.
+        request_ids: of the engine requests that were made for it, which a client may have chosen.
+        engine_ids: the engine's own ids of these requests, which are nobody else's.
         num_sequences: of them: their choices.
         only_looks_up: its prompt is not run: what is cached of it is looked up.
         cached: what was found (look_up.py); None: nothing yet.
@@ -37,6 +38,7 @@ class Call:
     plans: list[dict[str, Any]] = field(default_factory=list)
     max_plans: int | None = None
     request_ids: list[str] = field(default_factory=list)
+    engine_ids: set[str] = field(default_factory=set)
     num_sequences: int = 0
     only_looks_up: bool = False
     cached: dict[str, Any] | None = None
@@ -63,6 +65,13 @@ def this_call() -> Call:
         call = Call()
         current_call.set(call)
     return call
+
+
+def note_engine_request(request: Any) -> None:
+    """Note that the current call has made an engine request (vLLM's EngineCoreRequest)."""
+    call = current_call.get()
+    if call is not None:
+        call.engine_ids.add(request.request_id)
 
 
 def note_star(options: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from starling.features.front_part import empty_output
 from starling.scheduler.core_rpc import CACHED_TOKENS
 from starling.scheduler.star.decide import decision_of
 from starling.scheduler.star.request_metadata import RequestMetadata
+from starling.vllm_compat.admission_limits import admit, withdraw
 from starling.vllm_compat.front import call_engine_core, num_engine_cores
 
 
@@ -25,12 +26,14 @@ def prepare_look_up(http_request: Any) -> None:
     """Make one answer of a request of a call that only looks up, where it asks for a stream or its prompt.
 
     Raises:
-        VLLMValidationError: it runs when the call has ended.
+        VLLMValidationError: it runs when the call has ended, or makes a prompt of each beam and token.
     """
     if not this_call().only_looks_up:
         return
     if getattr(http_request, "background", None):
         raise VLLMValidationError("A response in the background is not looked up.", parameter="background")
+    if getattr(http_request, "use_beam_search", False):
+        raise VLLMValidationError("A beam search is not looked up.", parameter="use_beam_search")
     for name in ("stream", "echo"):  # an answer without tokens has no log-probabilities to echo
         if getattr(http_request, name, None):
             setattr(http_request, name, False)
@@ -65,15 +68,20 @@ def look_up(
 async def _ask(
     engine: Any, question: tuple[Any, ...], plan: Any, call: Call, request_id: str
 ) -> AsyncGenerator[RequestOutput, None]:
-    """Give a call its answer.
+    """Give a call its answer. While it waits, it counts as a request of the server's limits (--max-num-queued-reqs).
 
     Raises:
+        QueueOverflowError, MaxQueuedTokensError: the server's limits are reached.
         VLLMValidationError: the engine looks up no prompt.
         EngineDeadError, RetryableRequestError: a replica does not answer.
     """
-    async with front_state(engine).lookups:
-        ranks = range(num_engine_cores(engine))
-        found = await asyncio.gather(*(call_engine_core(engine, rank, CACHED_TOKENS, *question) for rank in ranks))
+    admission = admit(engine, request_id, 1, len(question[0]))
+    try:
+        async with front_state(engine).lookups:
+            ranks = range(num_engine_cores(engine))
+            found = await asyncio.gather(*(call_engine_core(engine, rank, CACHED_TOKENS, *question) for rank in ranks))
+    finally:
+        withdraw(engine, admission)
     if "refusal" in found[0]:
         raise VLLMValidationError(f"No prompt is looked up: {found[0]['refusal']}.", parameter="prompt")
     config = config_of(engine.vllm_config)

@@ -10,11 +10,23 @@ from typing import Any
 from starling.config.entry import CACHE_SALT, ENTRY
 from starling.config.parsing import OptionError
 from starling.config.presets import PRESET, PRESETS
-from starling.config.star import ALLOWED, FIELD_OF, FIELDS, SERVER_ONLY, flat_name, is_star_key, parse_options
+from starling.config.star import (
+    ALLOWED,
+    FIELD_OF,
+    FIELDS,
+    SERVER_ONLY,
+    STAR_RETENTION,
+    flat_name,
+    is_star_key,
+    parse_options,
+)
 
 OTHERS = frozenset({"start", "stats"})
 """Words that are nearly ``star`` and mean something else."""
 CUTOFF = 0.8
+SALT_CUTOFF = 0.85
+CAPITAL = re.compile("(?<=[a-z0-9])(?=[A-Z])")
+SESSION, KV_HINTS = "session_id", "kv_hints"
 
 XARGS, EXTRA_ARGS = "vllm_xargs", "extra_args"
 HOLDERS = (XARGS, EXTRA_ARGS, ENTRY)
@@ -23,17 +35,47 @@ NOT_READ = {
     "extra_body": "it is an argument of OpenAI's Python client, which sends the fields in it as fields of the request",
     "sampling_params": "the parameters are fields of the request themselves",
     "additional_config": "it is an option of the server",
-    "options": "vLLM ignores it",
-    "parameters": "vLLM ignores it",
+    **dict.fromkeys(("extraArgs", "nvext", "options", "parameters", "params", "xargs"), "vLLM ignores it"),
 }
 """Fields of other APIs in which star options stand at times, and why nobody reads them there."""
 WRONG_VALUE = re.compile(rf"body\.{XARGS}\.(star\w*)(\..*)?")
 """Of the parameter that an error of vLLM names: a star option whose value vLLM's request does not take."""
 
 
+def plain_name(key: str) -> str:
+    """Return a key as options are written: ``block_size`` of " Block-Size", ``blockSize``, ``starling.block_size``."""
+    words = CAPITAL.sub("_", key[:64].strip()).lower()
+    return re.sub("[- ]", "_", words.removeprefix(f"{ENTRY}."))
+
+
+def nearly_salt(key: str) -> bool:
+    """Return whether a key is a misspelled ``cache_salt``, without which a prompt shares its pages with all clients."""
+    plain = plain_name(key).replace("_", "")
+    return key != CACHE_SALT and bool(difflib.get_close_matches(plain, [CACHE_SALT.replace("_", "")], 1, SALT_CUTOFF))
+
+
+def refuse_misspelled(fields: Mapping[str, Any]) -> None:
+    """Refuse unknown fields of a request's JSON that are nearly ones whose absence nobody would notice (OptionError).
+
+    A server without Starling ignores them. So this is for servers for which it is activated.
+    """
+    for name, value in fields.items():
+        inside = next(filter(nearly_salt, value), None) if name in NOT_READ and isinstance(value, Mapping) else None
+        if nearly_salt(name) or inside is not None:
+            raise OptionError(name, value, f"there is no such field, did you mean {CACHE_SALT}", f"{CACHE_SALT}")
+        if name in NOT_READ and isinstance(value, Mapping) and CACHE_SALT in value:
+            raise OptionError(name, value, NOT_READ[name], f"{CACHE_SALT} as a field of the request")
+        if name != SESSION and plain_name(name) == SESSION:
+            raise OptionError(name, value, f"there is no such field, did you mean {SESSION}", SESSION)
+        if plain_name(name) == KV_HINTS:
+            raise OptionError(
+                name, value, "vLLM ignores it as a field of the request", f'"{XARGS}": {{"{STAR_RETENTION}": ...}}'
+            )
+
+
 def nearly(key: str) -> str | None:
     """The star option that a key is nearly: one without its prefix, or misspelled. None: it means something else."""
-    plain = key[:64].lower().replace("-", "_")
+    plain = plain_name(key)
     if plain in FIELDS:
         return flat_name(plain)
     if plain in OTHERS or plain[:1] != "s":
@@ -61,7 +103,7 @@ def refuse_preset(key: str, value: Any) -> None:
 def refuse_among_options(key: str, value: Any) -> None:
     """Refuse a key among a request's star options that has an effect only elsewhere (raises OptionError)."""
     refuse_preset(key, value)
-    if key == CACHE_SALT:
+    if key == CACHE_SALT or nearly_salt(key):
         raise OptionError(key, value, f"{XARGS} has no such option", "the field of the request, or of Python's prompt")
 
 

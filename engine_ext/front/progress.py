@@ -15,7 +15,7 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from starling.engine_ext.front.call import sees_cached
+from starling.engine_ext.front.call import current_call, sees_cached
 from starling.scheduler.core_rpc import PREFILL_PROGRESS
 from starling.vllm_compat.front import call_engine_core, engine_request_ids, num_engine_cores, request_state
 
@@ -70,16 +70,24 @@ def furthest(states: list[dict[str, int]]) -> Progress | None:
 
 
 class Watch:
-    """One watcher of one request: the newest progress, which replaces an older one, and whether the watch has ended."""
+    """One watcher of one request: the newest progress, which replaces an older one, and whether the watch has ended.
+
+    Several clients may give their requests one id. In a call of a client, only the call's own requests are watched.
+    """
 
     def __init__(self, request_id: str, interval: float) -> None:
         self.request_id = request_id
         self.interval = interval
+        self.call = current_call.get()
         self.engine_ids: list[str] = []
         self.last: Progress | None = None
         self.ended = False
         self.changed = asyncio.Event()
         self.arrives_by = asyncio.get_running_loop().time() + ARRIVAL_SECONDS
+
+    def watches(self, engine_id: str) -> bool:
+        """Whether an engine request is one that this watcher may see."""
+        return self.call is None or engine_id in self.call.engine_ids
 
     def update(self, progress: Progress) -> None:
         """Take in the engine's progress. A preempted prompt starts over, and counts again once it gets further."""
@@ -183,7 +191,7 @@ class ProgressPoller:
 
     def _look_up(self, engine: Any, watch: Watch) -> None:
         """Read in the front whether the request has arrived, has its first token, or is gone."""
-        names = engine_request_ids(engine, watch.request_id)
+        names = [name for name in engine_request_ids(engine, watch.request_id) if watch.watches(name)]
         if not names and watch.request_id in self.waiting():
             return
         if not names:

@@ -16,7 +16,7 @@ from starling.engine_ext.front.bounds import REQUEST_ID, check_params, check_pro
 from starling.engine_ext.front.cache_salt import salted
 from starling.engine_ext.front.call import current_call
 from starling.engine_ext.front.constraints import check_transfer_params
-from starling.engine_ext.front.misplaced import refuse_at_top_level
+from starling.engine_ext.front.misplaced import refuse_at_top_level, refuse_misspelled
 from starling.engine_ext.front.planning import PromptPlanner, rejection
 from starling.engine_ext.front.star_metrics import front_metrics
 from starling.scheduler.star.counts import describe
@@ -213,6 +213,8 @@ def check_unknown(fields: Mapping[str, Any]) -> None:
     """Refuse star options among the fields of a request's JSON that vLLM ignores (raises VLLMValidationError)."""
     try:
         refuse_at_top_level(fields)
+        if current_call.get() is not None:  # a server for which Starling is activated
+            refuse_misspelled(fields)
     except OptionError as error:
         raise rejection(error) from None
 

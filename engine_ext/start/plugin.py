@@ -18,6 +18,7 @@ from starling.vllm_compat.chat import before_tokenizing, on_rendered_chat
 from starling.vllm_compat.config import is_async_engine, on_engine_config, on_server_args
 from starling.vllm_compat.core_process import divide_kv_memory_check
 from starling.vllm_compat.front import (
+    abort_unsent_requests,
     on_abort,
     on_beam_search,
     on_encode,
@@ -52,6 +53,7 @@ def _hook_in() -> None:
         before_engine_config(engine_args)
 
     def after(engine_args: object, vllm_config: object) -> None:
+        from starling.engine_ext.front.call import note_engine_request
         from starling.engine_ext.front.front_state import state_of
         from starling.engine_ext.front.requests import plan_of_request
         from starling.engine_ext.start.activation import after_engine_config
@@ -63,7 +65,8 @@ def _hook_in() -> None:
 
         after_engine_config(vllm_config)
         on_processed_request(resolve)
-        on_request_output(plan_of_request, SOURCES)
+        abort_unsent_requests()
+        on_request_output(plan_of_request, SOURCES, note_engine_request)
         if is_async_engine(engine_args):  # each of several API servers passes here, in its own process
             _hook_into_front()
 

@@ -1,5 +1,7 @@
 """The room that the files of a library may take: what was not used for longest is removed to make room.
 
+Only files with the names that the library gives are counted and removed.
+
 All servers with the same folder share one count of bytes, in a file that each of them locks while it changes it. Bytes
 are counted before they are written. Where files were removed by hand the count is too high, and is put right by the
 next look at all files. Such a look does not see what another server is about to write, which is at most a page for each
@@ -11,6 +13,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +31,14 @@ LATER = 0.5
 """Of the limit, what files may take that count as used later than now."""
 ABANDONED_SECONDS = 3600.0
 """A file that is still being written after so long was left by a server that was killed."""
+
+
+MODEL_FOLDER = re.compile(r"[0-9a-f]{16}_[0-9a-f]{16}_r[0-9]+")
+"""Of an identity, a layout of pages, and a rank (tier.py)."""
+FIRST_FOLDER, SECOND_FOLDER = re.compile(r"[0-9a-f]{3}"), re.compile(r"[0-9a-f]{2}_g[0-9]+")
+"""Of the first digits of a page's hash, as vLLM's FileMapper has them; the second has the KV cache group."""
+PAGE_FILE = re.compile(r"[0-9a-f]{16,}\.bin(_[0-9]+\.tmp)?")
+"""A page's hash. While vLLM writes the file, its name ends with a number and ``.tmp``."""
 
 
 @dataclass(frozen=True)
@@ -155,11 +166,31 @@ def in_order_of_removal(files: Iterable[StoredFile], later_bytes: float, now: fl
 
 
 def stored_files(folder: Path) -> Iterator[StoredFile]:
-    """The files of pages below a folder, of every model, and those that are being written."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            if name.endswith((".bin", ".tmp")):
-                path = os.path.join(parent, name)
-                with suppress(OSError):  # removed meanwhile
-                    state = os.lstat(path)
-                    yield StoredFile(path, state.st_size, state.st_mtime)
+    """Yield the files of pages in a library's folder, of every model, and those that are being written.
+
+    Other files, such as a checkpoint in the same folder, are not the library's: they neither count nor make room.
+    """
+    for model in _folders(str(folder), MODEL_FOLDER):
+        for first in _folders(model, FIRST_FOLDER):
+            for second in _folders(first, SECOND_FOLDER):
+                for entry in _entries(second):
+                    if PAGE_FILE.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                        with suppress(OSError):  # removed meanwhile
+                            state = entry.stat(follow_symlinks=False)
+                            yield StoredFile(entry.path, state.st_size, state.st_mtime)
+
+
+def _folders(parent: str, name: re.Pattern[str]) -> list[str]:
+    """Return the folders of ``parent`` that have such a name; links are none."""
+    return [
+        entry.path for entry in _entries(parent) if name.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+    ]
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """Return the entries of a folder; none of one that was removed meanwhile, or can't be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError:
+        return []

@@ -160,16 +160,18 @@ class PageLoads(CorePart):
         room = self.max_pages - len(self.loading)
         found: list[int] = []
         left: list[int] = []
+        asked: set[bytes] = set()  # documents that begin alike have pages with the same hash
         for page in wanted.pages:
             page_hash = hashes[page]
             if page < computed or self.view.pool.find(page_hash, self.group.index) is not None:
                 continue
-            if page_hash in self.loading or room <= 0:
+            if page_hash in self.loading or page_hash in asked or room <= 0:
                 left.append(page)
                 continue
             result = self.library.lookup(request, page_hash, self.group.index)
             if result is LookupResult.MISS:
                 continue
+            asked.add(page_hash)
             room -= 1
             (found if result is LookupResult.HIT else left).append(page)
         left += self._load(request, found)

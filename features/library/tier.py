@@ -195,6 +195,8 @@ class LibraryTier(FileTier, FileSystemTierManager):
                     remove(path)
                     raise OSError(errno.EBADMSG, "it is not what was written for this page", path)
             except OSError as error:
+                if os.path.isdir(path):
+                    remove_folder(path)
                 if not isinstance(error, FileNotFoundError):  # else it has made room for others
                     self.metrics.bad_files.inc()
                     self._log("A file of the library is not used, and its page is computed: %s", error)
@@ -230,3 +232,11 @@ def remove(path: str) -> None:
         os.remove(path)
     except OSError as error:
         logger.warning("A bad file of the library stays where it is: %s", error)
+
+
+def remove_folder(path: str) -> None:
+    """Remove an empty folder in the place of a page's file. What is in another one is not the library's."""
+    try:
+        os.rmdir(path)
+    except OSError as error:
+        logger.warning_once("A folder is in the place of a file of the library, and stays there: %s", error)

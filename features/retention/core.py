@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any
 
 from vllm.logger import init_logger
@@ -48,7 +48,7 @@ class RetainedPages(CorePart):
 
     A session (vLLM's ``session_id``) has the pages of its last request whose prompt was computed. What that one no
     longer has, as after a summary of the conversation, stays by its last use again. Where a request says that its pages
-    make room, those of a session stay, and those that its prompt's start has found in the cache: others have them too.
+    make room, those of a session stay, and those that it has found in the cache: others have them too.
     """
 
     def __init__(self, scheduler: Any, share: float) -> None:
@@ -57,6 +57,7 @@ class RetainedPages(CorePart):
         self.sessions: OrderedDict[Session, set[int]] = OrderedDict()
         self.owner: dict[int, Session | None] = {}  # page -> the session that has retained it last; None: a request
         self.found: dict[str, int] = {}  # request that makes room -> tokens of its prompt that were cached
+        self.adopted: dict[str, set[int]] = {}  # such a request -> numbers of its pages that were cached behind a hole
         self.counted = 0
 
     @classmethod
@@ -74,6 +75,11 @@ class RetainedPages(CorePart):
             if "low" in (metadata_of(new).retention or "") and new.req_id not in self.found:
                 self.found[new.req_id] = self.view.local_cached_tokens(new.req_id)
 
+    def note_adopted(self, request: Any, first: int, pages: Sequence[Page]) -> None:
+        """Note the pages that a request has found in the cache behind a hole, of which ``first`` is the first one."""
+        if "low" in (metadata_of(request).retention or ""):
+            self.adopted.setdefault(request.request_id, set()).update(range(first, first + len(pages)))
+
     def outputs(self, outputs: dict[int, Any]) -> None:
         number = len(self.free.retained)
         if number != self.counted:
@@ -86,13 +92,15 @@ class RetainedPages(CorePart):
             return
         metadata = metadata_of(request)
         words, found = metadata.retention, self.found.pop(request.request_id, 0)
+        adopted = self.adopted.pop(request.request_id, set())
         session = hash((request.cache_salt, request.session_id)) if request.session_id and words is None else None
         if (words is None and session is None) or metadata.part is not None:
             return
         kept: set[int] = set()
         for group in self.view.groups:
             for start, end, word in ranges_of(words or "high", metadata.plan, request.num_tokens):
-                pages = pages_between(group, request.request_id, max(start, found) if word == "low" else start, end)
+                first, left = (max(start, found), adopted) if word == "low" else (start, set[int]())
+                pages = pages_between(group, request.request_id, first, end, left)
                 if word != "high":
                     pages = [page for page in pages if not self._is_of_a_session(page)]
                 self.free.retain(pages, WORDS[word])
@@ -139,10 +147,15 @@ def ranges_with(word: str, request: Any) -> list[tuple[int, int]]:
     return [(start, end) for start, end, found in ranges if found == word]
 
 
-def pages_between(group: CacheGroup, request_id: str, start: int, end: int) -> list[Page]:
-    """The pages of a request in a KV cache group that hold tokens from ``start`` to ``end``."""
-    pages = group.pages(request_id)[start // group.page_size : -(-end // group.page_size)]
-    return [page for page in pages if not page.is_null]
+def pages_between(group: CacheGroup, request_id: str, start: int, end: int, left: Container[int]) -> list[Page]:
+    """The pages of a request in a KV cache group that hold tokens from ``start`` to ``end``, without ``left``.
+
+    Args:
+        left: numbers of pages of the request.
+    """
+    first = start // group.page_size
+    pages = group.pages(request_id)[first : -(-end // group.page_size)]
+    return [page for number, page in enumerate(pages, first) if not page.is_null and number not in left]
 
 
 PARTS = (RetainedPages.make,)

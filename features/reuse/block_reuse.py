@@ -18,6 +18,7 @@ from vllm.v1.request import RequestStatus
 from starling.config.entry import StarlingConfig
 from starling.config.scheduling import MIN_CHUNK
 from starling.features.documents.provenance import Provenance
+from starling.features.retention.core import RetainedPages
 from starling.scheduler.cache_keys import chain_restarts, independent_block_hasher, independent_plan
 from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.part import CorePart
@@ -72,7 +73,7 @@ class BlockReuse(CorePart):
         group: the only KV cache group.
 
     Attributes:
-        on_adopted: called with a request, the number of the first page that it adopts, and these pages.
+        on_adopted: each is called with a request, the number of the first page that it adopts, and these pages.
     """
 
     def __init__(self, view: SchedulerView, group: CacheGroup) -> None:
@@ -81,7 +82,7 @@ class BlockReuse(CorePart):
         self.page_size = group.page_size
         self.requests: dict[str, Any] = {}
         self.unreported: dict[str, list[int]] = {}
-        self.on_adopted: Callable[[Any, int, Sequence[Page]], None] = lambda request, first, pages: None
+        self.on_adopted: list[Callable[[Any, int, Sequence[Page]], None]] = []
 
     @classmethod
     def make(cls, scheduler: Any, config: StarlingConfig) -> BlockReuse | None:
@@ -103,9 +104,9 @@ class BlockReuse(CorePart):
             scheduler.view.manager,
             lambda request: None if independent_plan(request) is None else num_cached_tokens(scheduler, request),
         )
-        provenance = scheduler.part(Provenance)
-        if provenance is not None:
-            made.on_adopted = provenance.take
+        provenance, retention = scheduler.part(Provenance), scheduler.part(RetainedPages)
+        made.on_adopted += [] if provenance is None else [provenance.take]
+        made.on_adopted += [] if retention is None else [retention.note_adopted]
         return made
 
     def added(self, request: Any) -> None:
@@ -146,7 +147,8 @@ class BlockReuse(CorePart):
         tokens = self.view.adopt(self.group, request, found)
         # The statistics leave out parts of a prompt that another replica asked for.
         self.view.count_hit(request, tokens, in_statistics=metadata_of(request).part is None)
-        self.on_adopted(request, first, found)
+        for note in self.on_adopted:
+            note(request, first, found)
         self.unreported.setdefault(request.request_id, []).extend(page.block_id for page in found)
         return tokens
 

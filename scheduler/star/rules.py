@@ -106,6 +106,16 @@ def off_page(field: str) -> Rule:
     return Rule(field, "it is not a multiple of the KV page", reason, "a multiple of {page}")
 
 
+def above_model(field: str) -> Rule:
+    def reason(case: Case) -> str | None:
+        value, limit = getattr(case.options, field), case.engine.max_prompt_tokens
+        if not case.has(field) or limit is None or not isinstance(value, int) or value <= limit + 1:
+            return None
+        return f"the model's context has {limit + 1} tokens"
+
+    return Rule(field, "it is longer than the model's context", reason, "up to {model_tokens}")
+
+
 def above_block(field: str) -> Rule:
     def reason(case: Case) -> str | None:
         is_above = case.has(field) and getattr(case.options, field) > case.block_size
@@ -181,6 +191,10 @@ ENGINE_RULES = (
 
 OPTION_RULES = (
     Rule("quality", "`star_block_size` is given too", _quality_beside_size, "one of the two"),
+    above_model("block_size"),
+    above_model("anchor_size"),
+    above_model("overlap_size"),
+    above_model("query_tokens"),
     off_page("block_size"),
     off_page("anchor_size"),
     off_page("overlap_size"),
@@ -265,7 +279,13 @@ def check(rules: Iterable[Rule], case: Case) -> None:
 
 
 def _attributes(case: Case) -> dict[str, Any]:
-    return {"page": case.page, "block_size": case.block_size, "engine": case.engine, "prompt": case.prompt}
+    return {
+        "page": case.page,
+        "block_size": case.block_size,
+        "engine": case.engine,
+        "model_tokens": (case.engine.max_prompt_tokens or 0) + 1,
+        "prompt": case.prompt,
+    }
 
 
 def check_defaults(options: StarOptions, engine: EngineFacts) -> None:

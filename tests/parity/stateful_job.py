@@ -1,13 +1,15 @@
 """Random requests, aborts, preemptions and resets on one engine with a tiny model; its answers are compared.
 
-Arguments: the checkpoint, then minutes and seed as in tests/stateful.py, where `-` is none. The engine runs in this
-process (VLLM_ENABLE_V1_MULTIPROCESSING=0), so that its scheduler is looked at after each step.
+Arguments: the checkpoint, the library of the engine, then minutes and seed as in tests/stateful.py; `-` is none. The
+engine runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), so that its scheduler is looked at after each step.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import traceback
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import count, pairwise
 from pathlib import Path
@@ -17,9 +19,12 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
+from starling.features.library.host_worker import HostWorker
+from starling.features.library.page_loads import PageLoads
 from tests.parity.documents import block_logprobs
 from tests.parity.harness import mask_of, max_gap, reference_logprobs, star, star_sizes
 from tests.stateful import CountingMachine, Length, run_machine
+from tests.unit.scheduler.library_engine import check_chunks
 from tests.unit.scheduler.simulation import random_ids
 from tests.unit.scheduler.stateful.checks import check_empty, check_pages, check_queues
 
@@ -34,7 +39,6 @@ ENGINE = {
     "max_num_seqs": 4,
     "scheduling_policy": "priority",
     "skip_tokenizer_init": True,
-    "additional_config": {"starling": {"scheduler": {"long_prompt_tokens": 100}}},
 }
 
 
@@ -49,15 +53,23 @@ class Asked:
 
 @dataclass(frozen=True)
 class Prompt:
-    """The start of a text, with another token at some places, and with documents that begin at others."""
+    """The start of a text, with another token at some places, and with documents that begin at others.
+
+    The documents begin with the same ``alike`` tokens. They are the same one if all of their tokens are.
+    """
 
     text: int
     length: int
     edits: tuple[int, ...]
     documents: tuple[int, ...]
+    alike: int
 
     def ids(self) -> list[int]:
         ids = random_ids(self.text, self.length)
+        starts = self.starts()
+        for start, stop in pairwise([*starts, self.length - 40]):
+            copied = min(self.alike, stop - start)
+            ids[start : start + copied] = ids[starts[0] : starts[0] + copied]
         for place in self.edits:
             ids[place % self.length] = 251
         return ids
@@ -72,7 +84,8 @@ prompts = st.builds(
     text=st.integers(0, 1),
     length=st.sampled_from([60, 130, 200, 250]),
     edits=st.lists(st.integers(0, MAX_TOKENS), max_size=2).map(tuple),
-    documents=st.sampled_from([(), (), (), (10,), (15, 70), (40, 125)]),
+    documents=st.sampled_from([(), (), (), (10,), (15, 70), (40, 125), (0, 40, 80, 120), (32, 72, 112, 152)]),
+    alike=st.sampled_from([0, 0, 34, 40]),
 )
 plans = st.builds(
     star,
@@ -88,11 +101,12 @@ class EngineMachine(CountingMachine):
 
     Attributes:
         model: path of the checkpoint.
-        ended: requests that have been answered, which the engine must not answer again.
+        library: where the engine has one, its scheduler's side; else None.
     """
 
     engine: ClassVar[Any] = None
     model: ClassVar[Path]
+    library: ClassVar[Any] = None
     numbers: ClassVar[Any] = count()
 
     @initialize()
@@ -100,7 +114,8 @@ class EngineMachine(CountingMachine):
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         self.asked: dict[str, Asked] = {}
         self.taken: list[Any] = []
-        assert self.engine.reset_prefix_cache()
+        self.of_documents: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._reset(whole=True)
         self.totals["runs"] += 1
 
     @precondition(lambda self: len(self.asked) < 6)
@@ -112,14 +127,30 @@ class EngineMachine(CountingMachine):
         priority=st.integers(0, 2),
         salt=st.sampled_from([None, None, "tenant"]),
         with_prompt=st.sampled_from([False, False, True]),
+        session=st.sampled_from([None, None, "a", "b"]),
+        retention=st.sampled_from([None, None, None, "low", "high"]),
     )
-    def add(self, prompt, options, num_answers, num_samples, priority, salt, with_prompt):
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
+    def add(self, prompt, options, num_answers, num_samples, priority, salt, with_prompt, session, retention):
         ids = prompt.ids()
         if options is not None and not options["star_overlap_size"] and prompt.documents:
             options = options | {"star_segments": prompt.starts()}
+        if options is not None and retention is not None:
+            options = options | {"star_retention": retention}
+        given = {"prompt_token_ids": ids} | ({"cache_salt": salt} if salt else {})
+        self._add(given, options or {}, num_answers, num_samples, with_prompt, priority=priority, session_id=session)
+
+    def _add(
+        self,
+        given: dict[str, Any],
+        options: dict[str, Any],
+        num_answers: int,
+        num_samples: int = 1,
+        with_prompt: bool = False,
+        **more: Any,
+    ) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
         params = SamplingParams(
             max_tokens=num_answers,
             n=num_samples,
@@ -129,14 +160,24 @@ class EngineMachine(CountingMachine):
             logprobs=0,
             output_kind=RequestOutputKind.FINAL_ONLY,
             prompt_logprobs=0 if with_prompt else None,
-            extra_args=options,
+            extra_args=options or None,
         )
         name = f"r{next(self.numbers)}"
-        given = {"prompt_token_ids": ids} | ({"cache_salt": salt} if salt else {})
-        self.engine.add_request(name, given, params, priority=priority)
-        self.asked[name] = Asked(options or {}, num_samples, num_answers)
+        self.engine.add_request(name, given, params, **more)
+        self.asked[name] = Asked(options, num_samples, num_answers)
         self.totals["requests"] += 1
-        self.totals["prompts of documents"] += "star_segments" in (options or {})
+        if "star_segments" in options:
+            self.totals["prompts of documents"] += 1
+            self.of_documents.append((given, options))
+
+    @precondition(lambda self: self.library is not None and self.of_documents)
+    @rule(data=st.data(), num_answers=st.sampled_from([1, 4]))
+    def ask_again(self, data, num_answers):
+        """Ask for documents again that the library may have, and the engine's own memory does not."""
+        self.drain()
+        self._reset()
+        self._add(*data.draw(st.sampled_from(self.of_documents)), num_answers)
+        self.totals["prompts that came again"] += 1
 
     @precondition(lambda self: self.asked)
     @rule(times=st.integers(1, 6))
@@ -219,9 +260,14 @@ class EngineMachine(CountingMachine):
         pool.free_blocks(self.taken)
         self.taken = []
 
-    @rule(preempts=st.booleans())
-    def reset_prefix_cache(self, preempts):
-        assert self.engine.reset_prefix_cache(reset_running_requests=preempts) or not preempts
+    @rule(preempts=st.booleans(), whole=st.booleans())
+    def reset_prefix_cache(self, preempts, whole):
+        self._reset(preempts, whole)
+
+    def _reset(self, preempts: bool = False, whole: bool = False) -> None:
+        whole = whole and self.library is not None
+        done = self.engine.reset_prefix_cache(reset_running_requests=preempts, reset_connector=whole)
+        assert done or not preempts or self._coming()
 
     @precondition(lambda self: self.asked)
     @rule()
@@ -231,12 +277,28 @@ class EngineMachine(CountingMachine):
                 break
             self._step()
         assert not self.asked, f"requests are lost: {list(self.asked)}"
-        self.engine.step()  # reports the last ends to the runner
+        self._settle()
         check_empty(self.scheduler)
+        if self.library is not None:
+            check_chunks(self.library.manager)
+
+    def _settle(self) -> None:
+        """Report the last ends to the runner, and wait for the copies of pages."""
+        self.engine.step()
+        for _ in range(1000):
+            if not self.scheduler.has_requests():
+                return
+            self.engine.step()
+        raise AssertionError("pages are copied for ever")
+
+    def _coming(self) -> list[int]:
+        """The pages that hold what comes from the library."""
+        loads = self.scheduler.part(PageLoads)
+        return [page.block_id for page in loads.loading.values()] if loads else []
 
     @invariant()
     def all_pages_are_explained(self):
-        check_pages(self.scheduler, [page.block_id for page in self.taken])
+        check_pages(self.scheduler, [*(page.block_id for page in self.taken), *self._coming()])
 
     @invariant()
     def no_request_is_lost(self):
@@ -247,18 +309,32 @@ class EngineMachine(CountingMachine):
         try:
             if sys.exc_info()[0] is None:
                 self.drain()
+            else:
+                traceback.print_exc()  # an engine that has failed fails otherwise when its rules are repeated
         finally:
             self.scheduler.kv_cache_manager.block_pool.free_blocks(self.taken)
             self.engine.abort_request(list(self.asked))
             self.engine.step()
 
 
+def copy_at_once(self: HostWorker, job_id: int, *what: Any) -> bool:
+    """Copy pages before a step goes on, so that the same rules always do the same."""
+    self.jobs[job_id] = Future()
+    self.jobs[job_id].set_result(self._copy(job_id, *what))
+    return True
+
+
 def main() -> None:
-    model, minutes, seed = sys.argv[1:]
+    model, library, minutes, seed = sys.argv[1:]
     from vllm import EngineArgs, LLMEngine
 
+    entry = {"scheduler": {"long_prompt_tokens": 100}} | ({} if library == "-" else {"star_library": library})
+    arguments = EngineArgs(model=model, additional_config={"starling": entry}, **ENGINE)
     EngineMachine.model = Path(model)
-    EngineMachine.engine = LLMEngine.from_engine_args(EngineArgs(model=model, **ENGINE))
+    EngineMachine.engine = LLMEngine.from_engine_args(arguments)
+    if library != "-":
+        HostWorker._submit = copy_at_once  # type: ignore[method-assign]
+        EngineMachine.library = EngineMachine.engine.engine_core.engine_core.scheduler.connector.scheduler
     logging.disable(logging.WARNING)
     length = Length(None if minutes == "-" else float(minutes), None if seed == "-" else int(seed))
     run_machine(EngineMachine, length, runs=5, rules=20)

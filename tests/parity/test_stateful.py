@@ -16,7 +16,8 @@ from tests.stateful import Length
 pytestmark = pytest.mark.engine
 
 
-def test_answers_are_those_of_the_reference_and_no_request_or_page_is_lost(tmp_path, pytestconfig):
+@pytest.mark.parametrize("library", ["-", ":1MiB"], ids=["no library", "small library"])
+def test_answers_are_those_of_the_reference_and_no_request_or_page_is_lost(tmp_path, pytestconfig, library):
     model = make_random_llama(tmp_path / "tiny", **TINY)
     length = Length.of(pytestconfig)
     arguments = ["-" if value is None else str(value) for value in (length.minutes, length.seed)]
@@ -24,7 +25,7 @@ def test_answers_are_those_of_the_reference_and_no_request_or_page_is_lost(tmp_p
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     with cores(1) as bound:
         done = subprocess.run(
-            [sys.executable, "-m", "tests.parity.stateful_job", str(model), *arguments],
+            [sys.executable, "-m", "tests.parity.stateful_job", str(model), library, *arguments],
             capture_output=True,
             text=True,
             cwd=ROOT,

@@ -32,6 +32,7 @@ from starling.engine_ext.front.front_state import front_state, split_state
 from starling.engine_ext.front.planning import PromptPlanner
 from starling.engine_ext.serving.cli.cores import CORES_ENV, bound_cores, core_binding, free_cores, physical_cores
 from starling.engine_ext.serving.cli.cpu_memory import memory_share
+from starling.engine_ext.serving.cli.hooks import NotHooked, check_hooks, install_hooks
 from starling.engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
 from starling.engine_ext.serving.grpc.addresses import LOOPBACK, AdminOptions
 from starling.engine_ext.serving.grpc.auth import peer_credentials, server_credentials
@@ -61,6 +62,7 @@ def run(argv: Sequence[str]) -> int:
     set_up_environment()
     on_server_socket(end_lost_connections)
     try:
+        install_hooks()
         args, grpc_port = parse(argv)
         admin = admin_options(args, grpc_port, os.environ)  # before vLLM logs its arguments, which have the key
         if admin.key is not None:
@@ -77,6 +79,8 @@ def run(argv: Sequence[str]) -> int:
             refuse_taken_port("--grpc-port", args.host or LOOPBACK, grpc_port)
             if admin.port is not None:
                 refuse_taken_port("--grpc-admin-port", admin.host, admin.port)
+    except NotHooked as error:
+        return without_hooks(error)
     except (ValueError, TypeError, OSError) as error:
         print(f"starling serve: error: {error}", file=sys.stderr)
         return UNUSABLE
@@ -86,6 +90,8 @@ def run(argv: Sequence[str]) -> int:
         else:
             args.model, args.api_server_count = args.model_tag or args.model, None
             return uvloop.run(serve_both(args, grpc_port, admin))
+    except NotHooked as error:
+        return without_hooks(error)
     except KeyboardInterrupt:  # a signal while the engine starts; a later signal lets serve_both return
         return INTERRUPTED
     except (ValueError, OSError) as error:  # found with the model's configuration, such as features that exclude star
@@ -94,6 +100,12 @@ def run(argv: Sequence[str]) -> int:
         print(f"starling serve: error: {plain_message(error)}", file=sys.stderr)
         return UNUSABLE
     return 0
+
+
+def without_hooks(error: NotHooked) -> int:
+    """Say why the server would run without Starling; returns the exit code."""
+    print(f"starling serve: error: Starling is not in this vLLM: {error}", file=sys.stderr)
+    return UNUSABLE
 
 
 def set_defaults(environ: MutableMapping[str, str]) -> None:
@@ -174,6 +186,7 @@ async def serve_both(args: Namespace, grpc_port: int | None, admin: AdminOptions
     listen_address, sock = setup_server(args, reuse_port=False)
     with sock:
         async with build_async_engine_client(args) as engine:
+            check_hooks(engine)
             front, grpc_address = None, None
             if grpc_port is not None:
                 front, grpc_address = await start_front(engine, args, grpc_port, admin)

@@ -1,7 +1,8 @@
 """ASGI middleware: makes the Call of each request, in which the others note what they learn of it.
 
 When the application starts, it notes the application's list of models, which alone knows LoRA adapters by name, and
-begins to watch the size of requests' heads, and, once it has started, the event loop.
+begins to watch the size of requests' heads, and, once it has started, the event loop. An application whose process does
+not have Starling's hooks does not start: vLLM makes the process of each of several API servers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from starling.engine_ext.front.call import Call, current_call
 from starling.engine_ext.front.client_keys import authorization_of, bearer_key
 from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.loop_watch import watch_loop
+from starling.vllm_compat.front import is_hooked
 from starling.vllm_compat.server_socket import bound_request_heads
+
+NOT_HOOKED = "Starling is not in this vLLM: this process runs vLLM's own front"
 
 
 class NoteClient:
@@ -29,6 +33,10 @@ class NoteClient:
             current_call.set(Call(key, scope["app"].state.args.enable_prompt_tokens_details))
         elif scope["type"] == "lifespan":
             state = scope["app"].state
+            if state.engine_client is not None and not is_hooked():
+                await receive()
+                await send({"type": "lifespan.startup.failed", "message": NOT_HOOKED})
+                return
             if state.engine_client is not None:  # else a server that only renders prompts
                 front_state(state.engine_client).set_serving_models(state.openai_serving_models)
             bound_request_heads(HEAD.limit)

@@ -21,11 +21,18 @@ from starling.features.library.file_space import (
 )
 
 SIZE = 100
+PAGES = f"{'0' * 16}_{'1' * 16}_r0/abc/de_g0"
+"""The folder of pages whose hashes begin with abcde."""
+
+
+def page(name: str) -> str:
+    """The name of a page's file; ``name`` has up to four hexadecimal digits."""
+    return f"{name.zfill(64)}.bin"
 
 
 def write(folder: Path, name: str, age: float = 0.0, size: int = SIZE) -> Path:
-    path = folder / "model" / name
-    path.parent.mkdir(exist_ok=True)
+    path = folder / PAGES / name
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"x" * size)
     os.utime(path, times=(time.time() - age,) * 2)
     return path
@@ -39,7 +46,7 @@ def counted(folder: Path) -> int:
     return int((folder / COUNT_FILE).read_text())
 
 
-def take(space: FileSpace, size: int = SIZE, name: str = "new.bin") -> None:
+def take(space: FileSpace, size: int = SIZE, name: str = page("ffff")) -> None:
     """Write a file, if there is room for it (raises OSError)."""
     with space.room_for(size):
         write(space.folder, name, size=size)
@@ -48,7 +55,7 @@ def take(space: FileSpace, size: int = SIZE, name: str = "new.bin") -> None:
 def fill(space: FileSpace, number: int) -> None:
     for index in range(number):
         with space.room_for(SIZE):
-            write(space.folder, f"{index}.bin", age=1000 - index)
+            write(space.folder, page(str(index)), age=1000 - index)
 
 
 def test_all_of_the_limit_is_used_before_anything_is_removed(tmp_path: Path) -> None:
@@ -58,7 +65,7 @@ def test_all_of_the_limit_is_used_before_anything_is_removed(tmp_path: Path) -> 
     assert len(names(tmp_path)) == 10 and not removed
     assert counted(tmp_path) == 10 * SIZE
     take(space, 1)
-    assert removed == [str(tmp_path / "model" / f"{index}.bin") for index in (0, 1)], "down to nine tenths"
+    assert removed == [str(tmp_path / PAGES / page(str(index))) for index in (0, 1)], "down to nine tenths"
     assert counted(tmp_path) == 8 * SIZE + 1
 
 
@@ -66,39 +73,70 @@ def test_what_was_used_stays(tmp_path: Path) -> None:
     space = FileSpace(tmp_path, 10 * SIZE)
     fill(space, 10)
     now = time.time()
-    space.note_used(str(tmp_path / "model" / "0.bin"), now)
+    space.note_used(str(tmp_path / PAGES / page("0")), now)
     space.note_used(str(tmp_path / "nowhere.bin"), now)
     take(space)
-    assert names(tmp_path) == sorted(["new.bin", *(f"{index}.bin" for index in (0, 3, 4, 5, 6, 7, 8, 9))])
+    assert names(tmp_path) == sorted([page("ffff"), *(page(str(index)) for index in (0, 3, 4, 5, 6, 7, 8, 9))])
 
 
 def test_files_of_other_models_and_of_before_count(tmp_path: Path) -> None:
-    write(tmp_path, "old.bin", age=100, size=9 * SIZE)
+    write(tmp_path, page("a"), age=100, size=9 * SIZE)
     space = FileSpace(tmp_path, 10 * SIZE)
-    take(space, name="first.bin")
+    take(space, name=page("b"))
     assert counted(tmp_path) == 10 * SIZE
-    take(space, name="second.bin")
-    assert names(tmp_path) == ["first.bin", "second.bin"]
+    take(space, name=page("c"))
+    assert names(tmp_path) == [page("b"), page("c")]
 
 
 def test_files_that_were_removed_by_hand_are_no_reason_to_remove_others(tmp_path: Path) -> None:
     space = FileSpace(tmp_path, 10 * SIZE)
     fill(space, 10)
     for index in range(5):
-        (tmp_path / "model" / f"{index}.bin").unlink()
+        (tmp_path / PAGES / page(str(index))).unlink()
     take(space)
     assert len(names(tmp_path)) == 6
     assert counted(tmp_path) == 6 * SIZE
 
 
 def test_what_a_killed_server_left_is_removed_and_what_is_being_written_stays(tmp_path: Path) -> None:
-    left = write(tmp_path, "a.bin_1.tmp", age=ABANDONED_SECONDS + 1)
-    written = write(tmp_path, "b.bin_2.tmp", age=1)
+    left = write(tmp_path, f"{page('a')}_1.tmp", age=ABANDONED_SECONDS + 1)
+    written = write(tmp_path, f"{page('b')}_2.tmp", age=1)
     space = FileSpace(tmp_path, 2 * SIZE)
     with space.room_for(SIZE):
         assert not left.exists() and written.exists()
     with pytest.raises(OSError, match="all that the library's files may take is taken"):
         take(space, SIZE + 1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pytorch_model.bin",
+        "model/pytorch_model.bin",
+        "model/draft.tmp",
+        f"model/abc/de_g0/{page('a')}",
+        f"{PAGES}/pytorch_model.bin",
+        f"{PAGES}/{page('a')}.tmp",
+        f"{PAGES}/in/{page('a')}",
+        f"{PAGES[:-6]}/{page('a')}",
+    ],
+)
+def test_files_of_others_neither_count_nor_make_room(tmp_path: Path, name: str) -> None:
+    others = tmp_path / name
+    others.parent.mkdir(parents=True, exist_ok=True)
+    others.write_bytes(b"x" * 50 * SIZE)
+    os.utime(others, (0, 0))
+    fill(FileSpace(tmp_path, 10 * SIZE), 11)
+    assert others.exists()
+    assert counted(tmp_path) == 9 * SIZE
+
+
+def test_no_file_is_removed_behind_a_link(tmp_path: Path) -> None:
+    (tmp_path / "library").mkdir()
+    elsewhere = write(tmp_path / "elsewhere", page("a"), age=10**6)
+    (tmp_path / "library" / PAGES.partition("/")[0]).symlink_to(elsewhere.parents[2])
+    with FileSpace(tmp_path / "library", SIZE).room_for(SIZE):
+        assert elsewhere.exists()
 
 
 def test_a_failed_write_takes_no_room(tmp_path: Path) -> None:
@@ -114,7 +152,7 @@ def test_what_is_being_written_counts_when_room_is_made(tmp_path: Path) -> None:
     fill(space, 8)
     with space.room_for(SIZE), space.room_for(SIZE):  # and no file yet
         take(space)
-        assert names(tmp_path) == sorted(["new.bin", *(f"{index}.bin" for index in range(2, 8))])
+        assert names(tmp_path) == sorted([page("ffff"), *(page(str(index)) for index in range(2, 8))])
 
 
 def test_a_file_that_gets_its_name_while_files_are_looked_at_counts(
@@ -129,7 +167,7 @@ def test_a_file_that_gets_its_name_while_files_are_looked_at_counts(
         with space.room_for(SIZE):
             writing.set()
             listed.wait()
-            write(tmp_path, "other.bin")
+            write(tmp_path, page("d"))
 
     def look_slowly(folder: Path) -> Iterator[file_space.StoredFile]:
         found = list(look(folder))
@@ -147,7 +185,7 @@ def test_a_file_that_gets_its_name_while_files_are_looked_at_counts(
 
 @pytest.mark.parametrize("content", ["", "no number", "-5"])
 def test_a_damaged_count_is_counted_anew(tmp_path: Path, content: str) -> None:
-    write(tmp_path, "a.bin")
+    write(tmp_path, page("a"))
     (tmp_path / COUNT_FILE).write_text(content)
     take(FileSpace(tmp_path, 10 * SIZE))
     assert counted(tmp_path) == 2 * SIZE

@@ -57,6 +57,27 @@ def test_a_place_that_this_machine_does_not_have_is_refused(tmp_path: Path) -> N
     assert list((tmp_path / "new").iterdir()) == []
 
 
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o1777])
+def test_a_folder_that_others_can_write_to_is_refused(tmp_path: Path, mode: int) -> None:
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    folder.chmod(mode)
+    allowed = f"Allowed: a folder of the server's own, such as {folder}/starling"
+    with pytest.raises(OptionError, match=rf"others can write to {folder} \({mode:04o}\), .*{allowed}"):
+        check(f"{folder}:1MiB")
+    check(f"{folder}/starling:1MiB")
+    assert (folder / "starling").stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o755)
+    check(f"{folder}:1MiB")
+
+
+def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    user = tmp_path.stat().st_uid
+    monkeypatch.setattr("starling.config.library.os.geteuid", lambda: user + 1)
+    with pytest.raises(OptionError, match=f"belongs to the user {user}, and the server runs as {user + 1}"):
+        check(f"{tmp_path}:1MiB")
+
+
 def test_the_entry_has_it() -> None:
     config = parse_config({"starling": {"star_library": "/pages"}})
     assert config is not None

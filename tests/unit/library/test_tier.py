@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,8 @@ from vllm.v1.kv_offload.tiering.base import TransferJob
 from starling.config.parsing import OptionError
 from starling.features.library import tier as tier_module
 from starling.features.library.connector import close_after_change
-from starling.features.library.file_space import COUNT_FILE
+from starling.features.library.file_space import COUNT_FILE, MODEL_FOLDER, stored_files
+from starling.features.library.identity import identity_of
 from starling.features.library.stamp import STAMP_BYTES, has_stamp, write_stamp
 from starling.features.library.tier import LibraryTier
 from starling.features.replicas.replica_calls import add_replica_rpc
@@ -76,7 +76,8 @@ class Library:
             n_write_threads=1,
         )
         if identity is not None:
-            self.tier.open(identity, {"weights": identity})
+            described = {"weights": identity}
+            self.tier.open(identity_of(described), described)
         self.jobs = 0
 
     def fill(self) -> None:
@@ -149,7 +150,7 @@ def test_what_was_stored_is_loaded(stored: Library) -> None:
 def test_files_and_folders_are_for_their_user_alone(stored: Library, tmp_path: Path) -> None:
     assert stored.path(0).stat().st_mode & 0o777 == 0o600
     folder = stored.path(0).parents[2]
-    assert re.fullmatch("one_[0-9a-f]{16}_r0", folder.name)
+    assert MODEL_FOLDER.fullmatch(folder.name)
     assert folder.stat().st_mode & 0o777 == 0o700
     assert tmp_path in folder.parents
 
@@ -223,6 +224,28 @@ def test_a_full_disk_fails_the_write_alone(
     stored.fill()
     assert stored.store(0).success
     assert stored.lookup(0) is LookupResult.HIT
+
+
+@pytest.mark.parametrize("is_empty", [True, False])
+def test_a_folder_in_the_place_of_a_file_is_removed_if_it_is_empty(stored: Library, is_empty: bool) -> None:
+    """What is in it is not the library's. Its page is computed, and all others are found."""
+    path = stored.path(1)
+    path.unlink()
+    path.mkdir()
+    if not is_empty:
+        (path / "pytorch_model.bin").touch()
+    before = stored.tier.metrics.bad_files._value.get()
+    assert not stored.load(1).success
+    assert stored.load(0, 2).success
+    assert path.exists() == (not is_empty)
+    assert stored.tier.metrics.bad_files._value.get() == before + 1
+    stored.fill()
+    assert stored.store(1).success
+    assert path.is_file() == is_empty
+
+
+def test_all_files_of_pages_count(stored: Library, tmp_path: Path) -> None:
+    assert {file.path for file in stored_files(tmp_path)} == {str(stored.path(chunk)) for chunk in range(CHUNKS)}
 
 
 def test_what_a_killed_writer_left_is_never_read(stored: Library) -> None:

@@ -42,6 +42,15 @@ def with_replicas(config: Any) -> Any:
     return given
 
 
+def check_chunks(manager: Any) -> None:
+    """Assert that each chunk of a library's host memory is free or holds a page, and that no copy holds one."""
+    host = manager.primary_tier
+    held = host._policy.chunks.values()
+    assert len(held) + host._get_num_free_chunks() == host._num_chunks, "chunks are lost"
+    assert not any(chunk.ref_cnt for chunk in held), "chunks are pinned"
+    assert len({chunk.chunk_id for chunk in held}) == len(held)
+
+
 @dataclass
 class Transfer:
     """A copy between pages and chunks, which is done when ``steps`` steps have passed.

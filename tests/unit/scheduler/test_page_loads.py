@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from starling.features.schedulers import AsyncStarScheduler, StarScheduler
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import PageFetch, PageSource, PromptPart, RequestMetadata
 from tests.stateful import CountingMachine, Length, run_machine
-from tests.unit.scheduler.library_engine import PAGE_SIZE, LibraryEngine, library_config, with_replicas
+from tests.unit.scheduler.library_engine import PAGE_SIZE, LibraryEngine, check_chunks, library_config, with_replicas
 from tests.unit.scheduler.simulation import random_ids
 
 BLOCK, BLOCKS, QUERY, NEW = 32, 6, 13, 3
@@ -64,6 +65,14 @@ def release(engine: LibraryEngine | None) -> None:
     """Release all pages that parts hold."""
     assert engine is not None
     engine.scheduler.connector.release(list(engine.scheduler.connector.holds))
+
+
+def documents_plan(lengths: Sequence[int], anchor_size: int = 0) -> StarPlan:
+    """The plan of a prompt of documents of so many tokens; the first one is the head if there is an anchor."""
+    sizes = [-(-length // PAGE_SIZE) * PAGE_SIZE for length in lengths]
+    starts = [0, *accumulate(sizes)]
+    spans = tuple((start, start + length) for start, length in zip(starts, lengths, strict=False))
+    return StarPlan(BLOCK, anchor_size, 0, starts[-1], starts[-1] + QUERY, documents=spans)
 
 
 def replaced(ids: list[int], *blocks: int, seed: int = 50) -> list[int]:
@@ -136,6 +145,54 @@ def test_two_requests_share_a_load(config: Any) -> None:
     assert engine.computed["third"] == BLOCK + QUERY + NEW - 1
     engine.check_pages()
     engine.close()
+
+
+def test_documents_that_repeat_or_begin_alike_are_loaded_once(engine: LibraryEngine) -> None:
+    """The first and the last document are the same one, and the second begins as they do."""
+    text, other = random_ids(1, BLOCK), random_ids(2, BLOCK)
+    repeated = [*text, *text[: 2 * PAGE_SIZE], *other[2 * PAGE_SIZE :], *text, *random_ids(3, QUERY)]
+    plan = documents_plan([BLOCK] * 3)
+    engine.add("first", plan, repeated)
+    engine.run()
+    forget(engine)
+    engine.add("second", plan, repeated)
+    engine.run()
+    different = (2 * BLOCK - 2 * PAGE_SIZE + QUERY) // PAGE_SIZE
+    assert len(engine.loaded) == len(set(engine.loaded)) == different
+    assert engine.computed["second"] == QUERY % PAGE_SIZE + NEW - 1
+    engine.check_pages()
+
+
+def test_a_document_that_repeats_in_a_step_takes_one_chunk_for_each_page(engine: LibraryEngine) -> None:
+    """And the chunk has the page: it is loaded from there."""
+    plan, text = documents_plan([BLOCK] * 3), random_ids(1, BLOCK)
+    ids = [*text, *text, *text, *random_ids(2, QUERY)]
+    engine.add("first", plan, ids)
+    engine.run()
+    host = engine.library.manager.primary_tier
+    assert host._num_chunks - host._get_num_free_chunks() == (BLOCK + QUERY) // PAGE_SIZE
+    check_chunks(engine.library.manager)
+    forget(engine)
+    engine.add("second", plan, ids)
+    engine.run()
+    assert engine.computed["second"] == QUERY % PAGE_SIZE + NEW - 1
+    engine.check_pages()
+    check_chunks(engine.library.manager)
+
+
+def test_a_request_may_end_while_a_page_that_it_has_twice_is_stored(engine: LibraryEngine) -> None:
+    """The library was emptied, so that pages which the request has found are stored once more."""
+    plan, text = documents_plan([BLOCK] * 2), random_ids(1, BLOCK)
+    ids = [*text, *text, *random_ids(2, QUERY)]
+    engine.add("first", plan, ids)
+    engine.run()
+    engine.scheduler.connector.reset_cache()
+    engine.add("second", plan, ids)
+    engine.run_until(lambda: bool(engine.stores))
+    engine.scheduler.finish_requests(["second"], RequestStatus.FINISHED_ABORTED)
+    engine.run()
+    engine.check_pages()
+    check_chunks(engine.library.manager)
 
 
 def test_a_library_larger_than_host_memory_is_found_in_files(tmp_path: Path) -> None:
@@ -352,6 +409,29 @@ class LibraryMachine(CountingMachine):
         assert self.engine is not None
         self.engine.add(f"{self.number}", PLAN if star else None, [*ids, *random_ids(blocks[0], QUERY)])
 
+    @precondition(lambda self: self.engine is not None)
+    @rule(
+        documents=st.lists(
+            st.tuples(st.integers(0, 1), st.integers(0, 1), st.sampled_from((BLOCK, BLOCK, BLOCK - 3))),
+            min_size=2,
+            max_size=BLOCKS,
+        ),
+        anchor_size=st.sampled_from((0, BLOCK // 2)),
+        retention=st.sampled_from((None, None, "low", "high")),
+    )
+    def add_documents(self, documents: list[tuple[int, int, int]], anchor_size: int, retention: str | None) -> None:
+        """Of documents that begin alike or are the same; each is a beginning, an end and a length."""
+        texts = [
+            [*random_ids(beginning, BLOCK // 2), *random_ids(10 + end, BLOCK // 2)][:length]
+            for beginning, end, length in documents
+        ]
+        plan = documents_plan([len(text) for text in texts], anchor_size)
+        self.number += 1
+        assert self.engine is not None
+        ids = [token for text in texts for token in text]
+        metadata = RequestMetadata(retention=retention)
+        self.engine.add(f"{self.number}", plan, [*ids, *random_ids(documents[0][0], QUERY)], metadata=metadata)
+
     @precondition(lambda self: self.engine is not None and self.engine.has_replicas)
     @rule(blocks=st.lists(st.integers(0, 2), min_size=BLOCKS, max_size=BLOCKS), start=st.integers(1, BLOCKS - 1))
     def add_part(self, blocks: list[int], start: int) -> None:
@@ -405,6 +485,7 @@ class LibraryMachine(CountingMachine):
             if self.engine.has_replicas:
                 release(self.engine)
             self.engine.check_pages()
+            check_chunks(self.engine.library.manager)
             self.totals["requests"] += self.number
             self.totals["loaded pages"] += len(self.engine.loaded)
             self.engine.close()

@@ -78,6 +78,18 @@ def test_each_document_stays_as_is_said_of_it(engine: Engine) -> None:
     assert engine.computed["again"] == 16 + 11 + 2  # the second document, the question, and the output but for its end
 
 
+def test_documents_that_others_have_stay_where_a_prompt_that_is_to_go_adopts_them(engine: Engine) -> None:
+    """The second prompt has another first document, and finds the head and the other documents."""
+    shared = random_ids(1, 91)
+    ask(engine, "first", shared, plan=DOCUMENTS)
+    ask(engine, "batch", [*shared[:16], *random_ids(2, 32), *shared[48:]], "low", DOCUMENTS)
+    assert engine.computed["batch"] == 32 + 11 + 2
+    flood(engine, "others", 27)
+    engine.add("again", DOCUMENTS, shared)
+    engine.run()
+    assert engine.computed["again"] == 11 - PAGE + 2, "all is found but the end of the question"
+
+
 def test_a_session_that_comes_back_finds_its_prompt_until_it_starts_anew(engine: Engine) -> None:
     """Compaction: the session's next prompt is a summary, and what it had before stays by its last use alone."""
     first, summary = random_ids(1, LENGTH), random_ids(2, LENGTH)

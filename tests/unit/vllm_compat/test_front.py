@@ -28,6 +28,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.stats import IterationStats
 
@@ -319,6 +320,44 @@ def finished(name: str) -> EngineCoreOutput:
     )
 
 
+def test_a_request_that_can_not_be_sent_does_not_count_as_one_that_runs(monkeypatch):
+    """Such as one with a number that msgpack can't encode."""
+    monkeypatch.setattr(AsyncLLM, "_add_request", inspect.unwrap(AsyncLLM._add_request))
+    front.abort_unsent_requests()
+    engine = FakeEngine()
+    engine.check_admission, engine.log_requests = lambda **_: None, False
+    engine.error = OverflowError("Integer value out of range")
+    unsent = request()
+    unsent.external_req_id = "client"
+    with pytest.raises(OverflowError):
+        run(lambda: AsyncLLM._add_request(engine, unsent, None, None, 0, None))
+    assert engine.aborted == [("mine", True)]
+    assert engine.output_processor.get_num_unfinished_requests() == 0
+
+
+def test_an_offline_request_that_can_not_be_sent_is_not_waited_for(monkeypatch):
+    def refuse(request):
+        raise OverflowError("Integer value out of range")
+
+    monkeypatch.setattr(LLMEngine, "add_request", inspect.unwrap(LLMEngine.add_request))
+    monkeypatch.setattr(LLMEngine, "__del__", lambda self: None, raising=False)
+    front.abort_unsent_requests()
+    engine = object.__new__(LLMEngine)
+    engine.output_processor = OutputProcessor(None, log_stats=True, stream_interval=1)
+    engine.engine_core = SimpleNamespace(add_request=refuse, abort_requests=lambda ids: None)
+    engine.input_processor = SimpleNamespace(
+        assign_request_id=InputProcessor.assign_request_id,
+        resolve_watermarking=lambda params: None,
+        apply_watermarking=lambda params, config: None,
+    )
+    before = request("before")
+    before.external_req_id = "mine"
+    engine.output_processor.add_request(before, None)
+    with pytest.raises(OverflowError):
+        engine.add_request("mine", request(), request().sampling_params)
+    assert list(engine.output_processor.request_states) == ["before"]
+
+
 def test_internal_requests_end_with_their_output_and_are_in_no_statistics():
     async def scenario():
         engine = FakeEngine()
@@ -449,8 +488,10 @@ def test_each_output_of_a_request_has_its_plan_and_where_its_documents_came_from
             return SimpleNamespace(tokens=tokens, transfer=transfer, more=more) if tokens else None
 
     monkeypatch.setattr(output_processor, "RequestState", State)
-    front.on_request_output(lambda request: f"plan of {request}", "sources")
+    noted = []
+    front.on_request_output(lambda request: f"plan of {request}", "sources", noted.append)
     state = State.from_new_request("tokenizer", "me", prompt=None)
+    assert noted == ["me"]
     plain = {"tokens": [1], "plan": "plan of me", "more": "more"}
     others = {"theirs": 1}
     before = state.make_request_output([1], None, None, None, others, "more")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.exception_handling.handlers.validation import clean_loc_for_param
 from vllm.exceptions import VLLMValidationError
 
+from starling.engine_ext.front.call import Call, current_call
 from starling.engine_ext.front.misplaced import explained
 from starling.engine_ext.front.requests import check_openai_request
 from tests.unit.engine_ext.front.test_requests import ON, STAR, plan_of, planner
@@ -25,6 +27,9 @@ from tests.unit.engine_ext.front.test_requests import ON, STAR, plan_of, planner
         ("star-block-size", "star_block_size"),
         ("Star_Blok_Size", "star_block_size"),
         ("segments", "star_segments"),
+        (" star", "star"),
+        ("starling.star", "star"),
+        ("blockSize", "star_block_size"),
     ],
 )
 def test_a_key_that_is_nearly_an_option_is_refused(key, meant):
@@ -76,6 +81,10 @@ def test_options_at_the_top_level_of_a_requests_json_are_refused(field, message)
         ("starling", {"mode": "on"}, "vLLM ignores it as a field of the request", "star"),
         ("starling", "on", "vLLM ignores it as a field of the request", "star"),
         ("options", {"star": "on"}, "vLLM ignores it", "star"),
+        ("xargs", {"star": "on"}, "vLLM ignores it", "star"),
+        ("extraArgs", {"star_block_size": 64}, "vLLM ignores it", "star_block_size"),
+        ("nvext", {"star": "on"}, "vLLM ignores it", "star"),
+        ("params", {"extra_args": {"star": "on"}}, "vLLM ignores it", "star"),
     ],
 )
 def test_options_in_a_field_that_nobody_reads_are_refused(field, value, reason, option):
@@ -83,6 +92,50 @@ def test_options_in_a_field_that_nobody_reads_are_refused(field, value, reason, 
     with pytest.raises(VLLMValidationError, match=f"{field}=.* is refused: .*{reason}.*{allowed}") as error:
         check_openai_request(SimpleNamespace(model_extra={"theirs": 1, field: value}))
     assert error.value.parameter == field
+
+
+@pytest.fixture
+def activated() -> Iterator[None]:
+    """A request of a server for which Starling is activated: it has a Call."""
+    token = current_call.set(Call())
+    yield
+    current_call.reset(token)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("cacheSalt", "mine", "no such field, did you mean cache_salt. Allowed: cache_salt"),
+        ("cache-salt", "mine", "no such field, did you mean cache_salt. Allowed: cache_salt"),
+        ("cache_slat", "mine", "no such field, did you mean cache_salt. Allowed: cache_salt"),
+        ("nvext", {"cacheSalt": "mine"}, "no such field, did you mean cache_salt. Allowed: cache_salt"),
+        ("extra_body", {"cache_salt": "mine"}, "Python client.* Allowed: cache_salt as a field of the request"),
+        ("sessionId", "mine", "no such field, did you mean session_id. Allowed: session_id"),
+        ("kv_hints", {}, 'vLLM ignores it as a field of the request. Allowed: "vllm_xargs": {"star_retention": ...}'),
+    ],
+)
+def test_a_field_that_is_nearly_a_salt_or_a_session_is_refused_where_starling_is_activated(
+    activated, field, value, says
+):
+    with pytest.raises(VLLMValidationError, match=says) as error:
+        check_openai_request(SimpleNamespace(model_extra={"theirs": 1, field: value}))
+    assert error.value.parameter == field
+
+
+@pytest.mark.parametrize("field", ["cacheSalt", "sessionId", "kv_hints"])
+def test_vllms_own_server_ignores_them(field):
+    check_openai_request(SimpleNamespace(model_extra={field: "mine"}))
+
+
+def test_fields_of_other_servers_are_left_alone(activated):
+    others = {"cache_prompt": True, "cache_control": {}, "salt": 1, "session": "a", "user_id": "b", "nvext": {"a": 1}}
+    check_openai_request(SimpleNamespace(model_extra=others))
+
+
+@pytest.mark.parametrize("key", ["cacheSalt", "cache-salt", "cache_slat"])
+def test_a_misspelled_salt_among_the_options_is_refused(key):
+    with pytest.raises(VLLMValidationError, match=r"vllm_xargs has no such option\. Allowed: the field of"):
+        plan_of(planner(ON), {key: "mine"}, 300)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from starling.engine_ext.front.call import Call, current_call, note_engine_request
 from starling.engine_ext.front.progress import ARRIVAL_SECONDS, Progress, ProgressPoller, furthest
 from starling.scheduler.core_rpc import PREFILL_PROGRESS
 from tests.unit.engine_ext.front.virtual_time import now, run
@@ -67,6 +68,38 @@ class FakeEngine:
 async def read(poller: ProgressPoller, engine: FakeEngine, name: str) -> list[tuple[int, int]]:
     updates = poller.watch(engine, name, INTERVAL)
     return [(progress.computed, progress.star_blocks_done) async for progress in updates]
+
+
+def test_a_client_sees_its_own_request_of_an_id_that_others_have_chosen_too():
+    """And none before its own has reached the engine."""
+
+    async def scenario():
+        engine, poller = FakeEngine(), ProgressPoller(tuple)
+        engine.add("a", choices=2)  # of two clients: vLLM keeps them under the id that both have chosen
+        engine.add("a1")
+        token = current_call.set(call := Call())
+        try:
+            reader = asyncio.create_task(read(poller, engine, "a"))
+        finally:
+            current_call.reset(token)
+        await asyncio.sleep(4 * INTERVAL)
+        assert engine.calls == []
+        call.engine_ids.add("1_a")
+        assert await reader == [(40, 2), (80, 4), (100, 4)]
+        assert engine.calls == [["1_a"]] * 3
+
+    run(scenario)
+
+
+def test_a_request_of_the_engine_belongs_to_the_call_that_made_it():
+    call = Call()
+    token = current_call.set(call)
+    try:
+        note_engine_request(SimpleNamespace(request_id="a-1f2e"))
+    finally:
+        current_call.reset(token)
+    note_engine_request(SimpleNamespace(request_id="a-3d4c"))
+    assert call.engine_ids == {"a-1f2e"}
 
 
 def test_updates_come_until_the_prompt_is_done():

@@ -100,6 +100,19 @@ def hinted(word: str):
     return request
 
 
+@pytest.mark.parametrize("name", ["star_block_size", "star_anchor_size", "star_overlap_size", "star_query_tokens"])
+def test_no_number_of_tokens_is_above_the_models_length(name):
+    """A number of more than 64 bits reaches no engine."""
+    front = planner(ON, model_config__max_model_len=4096)
+    plan_of(front, {"star": "on", "star_block_size": 4096, name: 4096}, 4096)
+    for value in (4112, "128000000000000M"):
+        with pytest.raises(VLLMValidationError) as error:
+            plan_of(front, {"star": "on", name: value}, 4000)
+        number = 128 * 10**12 * 1024**2 if isinstance(value, str) else value
+        reason = "the model's context has 4096 tokens. Allowed: up to 4096."
+        assert str(error.value).startswith(f"{name}={number} is refused: {reason}")
+
+
 def test_a_hint_of_vllms_form_is_carried_as_the_option_is():
     request = hinted("high")
     planner(ON).resolve(request, None)

@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.request import RequestStatus
 
 from starling.features.fairness.core import PrefillLimiter
+from starling.features.replicas.connector import StarConnector
 from starling.features.retention.core import RetainedPages
 from starling.features.reuse.block_reuse import BlockReuse
 from tests.unit.scheduler.stateful.cases import Case
@@ -111,10 +112,10 @@ def check_empty(scheduler: Any) -> None:
         "pages": [manager.req_to_blocks for manager in managers if manager.req_to_blocks],
         "hashed": [manager.num_cached_block for manager in managers if manager.num_cached_block],
         "adopting": reuse and (reuse.requests or reuse.unreported),
-        "making room": retention and retention.found,
+        "making room": retention and (retention.found or retention.adopted),
         "long prompts": limiter and (limiter.prompts or limiter.cached_tokens or limiter.admission.tokens_before),
     }
-    if scheduler.connector is not None:
+    if isinstance(scheduler.connector, StarConnector):
         side = scheduler.connector.connector_scheduler
         left |= {
             "holds": side.holds,

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from argparse import Namespace
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 from pydantic import BaseModel, ValidationError, field_validator
 
 from starling.config.star import StarOptions, parse_options, summary
-from starling.engine_ext.serving.cli import serve
+from starling.engine_ext.serving.cli import hooks, serve
+from starling.engine_ext.start.activation import CORE
 from starling.vllm_compat.config import plain_message
+from starling.vllm_compat.report_to_fronts import add_report
 
 
 @pytest.mark.parametrize(
@@ -142,3 +148,74 @@ def test_an_error_of_a_running_server_keeps_its_traceback(prepared):
     prepared(crash)
     with pytest.raises(ValueError, match="a mistake of the server"):
         serve.run([])
+
+
+def test_a_server_does_not_start_where_the_plugin_does_not_load(prepared, monkeypatch, capsys):
+    """vLLM logs it, and would serve without salts."""
+    prepared(create_engine_config)
+    monkeypatch.setitem(sys.modules, hooks.PLUGIN, None)
+    assert serve.run([]) == 2
+    message = "error: Starling is not in this vLLM: the plugin does not load: ModuleNotFoundError: import of"
+    assert capsys.readouterr().err.startswith(f"starling serve: {message}")
+
+
+def test_a_server_does_not_start_where_vllm_does_not_find_the_plugin(prepared, monkeypatch, capsys):
+    prepared(create_engine_config)
+    monkeypatch.setattr(hooks, "entry_points", lambda group: ())
+    assert serve.run([]) == 2
+    assert "no installed package has the entry point `starling` of vllm.general_plugins" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("is_hooked", "reports", "says"),
+    [
+        (True, 2, None),
+        (False, 2, "this process runs vLLM's own front"),
+        (True, 1, "1 of 2 engine cores run vLLM's own scheduler"),
+    ],
+)
+def test_a_server_does_not_listen_without_hooks(monkeypatch, is_hooked, reports, says):
+    config = Namespace()
+    for _ in range(reports):
+        add_report(config, {})
+    engine = Namespace(vllm_config=config, engine_core=Namespace(core_engines=[0, 1]))
+    monkeypatch.setattr(hooks, "is_hooked", lambda: is_hooked)
+    with nullcontext() if says is None else pytest.raises(hooks.NotHooked, match=says):
+        hooks.check_hooks(engine)
+
+
+BROKEN = """
+import importlib.abc, sys
+
+
+class Broken(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "starling.engine_ext.start.plugin":
+            raise ImportError("a dependency is broken")
+
+
+sys.meta_path.insert(0, Broken())
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "code"),
+    [
+        ("import sys; from starling.engine_ext.serving.cli.main import main; sys.exit(main(['serve', 'm']))", 2),
+        (f"from vllm.plugins import load_general_plugins as load; load(); import {CORE}", 1),
+    ],
+    ids=["front", "engine core"],
+)
+def test_no_process_of_a_server_runs_without_the_plugin(tmp_path, start, code):
+    """With an import error in every process: the front ends with a message, and an engine core has no scheduler."""
+    (tmp_path / "sitecustomize.py").write_text(BROKEN)
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-c", start],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == code, done.stderr[-2000:]
+    assert "a dependency is broken" in done.stderr.splitlines()[-1]

@@ -26,10 +26,12 @@ ROOT = Path(__file__).resolve().parents[2]
 CLIENTS = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
 QUICK_START = "docs/quickstart.md"
 MODEL = "models/smollm2-135m-instruct"
-PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+ON_A_GPU = "docs/gpu-results.md"  # its program reads nvidia-smi
+PAGES = ["README.md", *sorted({f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} - {ON_A_GPU})]
 NOT_INSTALLED = ("langchain_openai", "llama_index")  # in no environment of the project; run by hand
 GIVEN = {  # what a page leaves to its reader
-    "docs/documents.md": 'head, documents, question = "Read.\\n", ["A dog barks. " * 60, "A cat. " * 99], "Who?"\n'
+    "README.md": f"import os\nos.chdir({str(ROOT)!r})\n",
+    "docs/documents.md": 'head, documents, question = "Read.\\n", ["A dog barks. " * 60, "A cat. " * 99], "Who?"\n',
 }
 
 

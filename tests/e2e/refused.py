@@ -20,7 +20,7 @@ BAD = {
         {"star": "on", "star_block_size": 64, "star_overlap_size": 96},
         ["star_overlap_size", "96", "larger than the star block of 64", "from 0 to 64"],
     ),
-    "long query": ({"star": "on", "star_query_tokens": 9000}, ["star_query_tokens", "9000", "prompt has only"]),
+    "long query": ({"star": "on", "star_query_tokens": 8000}, ["star_query_tokens", "8000", "prompt has only"]),
     "negative": ({"star_query_tokens": -1}, ["star_query_tokens", "-1", "0 or more"]),
     "not one token": (
         {"star": "on", "star_segments": "several words"},

@@ -263,6 +263,8 @@ class EngineCoreClient:
         rank = request.data_parallel_rank or 0
         if rank in self.refused:
             raise self.refused[rank]
+        if hasattr(core_client, "_with_packed_prompt"):  # since vLLM 0.34 a front sends the prompt as an array
+            request = core_client._with_packed_prompt(request)
         replica, message = self.core_engines[rank], sent(request, EngineCoreRequest)
         replica.send(lambda: replica.take(message))
         await asyncio.sleep(0)

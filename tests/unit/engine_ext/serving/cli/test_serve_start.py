@@ -212,7 +212,7 @@ def test_no_process_of_a_server_runs_without_the_plugin(tmp_path, start, code):
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [sys.executable, "-c", start],
-        env=os.environ | {"PYTHONPATH": path},
+        env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "0"},
         capture_output=True,
         text=True,
         timeout=600,

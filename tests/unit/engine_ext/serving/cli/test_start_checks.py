@@ -160,7 +160,8 @@ def test_a_model_that_is_not_there_is_refused_before_vllm_is_imported(tmp_path):
         "import sys; from starling.engine_ext.serving.cli import main; "
         "code = main.main(['serve', 'models/nowhere']); print(code, 'vllm' in sys.modules, 'torch' in sys.modules)"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    environment = {name: value for name, value in os.environ.items() if name not in offline}
     environment |= {"HF_HUB_CACHE": str(tmp_path / "hub")}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)

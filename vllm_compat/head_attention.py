@@ -50,10 +50,17 @@ def _flashinfer(builder: Any, num_kv_heads: int) -> Any:
     "vllm.v1.attention.backends.flashinfer.FlashInferMetadataBuilder"
     ".{paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len}",
 )
-def _with_own_pages(builder: Any) -> Any:
+@touches(
+    "vllm.v1.attention.backends.flashinfer.FlashInferMetadataBuilder.qo_indptr_prefill",
+    since="0.34",
+)
+def _with_own_rows(builder: Any) -> Any:
+    """Copy a builder with buffers of its own, since metadata that it has built reads from them."""
     from vllm.v1.utils import CpuGpuBuffer
 
     made = copy.copy(builder)
+    if hasattr(builder, "qo_indptr_prefill"):
+        made.qo_indptr_prefill = builder.qo_indptr_prefill.new_zeros(builder.qo_indptr_prefill.shape)
     for name in ("paged_kv_indptr", "paged_kv_last_page_len"):
         like = getattr(builder, name).gpu
         buffer = CpuGpuBuffer(*like.shape, dtype=like.dtype, device=builder.device, pin_memory=False)
@@ -81,7 +88,7 @@ def builder_of_other_rows(backend: str, builder: Any) -> Any:
 
     Goes with ``builder_of_heads``.
     """
-    return _with_own_pages(builder) if backend == "FLASHINFER" else builder
+    return _with_own_rows(builder) if backend == "FLASHINFER" else builder
 
 
 @touches("vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.{num_heads, num_kv_heads, sinks}")

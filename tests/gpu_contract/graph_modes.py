@@ -24,7 +24,6 @@ PLATFORM = use_cuda_platform()
 import torch  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
-from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher  # noqa: E402
 from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
 
 from starling.engine_ext.worker.backends import register_backends  # noqa: E402
@@ -33,11 +32,13 @@ from starling.features.documents.worker import Documents  # noqa: E402
 from starling.features.star.rules import star_refusals  # noqa: E402
 from starling.lab.doctor.attention_report import cuda_graphs  # noqa: E402
 from starling.vllm_compat.worker import without_full_graphs  # noqa: E402
+from tests.model_runners import HAS_V1  # noqa: E402
 
 SPEC = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
 
 
 def v1_graphs(config: Any, backend: Any) -> dict[str, str]:
+    from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     runner = GPUModelRunner.__new__(GPUModelRunner)
@@ -66,15 +67,16 @@ def v2_graphs(config: Any, backend: Any, piecewise: bool) -> dict[str, str]:
         found.min_cg_support,
         found.min_cg_attn_backend,
         1,
-        use_v2_model_runner=True,
         piecewise_capture_available=piecewise,
+        **({"use_v2_model_runner": True} if HAS_V1 else {}),
     )
     rank = SimpleNamespace(is_first_rank=True, is_last_rank=True)
     with (
         mock.patch.object(cudagraph_utils, "get_pp_group", lambda: rank),
         mock.patch.object(type(cudagraph_utils.current_platform), "get_global_graph_pool", lambda self: None),
     ):
-        manager = cudagraph_utils.CudaGraphManager(config, torch.device("cpu"), mode, 1)
+        decodes: Any = 1 if HAS_V1 else {1: config.scheduler_config.max_num_seqs}
+        manager = cudagraph_utils.CudaGraphManager(config, torch.device("cpu"), mode, decodes)
     manager._graphs_captured = True
     decode, mixed = manager.dispatch(4, 4, 1, 0), manager.dispatch(2, 4, None, 0)
     with without_full_graphs(SimpleNamespace(cudagraph_manager=manager)):

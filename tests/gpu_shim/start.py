@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from typing import Any
 
@@ -66,6 +67,14 @@ def _store(
         cache[page, place] = new
 
 
+def _leave_out_warm_ups() -> None:
+    """Put nothing in the place of the warm-up of a model's kernels whose import takes packages for GPUs."""
+    name = "minimax_m3_msa_warmup"
+    module: Any = types.ModuleType(f"vllm.model_executor.warmup.{name}")
+    setattr(module, name, lambda worker: None)
+    sys.modules[module.__name__] = module
+
+
 def _launch_compiled_kernels() -> None:
     """Put other kernels in the places of those of vLLM's wheel for CUDA."""
     from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
@@ -92,6 +101,7 @@ def _launch_compiled_kernels() -> None:
 
 _note_python_ops()
 _launch_triton()
+_leave_out_warm_ups()
 
 
 def start() -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from starling.attention_backends.star import graph_ranges
@@ -85,7 +85,7 @@ class GpuWorker(Worker):
             step = current_step()
             rows = step.built_rows(self.cache_config.block_size) if step else None
             made = Step(
-                runner="v1" if isinstance(self.model_runner, GPUModelRunner) else "v2",
+                runner="v2" if isinstance(self.model_runner, GPUModelRunner) else "v1",
                 tokens=scheduler_output.total_num_scheduled_tokens,
                 requests=len(scheduler_output.num_scheduled_tokens),
                 rewritten=rows is not None and _are_others(rows),

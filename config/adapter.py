@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -15,6 +16,8 @@ VERSION = 1
 Purpose = Literal["documents", "star"]
 PURPOSES: tuple[Purpose, ...] = ("documents", "star")
 DIGEST_LENGTH = 16
+MAX_JSON_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20
 
 
 class AdapterError(ValueError):
@@ -90,7 +93,9 @@ def read_adapter(folder: str) -> StarAdapter:
     try:
         distilled = Distilled.model_validate(_json(path / DISTILLED, digest))
         peft = PeftConfig.model_validate(_json(path / PEFT_CONFIG, digest))
-        digest.update((path / WEIGHTS).read_bytes())
+        with _open(path / WEIGHTS) as weights:
+            while chunk := weights.read(CHUNK_BYTES):
+                digest.update(chunk)
     except OSError as error:
         raise AdapterError(f"it has no {Path(error.filename or folder).name} that can be read") from None
     except ValidationError as error:
@@ -107,9 +112,19 @@ def read_adapter(folder: str) -> StarAdapter:
 
 
 def _json(path: Path, digest: Any) -> Any:
-    content = path.read_bytes()
+    with _open(path) as file:
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise AdapterError(f"{path.name} has more than {MAX_JSON_BYTES} bytes")
     digest.update(content)
     try:
         return json.loads(content)
     except ValueError as error:
         raise AdapterError(f"{path.name} is not JSON: {error}") from None
+
+
+def _open(path: Path) -> BinaryIO:
+    """Open a regular file: a pipe would be waited for, and a device never ends (raises OSError)."""
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "no regular file", str(path))
+    return path.open("rb")

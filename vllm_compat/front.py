@@ -209,7 +209,7 @@ def on_error_text(explain: Callable[[str, str | None], str], shorten: Callable[[
     ErrorInfo.__init__ = __init__  # type: ignore[assignment, method-assign]
 
 
-@touches("vllm.v1.engine.output_processor.RequestState.make_request_output")
+@touches("vllm.v1.engine.output_processor.RequestState.{make_request_output, parent_req}")
 def on_request_output(plan_of: Callable[[Any], Any], sources_key: str, note: Callable[[Any], None]) -> None:
     """Give each RequestOutput the attributes ``plan`` and ``document_sources``.
 
@@ -226,7 +226,13 @@ def on_request_output(plan_of: Callable[[Any], Any], sources_key: str, note: Cal
     def from_new_request(original: Original, cls: Any, tokenizer: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         state = original(cls, tokenizer, request, *args, **kwargs)
         note(request)
-        state.star_plan, state.star_sources = plan_of(request), None
+        parent = state.parent_req  # the samples of n > 1 have one plan, which is described once
+        plan = getattr(parent, "star_plan", None)
+        if plan is None:
+            plan = plan_of(request)
+            if parent is not None:
+                parent.star_plan = plan
+        state.star_plan, state.star_sources = plan, None
         return state
 
     @wrap(RequestState, "make_request_output")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,28 @@ def test_a_folder_that_lacks_a_file(model, tmp_path, missing, words):
     adapter = make_adapter(tmp_path / "adapter", model)
     (adapter / missing).unlink()
     with pytest.raises(AdapterError, match=words):
+        read_adapter(str(adapter))
+
+
+@pytest.mark.parametrize("name", ["distil.json", "adapter_config.json"])
+def test_a_description_is_read_up_to_a_bound(model, tmp_path, name):
+    adapter = make_adapter(tmp_path / "adapter", model)
+    (adapter / name).write_bytes(b" " * (2 << 20))
+    with pytest.raises(AdapterError, match=f"{name} has more than 1048576 bytes"):
+        read_adapter(str(adapter))
+
+
+def test_weights_are_read_in_pieces_and_from_a_file_alone(model, tmp_path, monkeypatch):
+    adapter = make_adapter(tmp_path / "adapter", model)
+    digest = read_adapter(str(adapter)).digest
+    read_adapter.cache_clear()
+    monkeypatch.setattr("starling.config.adapter.CHUNK_BYTES", 1000)
+    assert read_adapter(str(adapter)).digest == digest
+    read_adapter.cache_clear()
+    weights = adapter / "adapter_model.safetensors"
+    weights.unlink()
+    os.mkfifo(weights)  # would be waited for
+    with pytest.raises(AdapterError, match=r"no adapter_model\.safetensors that can be read"):
         read_adapter(str(adapter))
 
 

@@ -481,15 +481,28 @@ def test_callbacks_run_around_the_end_of_the_engine_and_take_of_its_time(monkeyp
 def test_each_output_of_a_request_has_its_plan_and_where_its_documents_came_from(monkeypatch):
     class State:
         @classmethod
-        def from_new_request(cls, tokenizer, request, **more):
-            return cls()
+        def from_new_request(cls, tokenizer, request, parent_req=None, **more):
+            state = cls()
+            state.parent_req = parent_req
+            return state
 
         def make_request_output(self, tokens, pooled, finish, stop, transfer=None, more=None):
             return SimpleNamespace(tokens=tokens, transfer=transfer, more=more) if tokens else None
 
     monkeypatch.setattr(output_processor, "RequestState", State)
     noted = []
-    front.on_request_output(lambda request: f"plan of {request}", "sources", noted.append)
+    described = []
+
+    def plan_of(request):
+        described.append(request)
+        return f"plan of {request}"
+
+    front.on_request_output(plan_of, "sources", noted.append)
+    parent = SimpleNamespace()
+    samples = [State.from_new_request("tokenizer", f"sample {number}", parent_req=parent) for number in range(128)]
+    assert described == ["sample 0"], "the plan of n samples is described once"
+    assert {sample.star_plan for sample in samples} == {"plan of sample 0"} and len(noted) == 128
+    noted.clear()
     state = State.from_new_request("tokenizer", "me", prompt=None)
     assert noted == ["me"]
     plain = {"tokens": [1], "plan": "plan of me", "more": "more"}

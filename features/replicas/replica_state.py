@@ -57,15 +57,18 @@ def replica_state(
     lora = None if adapter is None else LoRARequest(*adapter)
 
     def with_cached_blocks() -> dict[str, Any]:
-        request = Request(
-            "starling-look",
-            token_ids,
-            params,
-            None,
-            cache_salt=cache_salt,
-            lora_request=lora,
-            block_hasher=block_hasher,
-        )
+        try:
+            request = Request(
+                "starling-look",
+                token_ids,
+                params,
+                None,
+                cache_salt=cache_salt,
+                lora_request=lora,
+                block_hasher=block_hasher,
+            )
+        except OverflowError:  # since vLLM 0.34, of a token above 32 bits, with which the front refuses the prompt
+            return load | _cached_blocks(pool, [], plan, scheduler.block_size)
         return load | _cached_blocks(pool, request.block_hashes, plan, scheduler.block_size)
 
     return _hashing.submit(with_cached_blocks)

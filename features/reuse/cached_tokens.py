@@ -48,15 +48,18 @@ def cached_tokens(
     lora = None if adapter is None else LoRARequest(*adapter)
 
     def look_up() -> dict[str, Any]:
-        request = Request(
-            request_id="starling-cached",
-            prompt_token_ids=padded,
-            sampling_params=SamplingParams(extra_args={KEY: metadata}),
-            pooling_params=None,
-            cache_salt=salt,
-            lora_request=lora,
-            block_hasher=core.request_block_hasher,
-        )
+        try:
+            request = Request(
+                request_id="starling-cached",
+                prompt_token_ids=padded,
+                sampling_params=SamplingParams(extra_args={KEY: metadata}),
+                pooling_params=None,
+                cache_salt=salt,
+                lora_request=lora,
+                block_hasher=core.request_block_hasher,
+            )
+        except OverflowError:  # since vLLM 0.34, of a token above 32 bits, which no cached page has
+            return counted(plan, group.page_size, [])
         cached = core.scheduler.view.pool.are_cached(request.block_hashes, group.index)
         found = cached if has_holes(core.scheduler, request) else list(takewhile(bool, cached))
         return counted(plan, group.page_size, found)

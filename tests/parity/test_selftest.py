@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from starling.lab.machine import has_gpu
+from starling.lab.selftest.engine_checks import settings
 from tests.forks import COUNTERS
 from tests.parity.harness import cores
 
@@ -23,7 +24,7 @@ PASSED = [
     "star rows: CPU_ATTN, vLLM's op",
     "star rows: CPU_ATTN, Starling's op",
     *(
-        f"V1, eager, KV as the model: {check}"
+        f"{settings(gpu=False, quick=True)[0].name()}: {check}"
         for check in (
             "engines start",
             "star off equals plain vLLM",

@@ -23,6 +23,8 @@ OPERATOR_PATHS = (
     *("/scale_elastic_ep", "/is_scaling_elastic_ep", "/abort_requests", "/inference/v1/abort_requests"),
     *("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/start_profile", "/stop_profile"),
     *("/fault_tolerance/apply", "/fault_tolerance/status"),
+    *("/v1/fault_tolerance/apply", "/v1/fault_tolerance/status"),  # since vLLM 0.34
+    *("/checkpoint/prepare", "/checkpoint/restore", "/checkpoint/status"),
     *("/server_info", "/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache", "/collective_rpc"),
     *("/sleep", "/release_kv_cache_memory", "/wake_up", "/is_sleeping", "/pause", "/resume", "/is_paused"),
     *("/init_weight_transfer_engine", "/shutdown_weight_transfer_engine", "/start_weight_update"),

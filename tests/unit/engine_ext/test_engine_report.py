@@ -41,7 +41,7 @@ def start(config, specs, problems=(None,)):
     ]
     core = object.__new__(EngineCoreProc)
     core.vllm_config, core.engine_index, core.frontend_stats_publish_address = config, 0, None
-    core.addresses = EngineZmqAddresses([], [])
+    core.addresses, core.prefix_hash_config = EngineZmqAddresses([], []), None
     core.model_executor = SimpleNamespace(collective_rpc=lambda function: [function(worker) for worker in workers])
     core.scheduler = make_scheduler(config, config.scheduler_config.get_scheduler_cls(), num_pages=200, specs=specs)
     core._initialize_effective_attention_block_size()

@@ -48,8 +48,12 @@ class FakeWorker:
             max_num_reqs=8,
             max_model_len=1024,
             num_speculative_steps=0,
+            speculative_config=None,
             model_state=None,
-            vllm_config=SimpleNamespace(num_lookahead_tokens=0),
+            model_config=SimpleNamespace(get_vocab_size=lambda: 100),
+            vllm_config=SimpleNamespace(
+                num_lookahead_tokens=0, parallel_config=SimpleNamespace(decode_context_parallel_size=1)
+            ),
             kv_cache_config=SimpleNamespace(kv_cache_groups=[group], num_blocks=100),
             kv_connector=SimpleNamespace(set_disabled=lambda disabled: None),
             get_model=torch.nn.Module,

@@ -48,7 +48,8 @@ def test_the_engine_goes_on_while_a_prompt_is_hashed(scheduler):  # noqa: F811
         return independent_block_hasher(PAGE_SIZE, HASH)(request)
 
     core = engine_core(scheduler, hasher)
-    encoded = msgspec.Raw(msgspec.msgpack.encode(tokens()))  # as the front sends it, once encoded for all replicas
+    # As the front sends it, once encoded for all replicas.
+    encoded = msgspec.Raw(msgspec.msgpack.encode(list(tokens())))
     call = MsgpackEncoder().encode((0, 7, REPLICA_STATE, (encoded, msgspec.to_builtins(PLAN), None, None)))
     core._handle_client_request(EngineCoreRequestType.UTILITY, MsgpackDecoder().decode(call))
     assert not any(on_steps_thread), "the prompt is hashed between two steps"
@@ -94,7 +95,7 @@ def test_the_cached_blocks_are_those_that_a_request_would_find(scheduler, make_h
     hashes = request.block_hashes
     copies = data.draw(st.lists(st.sampled_from([0, 1, 1, 2]), min_size=len(hashes), max_size=len(hashes)))
     block_pool = scheduler.kv_cache_manager.block_pool
-    block_pool.cached_block_hash_to_block = type(block_pool.cached_block_hash_to_block)()
+    assert block_pool.reset_prefix_cache()
     pages = iter(block_pool.blocks[1:])
     for page_hash, number in zip(hashes, copies, strict=True):
         for _ in range(number):

@@ -33,6 +33,7 @@ def fake_request(ids: list[int], plan: StarPlan | None, salt: str | None = None)
         block_hashes=[],
         num_tokens=len(ids),
         all_token_ids=ids,
+        _all_token_ids=ids,
         mm_features=[],
         lora_request=None,
         cache_salt=salt,

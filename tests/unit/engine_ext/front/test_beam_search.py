@@ -70,7 +70,7 @@ def test_beams_of_an_offline_engine_run_dense(simulate):
         requests = []
 
         class Offline(BeamSearchOfflineMixin):
-            renderer, llm_engine = RENDERER, server.engine
+            renderer, llm_engine, model_config = RENDERER, server.engine, server.engine.model_config
 
             def _preprocess_cmpl(self, prompts):
                 return prompts

@@ -15,6 +15,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from starling.config.adapter import WEIGHTS
 from starling.lab.selftest import model, served, speed, suite
+from starling.lab.selftest.engine_checks import settings
 from starling.lab.selftest.engine_run import EngineRun
 from starling.lab.selftest.result import Skip
 from starling.vllm_compat.engine_readings import count_graphs, gpu_memory
@@ -110,7 +111,7 @@ def test_what_a_quick_run_measures(monkeypatch):
     assert {f"speed: a token behind {speed.COUNT} documents, {count} requests" for count in (1, 4)} <= names[True]
     assert {"speed: memory of the GPU", "speed: steps in full CUDA graphs, star"} <= names[True] & names[False]
     assert names[False] - names[True] == {
-        "V1, eager, KV as the model: no waiting and no compilation",
+        f"{settings(gpu=False, quick=True)[0].name()}: no waiting and no compilation",
         "speed: first token of 4,096 tokens, star",
         "speed: a token behind 16 documents, 8 requests beside a decode of 4,096 tokens",
         "kernel: tile of a token behind documents",

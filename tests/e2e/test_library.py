@@ -42,7 +42,7 @@ STAR = options(1, 256, QUERY) | {"star_anchor_size": 256}  # independent blocks,
 DENSE = {"star": "off"}
 LAST_PAGES = QUERY + TOKENS - 1 + PAGE_SIZE
 """What is computed at most where all pages of a prompt are found."""
-FULL_DISK = 'mount -t tmpfs -o size=1m none "$0" && head -c 700000 /dev/zero > "$0/of_others" && exec "$@"'
+FULL_DISK = 'mount -t tmpfs -o size=1m,mode=755 none "$0" && head -c 700000 /dev/zero > "$0/of_others" && exec "$@"'
 
 
 @pytest.fixture(scope="module")

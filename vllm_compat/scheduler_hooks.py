@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
 
 from starling.vllm_compat.patching import extends
 from starling.vllm_compat.scheduler_view import SchedulerView, forget_uncomputed_pages
@@ -27,10 +28,16 @@ class SchedulerHooks:
     kv_cache_manager: Any
     block_size: int
     connector: Any
+    lora_config: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.view = SchedulerView(self)
+        self._adapters_of_step: set[int] = set()
+
+    def schedule(self, throttle_prefills: bool = False) -> Any:
+        self._adapters_of_step.clear()
+        return super().schedule(throttle_prefills)  # type: ignore[misc]
 
     def _call(self, name: str, *args: Any) -> None:
         """Call the hooks of a name that return nothing."""
@@ -52,8 +59,22 @@ class SchedulerHooks:
             return blocks, num_tokens, boundary, *rest
         return self.kv_cache_manager.create_kv_cache_blocks((pages,)), len(pages) * self.block_size, boundary, *rest
 
+    def _has_one_adapter_too_many(self, request: Any) -> bool:
+        """Return whether a running request has to wait, since the step has ``max_loras`` other adapters already.
+
+        vLLM admits a waiting request by the adapters of the step alone. After a step in which a hook let a running
+        request wait, more adapters can run than fit, which vLLM asserts never to occur. Goes when vLLM counts the
+        adapters of all running requests before it admits another.
+        """
+        adapter = request.lora_request.lora_int_id if self.lora_config and request.lora_request else 0
+        if not adapter or adapter in self._adapters_of_step or request.status != RequestStatus.RUNNING:
+            return False
+        return len(self._adapters_of_step) >= self.lora_config.max_loras
+
     def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """Called for every request that vLLM is about to schedule."""
+        """Call the hooks that bound the tokens of a request; vLLM calls this for every request it may schedule."""
+        if self._has_one_adapter_too_many(request):
+            return 0
         # Tokens with drafts, or with room for them, are not cut.
         is_chunk = num_computed_tokens + num_new_tokens <= request.num_tokens
         for hook in self.hooks["bound"] if is_chunk else ():
@@ -62,7 +83,11 @@ class SchedulerHooks:
             request, num_computed_tokens, num_new_tokens
         )
         refused = is_chunk and any(hook(request, num_computed_tokens, num_new_tokens) for hook in self.hooks["refuses"])
-        return 0 if refused else num_new_tokens
+        if refused:
+            return 0
+        if num_new_tokens > 0 and self.lora_config and request.lora_request:
+            self._adapters_of_step.add(request.lora_request.lora_int_id)
+        return num_new_tokens
 
     def _build_kv_connector_meta(self, connector: Any, scheduler_output: Any) -> Any:
         self._call("scheduled", scheduler_output)

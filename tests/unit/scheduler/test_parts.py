@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 import pytest
+from vllm.lora.request import LoRARequest
 
 from starling import features
 from starling.features.schedulers import StarScheduler
@@ -110,3 +111,30 @@ def test_the_first_part_that_surrounds_a_step_has_it(tmp_path, surrounds, entere
     scheduler.use_parts(Around(name, one, log) for name, one in zip("ab", surrounds, strict=True))
     scheduler.schedule()
     assert log == entered
+
+
+class WaitsAStep(CorePart):
+    """Lets one request wait in one step, as fair shares and reuse may."""
+
+    waiting = ""
+
+    def bound(self, request, start, num_tokens):
+        return 0 if request.request_id == self.waiting else num_tokens
+
+
+def test_a_request_that_waited_a_step_does_not_run_beside_more_adapters_than_fit(tmp_path):
+    """vLLM gives the place of its adapter to another request, and asserts in the next step that all of them fit."""
+    scheduler = make_scheduler(make_config(tmp_path, enable_lora=True, max_loras=1), StarScheduler)
+    waits = WaitsAStep()
+    scheduler.use_parts([waits])
+    engine = Engine(scheduler)
+    for number, name in enumerate("ab", start=1):
+        engine.add(name, None, 150, lora_request=LoRARequest(name, number, str(tmp_path)))
+    engine.step()
+    waits.waiting = "a"
+    engine.step()
+    waits.waiting = ""
+    engine.run()
+    assert [set(step) for step in engine.steps[:3]] == [{"a"}, {"b"}, {"a"}]
+    assert all({"a", "b"} != set(step) for step in engine.steps)
+    assert engine.computed == {"a": 152, "b": 152}

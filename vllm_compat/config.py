@@ -259,8 +259,14 @@ def move_option(parser: Any, dest: str, group: Any, help_text: str) -> None:
 
 
 def is_of_configuration(error: BaseException) -> bool:
-    """Whether vLLM raised an error when it made an engine's configuration, and so of the model or the options."""
-    return any(frame.f_code.co_name == "create_engine_config" for frame, _ in walk_tb(error.__traceback__))
+    """Return whether vLLM raised an error about the model or the options, before it made an engine.
+
+    That is where it makes an engine's configuration, or where its launcher itself refuses options that exclude one
+    another. Goes when vLLM has a class for such errors.
+    """
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    of_launcher = bool(frames) and frames[-1].f_globals.get("__name__") == "vllm.entrypoints.cli.serve"
+    return of_launcher or any(frame.f_code.co_name == "create_engine_config" for frame in frames)
 
 
 def plain_message(error: Exception) -> str:

@@ -12,11 +12,13 @@ from types import SimpleNamespace
 import pytest
 from pydantic import BaseModel, ValidationError, field_validator
 
+from benchmarks.random_llama import make_random_llama
 from starling.config.star import StarOptions, parse_options, summary
 from starling.engine_ext.serving.cli import hooks, serve
 from starling.engine_ext.start.activation import CORE
 from starling.vllm_compat.config import plain_message
 from starling.vllm_compat.report_to_fronts import add_report
+from tests.parity.harness import TINY
 
 
 @pytest.mark.parametrize(
@@ -142,6 +144,23 @@ def test_a_model_that_vllm_refuses_is_one_line_and_exit_code_2(prepared, capsys)
     prepared(create_engine_config)
     assert serve.run([]) == 2
     assert capsys.readouterr().err == "starling serve: error: no such model\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--headless", "--api-server-count", "2"], "--api-server-count=2 cannot be used with --headless"),
+        (["--data-parallel-rank", "0", "--data-parallel-hybrid-lb"], "more than one data parallel load balancing mode"),
+    ],
+)
+def test_options_that_vllms_launcher_refuses_are_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path, options, says):
+    """The launcher is vLLM's own: it raises before it makes an engine."""
+    for name in ("set_defaults", "bind_cores", "fit_memory", "refuse_taken_port"):
+        monkeypatch.setattr(serve, name, lambda *_: None)
+    model = make_random_llama(tmp_path / "tiny", **TINY)
+    assert serve.run([str(model), *options, "--data-parallel-size", "2"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("starling serve: error: ") and says in error
 
 
 def test_an_error_of_a_running_server_keeps_its_traceback(prepared):

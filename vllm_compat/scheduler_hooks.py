@@ -62,9 +62,9 @@ class SchedulerHooks:
     def _has_one_adapter_too_many(self, request: Any) -> bool:
         """Return whether a running request has to wait, since the step has ``max_loras`` other adapters already.
 
-        vLLM admits a waiting request by the adapters of the step alone. After a step in which a hook let a running
-        request wait, more adapters can run than fit, which vLLM asserts never to occur. Goes when vLLM counts the
-        adapters of all running requests before it admits another.
+        vLLM 0.32 admits a waiting request by the adapters of the step alone. After a step in which a hook let a
+        running request wait, more adapters can run than fit, which vLLM asserts never to occur. Goes with vLLM 0.32:
+        0.33 counts the adapters of all running requests before it admits another.
         """
         adapter = request.lora_request.lora_int_id if self.lora_config and request.lora_request else 0
         if not adapter or adapter in self._adapters_of_step or request.status != RequestStatus.RUNNING:

@@ -12,6 +12,7 @@ from vllm.lora.request import LoRARequest
 from starling import features
 from starling.features.schedulers import StarScheduler
 from starling.scheduler.part import HOOKS, CorePart, hooks_of
+from starling.vllm_compat.versions import release_of, vllm_version
 from tests.unit.scheduler.simulation import Engine, make_config, make_scheduler
 
 PARTS_OF_WORKERS = {"Split", "Documents", "DenseHeads", "Adapter"}
@@ -123,7 +124,7 @@ class WaitsAStep(CorePart):
 
 
 def test_a_request_that_waited_a_step_does_not_run_beside_more_adapters_than_fit(tmp_path):
-    """vLLM gives the place of its adapter to another request, and asserts in the next step that all of them fit."""
+    """vLLM 0.32 admits another adapter meanwhile, and asserts in the next step that all of them fit."""
     scheduler = make_scheduler(make_config(tmp_path, enable_lora=True, max_loras=1), StarScheduler)
     waits = WaitsAStep()
     scheduler.use_parts([waits])
@@ -135,6 +136,7 @@ def test_a_request_that_waited_a_step_does_not_run_beside_more_adapters_than_fit
     engine.step()
     waits.waiting = ""
     engine.run()
-    assert [set(step) for step in engine.steps[:3]] == [{"a"}, {"b"}, {"a"}]
+    counts_running = release_of(vllm_version() or "") >= (0, 33)
+    assert [set(step) for step in engine.steps[:3]] == ([{"a"}] * 3 if counts_running else [{"a"}, {"b"}, {"a"}])
     assert all({"a", "b"} != set(step) for step in engine.steps)
     assert engine.computed == {"a": 152, "b": 152}

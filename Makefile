@@ -51,7 +51,7 @@ export PYTHONUTF8 := 1
 export no_proxy := localhost,127.0.0.1$(addprefix $(comma),$(no_proxy))
 export NO_PROXY := $(no_proxy)
 
-.PHONY: help env env-next demo-model eval-model adapter demo demo-hosts demo-peers serve test test-all tests-first tests-rest test-next unit stateful lint lint-docker layers types docs names \
+.PHONY: help env env-next demo-model eval-model adapter demo demo-hosts serve test test-all tests-first tests-rest test-next unit stateful lint lint-docker layers types docs names \
 	option-tables check-vllm check-cuda compatibility proto proto-check proto-release lock sbom audit bench bench-all bench-llama browser load-tools fuzz soak faults wheel release clean
 
 help: ## list the targets
@@ -83,9 +83,6 @@ adapter: env demo-model ## train an adapter of the demo model for documents, in 
 
 demo-hosts: env demo-model ## one server over two hosts, made of network namespaces; needs root (examples/two_hosts.py)
 	$(BIN)/python -m examples.two_hosts
-
-demo-peers: env demo-model ## two servers on two such hosts, which are peers of one another; needs root
-	$(BIN)/python -m examples.two_hosts --peers
 
 serve: env demo-model ## serve the demo model over HTTP and gRPC (examples/serve_demo.py)
 	$(BIN)/python examples/serve_demo.py
@@ -263,9 +260,9 @@ browser: $(BROWSER_ENV) ## a headless Chromium for the test of the page of reque
 fuzz: env $(FUZZ_ENV) ## random requests over HTTP and gRPC for MINUTES=10, those of schemathesis too
 	PYTHONPATH=$(dir $(FUZZ_ENV)):$$PYTHONPATH $(BIN)/pytest -q -s tests/e2e/test_fuzz.py --fuzz-minutes $(or $(MINUTES),10)
 
-# MINUTES: after the warm-up; REPLICAS: data-parallel replicas of one server; PEERS: further servers that are peers.
+# MINUTES: after the warm-up; REPLICAS: data-parallel replicas of the server.
 soak: env ## servers under a mixed load for MINUTES=30: no request is lost, nothing grows; writes JSON and a figure
-	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),30) --replicas $(or $(REPLICAS),2) --peers $(or $(PEERS),2)
+	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),30) --replicas $(or $(REPLICAS),2)
 
 # FAULTS="SIGKILL decode": the cells with these words.
 faults: env ## the fault matrix: each fault at each moment of a request; writes docs/faults.md; needs root

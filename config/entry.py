@@ -81,7 +81,7 @@ class Entries(Mapping[str, Any]):
 
     vLLM hashes a dict as it is, and asks anything else for ``compute_hash``, since 0.34 for ``compile_factors``
     (vllm/config/vllm.py). No compiled code depends on Starling's options: attention is an op that is not compiled, and
-    vLLM hashes backend and LoRA by themselves. So another option or peer does not cost a compilation of minutes.
+    vLLM hashes backend and LoRA by themselves. So another option does not cost a compilation of minutes.
     """
 
     def __init__(self, additional_config: Mapping[str, Any]) -> None:

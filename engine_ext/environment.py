@@ -29,5 +29,3 @@ def refuse_rust_front(environ: Mapping[str, str]) -> None:
 
 
 LIVE_PATH, LIVE_DATA = "/starling/live", "/starling/live.json"
-SERVES_PEERS = "starling_serves_peers"
-"""The name, in the arguments of a server, that says that it serves gRPC to peers too."""

@@ -287,7 +287,7 @@ def pieces(body: bytes, ends: bool) -> Iterator[BodyResponse]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", metavar="HOST:PORT", help="servers, such as starling-peers:8000")
+    parser.add_argument("names", nargs="+", metavar="HOST:PORT", help="servers, such as starling-pods:8000")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=9002, help="port for gateways (%(default)s)")
     parser.add_argument(

@@ -1,10 +1,8 @@
-"""Two hosts on one machine that prefill one long prompt together: `sudo make demo-hosts`, `sudo make demo-peers`.
+"""Two hosts on one machine that prefill one long prompt together: `sudo make demo-hosts`.
 
 Each host is a network namespace. A veth pair links the two. The prompt is prefilled on both hosts, and its KV pages are
-sent over the link. There are two forms. In the first, one server spans both hosts by vLLM's multi-node data
-parallelism: replica 0 and the HTTP server run on the first host, replica 1 on the second (`--headless`). With
-`--peers`, each host has a server of its own, with one engine, as in pods behind a load balancer, and each server is a
-peer of the other. Needs root, and `ip` of iproute2.
+sent over the link. One server spans both hosts by vLLM's multi-node data parallelism: replica 0 and the HTTP server run
+on the first host, replica 1 on the second (`--headless`). Needs root, and `ip` of iproute2.
 """
 
 import argparse
@@ -16,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +25,7 @@ from examples.server import ENVIRONMENT, end_on_signals
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
 RPC_PORT = "29650"
-GRPC_PORT = 50051
 OPTIONS = ("--enforce-eager", "--max-num-batched-tokens", "1024")
-PEER_SETTINGS = {"STARLING_REPLICA_KEY": "a key of this demo"}
 
 
 @dataclass(frozen=True)
@@ -51,8 +47,8 @@ class Host:
         """Name of the network device at this end of the link."""
         return f"{self.name}-0"
 
-    def popen(self, command: list[str | Path], log: Path, more: Mapping[str, str] | None = None) -> subprocess.Popen:
-        """Start a process on this host; ``more`` are further environment variables."""
+    def popen(self, command: list[str | Path], log: Path) -> subprocess.Popen:
+        """Start a process on this host."""
         settings = {
             "VLLM_HOST_IP": self.address,
             "GLOO_SOCKET_IFNAME": self.device,
@@ -66,7 +62,7 @@ class Host:
                 ["ip", "netns", "exec", self.name, *self.prefix, *command],
                 stdout=output,
                 stderr=output,
-                env=ENVIRONMENT | os.environ | settings | dict(more or {}),
+                env=ENVIRONMENT | os.environ | settings,
                 process_group=0,
             )
 
@@ -202,36 +198,6 @@ def started_on_both(
 
 
 @contextlib.contextmanager
-def serving_as_peers(
-    hosts: tuple[Host, Host], model: Path, *options: str, folder: Path, seconds: float = 600
-) -> Iterator[tuple[tuple[httpx.Client, httpx.Client], list[subprocess.Popen]]]:
-    """Serve a model on each host, by servers that are peers; yields an HTTP client of each, and their processes.
-
-    Args, Raises: as ``serving_on_both``.
-    """
-    starling = Path(sys.executable).with_name("starling")
-    peers = ",".join(f"{host.address}:{GRPC_PORT}" for host in hosts)
-    with tempfile.TemporaryDirectory(prefix="starling-") as place, contextlib.ExitStack() as stack:
-        processes, clients = [], []
-        for host, name in zip(hosts, ("here", "there"), strict=True):
-            socket = Path(place) / f"{name}.sock"
-            command: list[str | Path] = [starling, "serve", model, "--uds", str(socket), "--host", host.address]
-            command += ["--grpc-port", str(GRPC_PORT), "--grpc-plaintext", "--star-replica-peers", peers, *options]
-            processes.append(host.popen(command, folder / f"{name}.log", PEER_SETTINGS))
-            clients.append(stack.enter_context(client_of(socket)))
-        with ended(processes):
-            deadline = time.monotonic() + seconds
-            for client in clients:
-                wait_for(client, processes, deadline, folder)
-            for client in clients:
-                while not counts(client).get("starling:usable_peers"):
-                    if time.monotonic() > deadline:
-                        raise RuntimeError(f"the servers did not find one another; see the logs in {folder}")
-                    time.sleep(0.5)
-            yield (clients[0], clients[1]), processes
-
-
-@contextlib.contextmanager
 def ended(processes: Sequence[subprocess.Popen]) -> Iterator[None]:
     """End processes after the block: with SIGTERM, and with SIGKILL those that still run after 20 s."""
     try:
@@ -282,37 +248,23 @@ def ask(client: httpx.Client, name: str, replicas: int | str) -> str:
     return f"{plan['prompt_tokens']:,} tokens over {over}: {seconds:.1f} s, answer {text!r}"
 
 
-def show_one_server(hosts: tuple[Host, Host], folder: Path) -> None:
-    """One server over both hosts."""
+def show(hosts: tuple[Host, Host], folder: Path) -> None:
+    """Serve over both hosts, and ask with the prompt on one host and on both."""
     with serving_on_both(hosts, MODEL, *OPTIONS, folder=folder) as client:
         print("Both hosts are ready", flush=True)
         for replicas in (1, 2):
             print(ask(client, str(replicas), replicas), flush=True)
-        print_counts(client, ("0", "1"))
-
-
-def show_peers(hosts: tuple[Host, Host], folder: Path) -> None:
-    """A server on each host, asked one after the other."""
-    with serving_as_peers(hosts, MODEL, *OPTIONS, folder=folder) as (clients, _):
-        print("Both servers are ready, and have found one another", flush=True)
-        print("First host, alone:", ask(clients[0], "1", 1), flush=True)
-        for client, name in zip(clients, ("First", "Second"), strict=True):
-            print(f"{name} host:", ask(client, name, "auto"), flush=True)
-            print_counts(client, ("0", "peers"))
-
-
-def print_counts(client: httpx.Client, replicas: tuple[str, str]) -> None:
-    """Print what a server's /metrics say of its prompts; ``replicas`` are its names of the two hosts."""
-    metrics = counts(client)
-    moved = metrics["starling:bytes_moved_total"] / 1e6
-    here, there = (int(metrics[f'starling:split_blocks_total{{replica="{name}"}}']) for name in replicas)
-    print(f"Star blocks on each host: {here} and {there}; {moved:.0f} MB of KV pages sent over the link", flush=True)
+        metrics = counts(client)
+        moved = metrics["starling:bytes_moved_total"] / 1e6
+        here, there = (int(metrics[f'starling:split_blocks_total{{replica="{rank}"}}']) for rank in (0, 1))
+        print(
+            f"Star blocks on each host: {here} and {there}; {moved:.0f} MB of KV pages sent over the link", flush=True
+        )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", action="store_true", help="a server on each host, in place of one over both")
-    args = parser.parse_args()
+    parser.parse_args()
     end_on_signals()
     if not available():
         print("This needs root and network namespaces (`ip netns`).", file=sys.stderr)
@@ -321,7 +273,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     print(f"Starting, which takes about a minute; logs in {folder}", flush=True)
     with two_hosts() as hosts:
-        (show_peers if args.peers else show_one_server)(hosts, folder)
+        show(hosts, folder)
     return 0
 
 

@@ -77,10 +77,6 @@ class FrontPart:
         """What the feature knows of the engine, as fields of EngineFacts, by which plans are decided."""
         return {}
 
-    def facts_now(self) -> Mapping[str, Any]:
-        """Those of these fields that change while the engine runs, as they are now."""
-        return {}
-
     def hinted(self, decision: Decision, request: Any, facts: EngineFacts) -> Decision:
         """A prompt's decision, as hints that vLLM's own request (EngineCoreRequest) has change it.
 

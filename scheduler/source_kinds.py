@@ -4,4 +4,4 @@ from __future__ import annotations
 
 MEMORY, PEER, COMPUTED = "memory", "peer", "computed"
 KINDS = (MEMORY, "host", "storage", PEER, COMPUTED)
-"""The engine's own memory; host memory; files or an object store; another replica or server; nowhere before."""
+"""The engine's own memory; host memory; files or an object store; another replica; nowhere before."""

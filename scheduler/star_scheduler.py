@@ -69,7 +69,7 @@ class StarMixin(HasParts, SchedulerHooks):
         self._call("before_step")
         around = next((found for hook in self.hooks["around_step"] if (found := hook()) is not None), nullcontext())
         with around:
-            return super().schedule(throttle_prefills)  # type: ignore[misc]
+            return super().schedule(throttle_prefills)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         self._call("before_outputs", model_runner_output)

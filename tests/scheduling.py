@@ -7,7 +7,7 @@ from typing import Any
 from xdist.scheduler import LoadFileScheduling
 
 SERVERS = "tests/e2e/"
-LONGEST = ("tests/e2e/test_two_hosts.py", "tests/e2e/test_peers.py")
+LONGEST = ("tests/e2e/test_two_hosts.py",)
 """Files of minutes, which come first: at the end the other workers would wait for them."""
 
 

@@ -46,14 +46,14 @@ def main() -> int:
     end_on_signals()
     console = Console()
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
-        with soaked_servers(Path(name), ROOT / "build", args.replicas, args.peers, args.front) as servers:
+        with soaked_servers(Path(name), ROOT / "build", args.replicas, args.front) as servers:
             before = {
                 each.name: set(each.temporary.iterdir()) for each in servers
             }  # vLLM leaves its own sockets behind
             run, samplers = asyncio.run(soak(servers, args.minutes, console))
             # The exit code of the first server that has another one than 0.
             run["exit_code"] = next((code for each in servers if (code := each.server.stop(STOP_SECONDS))), 0)
-        run = {"front": args.front, "replicas": args.replicas, "peers": args.peers} | run
+        run = {"front": args.front, "replicas": args.replicas} | run
         run["files_left"] = sorted(
             path for sampler in samplers.values() for path in sampler.shared if Path(path).exists()
         )
@@ -62,7 +62,7 @@ def main() -> int:
         )
         logs = [each.server.log.read_text(errors="replace") for each in servers]
         run["tracebacks_in_the_log"] = sum(log.count("Traceback (most recent call last)") for log in logs)
-    rows, path = write_row(NAME, "runs", run, ["front", "replicas", "peers"])
+    rows, path = write_row(NAME, "runs", run, ["front", "replicas"])
     draw(rows, OUT / f"{NAME}.png")
     console.print(table(run))
     console.print(counts(run), markup=False)
@@ -73,14 +73,12 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line. Refused (exit code 2): a run that is too short, a server without an engine, one peer."""
+    """Parse the command line. Refuse (exit code 2) a run that is too short, and a server without an engine."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m benchmarks.soak"
     )
     parser.add_argument("--minutes", type=float, default=30, help="minutes after the warm-up (default: %(default)s)")
     parser.add_argument("--replicas", type=int, default=1, help="data-parallel replicas (default: %(default)s)")
-    peers = "servers with one engine that are peers, beside the one with replicas (default: %(default)s)"
-    parser.add_argument("--peers", type=int, default=0, help=peers)
     fronts = f"{HTTP}: requests over HTTP only, as {PLAIN}, which is vLLM without Starling (default: %(default)s)"
     parser.add_argument("--front", choices=[STARLING, HTTP, PLAIN], default=STARLING, help=fronts)
     args = parser.parse_args()
@@ -89,9 +87,6 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--minutes {args.minutes:g} is refused: {reason}. Allowed: {LEAST_MINUTES} or more.")
     if args.replicas < 1:
         parser.error(f"--replicas {args.replicas} is refused: a server has an engine. Allowed: 1 or more.")
-    if args.peers == 1 or args.peers < 0 or (args.peers and args.front != STARLING):
-        allowed = f"0, or 2 and more with --front {STARLING}"
-        parser.error(f"--peers {args.peers} is refused: peers are at least two, and use gRPC. Allowed: {allowed}.")
     return args
 
 

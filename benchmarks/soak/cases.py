@@ -56,17 +56,16 @@ def edited(variant: int, seed: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def spread_of(replicas: int, peers: int = 1) -> dict[str, Any]:
-    """Star options of a prompt that is split over a server's replicas, or over servers that are peers."""
-    return BLOCKS | {"star_replicas": "auto" if peers > 1 else replicas}
+def spread_of(replicas: int) -> dict[str, Any]:
+    """Return star options of a prompt that is split over a server's replicas."""
+    return BLOCKS | {"star_replicas": replicas}
 
 
-def make_cases(replicas: int, seed: str = "", peers: int = 1) -> list[Case]:
+def make_cases(replicas: int, seed: str = "") -> list[Case]:
     """The cases for a server with this number of replicas.
 
     Args:
         seed: another seed gives other prompts.
-        peers: servers that are peers of one another, this one among them.
     """
     long: dict[str, dict[str, Any]] = {
         "dense": {},
@@ -97,10 +96,9 @@ def make_cases(replicas: int, seed: str = "", peers: int = 1) -> list[Case]:
     for name, form in forms.items():
         prompt = random_ids(f"{seed}{name}", 300)
         cases += [Case(name, prompt, form=form, max_tokens=40), Case(f"{name}, star", prompt, BLOCKS, 40, form)]
-    spread = spread_of(replicas, peers)
-    for i in range(4 if replicas > 1 or peers > 1 else 0):
+    spread = spread_of(replicas)
+    for i in range(4 if replicas > 1 else 0):
         prompt = random_ids(f"{seed}spread {i}", 12 * 128 + 40 + i)
         cases.append(Case(f"spread {i}", prompt, spread))
-        if replicas > 1:  # the KV of a prompt that is split over peers can't stay on them
-            cases.append(Case(f"shards {i}", prompt, spread | {"star_shards": "on"}))
+        cases.append(Case(f"shards {i}", prompt, spread | {"star_shards": "on"}))
     return cases

@@ -51,7 +51,6 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
 def servers_of(run: dict[str, Any]) -> str:
     """The servers of a run, in words."""
     engines = "one engine" if run["replicas"] == 1 else f"{run['replicas']} replicas"
-    engines += f" and {run['peers']} peers" if run["peers"] else ""
     return engines if run["front"] == STARLING else f"{run['front']}, {engines}"
 
 

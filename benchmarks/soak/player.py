@@ -28,7 +28,7 @@ class Player:
     Attributes:
         cases: prompts whose answers are known.
         answers: name of a case -> its answer.
-        spread: star options of a prompt that is split over the server's replicas or peers, if it has several.
+        spread: star options of a prompt that is split over the server's replicas, if it has several.
     """
 
     def __init__(self, clients: Clients, hold_seconds: float = 8, ledger: Ledger | None = None) -> None:
@@ -45,7 +45,7 @@ class Player:
         self.ledger = ledger or Ledger()
         self.cases: list[Case] = []
         self.answers: dict[str, list[Any]] = {}
-        self.spread: dict[str, Any] = spread_of(self.target.replicas, self.target.peers)
+        self.spread: dict[str, Any] = spread_of(self.target.replicas)
 
     async def learn_answers(self) -> None:
         """Store the answer of an idle server to each case.
@@ -56,7 +56,7 @@ class Player:
         Raises:
             RuntimeError: a case has no prompt with one right answer.
         """
-        variants = [make_cases(self.target.replicas, seed, self.target.peers) for seed in ("", "another ", "a third ")]
+        variants = [make_cases(self.target.replicas, seed) for seed in ("", "another ", "a third ")]
         for same in zip(*variants, strict=True):
             for case in same:
                 body = body_of(case, self.model) | {"logprobs": 2, "return_tokens_as_token_ids": True}

@@ -17,11 +17,11 @@ from benchmarks.soak.mix import KINDS
 from benchmarks.soak.player import Player
 from benchmarks.soak.series import SPLIT_BLOCKS, Sampler, report_series, stalls_in
 from benchmarks.soak.server import Soaked
-from benchmarks.soak.target import PLAIN, Clients, series_sum
+from benchmarks.soak.target import PLAIN, Clients
 from starling.v1 import admin_pb2 as admin
 
 LOAD = 0.8
-CAPACITY_SECONDS, SAMPLE_SECONDS, REST_SECONDS, PEER_SECONDS = 30, 3, 60, 180
+CAPACITY_SECONDS, SAMPLE_SECONDS, REST_SECONDS = 30, 3, 60
 JUDGED_MINUTES = 5
 """In a shorter run, the memory that a server takes at its start would count as growth."""
 
@@ -31,18 +31,9 @@ def warm_up_minutes(minutes: float) -> float:
     return min(max(minutes / 4, 1), 5)
 
 
-async def wait_for_peers(clients: Clients) -> None:
-    """Return once a server splits prompts with all of its peers (raises RuntimeError after PEER_SECONDS)."""
-    deadline = time.monotonic() + PEER_SECONDS
-    while series_sum(await clients.metrics(), "starling:usable_peers") < clients.target.peers - 1:
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"a server has no usable peers after {PEER_SECONDS} s")
-        await asyncio.sleep(1)
-
-
 async def rest(loops: Sequence[OpenLoop]) -> dict[str, float]:
     """What the servers still hold once all requests to any of them have ended: the largest numbers."""
-    await asyncio.gather(*(loop.ended() for loop in loops))  # a server holds pages for the prompts of its peers
+    await asyncio.gather(*(loop.ended() for loop in loops))
     left = await asyncio.gather(*(loop.rest() for loop in loops))
     largest = {name: max(each[name] for each in left) for name in left[0]}
     resets = [
@@ -65,7 +56,6 @@ async def soak(
         samplers = {
             each.name: Sampler(own, each.temporary, SAMPLE_SECONDS) for each, own in zip(servers, clients, strict=True)
         }
-        await asyncio.gather(*(wait_for_peers(each) for each in clients))
         for player in players:
             await player.learn_answers()
         capacities = await asyncio.gather(*(measure_capacity(player, CAPACITY_SECONDS) for player in players))
@@ -124,7 +114,7 @@ def found_in(samplers: Mapping[str, Sampler], minutes: float, pauses: Sequence[P
         found = report_series(times, samples, judged=minutes >= JUDGED_MINUTES)
         series |= {f"{prefix}{key}": value for key, value in found.items()}
         loops[name] = stalls_in(sampler.samples, sampler.paused(pauses))
-        if sampler.clients.target.replicas > 1 or sampler.clients.target.peers > 1:
+        if sampler.clients.target.replicas > 1:
             split[name] = int(sampler.samples[-1][SPLIT_BLOCKS] - sampler.samples[0][SPLIT_BLOCKS])
         ended += int(sampler.samples[0]["processes"] - sampler.samples[-1]["processes"])
     return {"processes_ended": ended, "series": series, "event_loops": loops, "split_blocks": split}

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.random_llama import make_tiny_llama
 from benchmarks.soak.cases import PAGE_SIZE
 from benchmarks.soak.target import PLAIN, STARLING, Target
-from examples.server import Server, free_ports, serving
+from examples.server import Server, serving
 
 API_KEY, HOSTILE_KEY, ADMIN_KEY, QUEUE = "key-of-the-soak", "key-of-its-hostile-clients", "key-of-its-admin", 64
 OPTIONS = ["--dtype", "float32", "--enforce-eager", "--block-size", str(PAGE_SIZE), "--max-num-batched-tokens", "512"]
@@ -30,7 +30,6 @@ ENVIRONMENT = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
     "TORCHDYNAMO_DISABLE": "1",
 }
-OF_PEERS = {"STARLING_REPLICA_KEY": "key-of-its-peers", "VLLM_HOST_IP": "127.0.0.1"}
 
 
 def scores_options(folder: Path) -> list[str]:
@@ -55,22 +54,17 @@ class Soaked:
 
 
 @contextmanager
-def soaked_servers(
-    folder: Path, logs: Path, replicas: int, peers: int = 0, front: str = STARLING
-) -> Iterator[list[Soaked]]:
-    """Serve for the duration of the block: one server with replicas, and servers with one engine that are peers.
+def soaked_servers(folder: Path, logs: Path, replicas: int, front: str = STARLING) -> Iterator[list[Soaked]]:
+    """Serve for the duration of the block: one server with replicas.
 
     Args:
         logs: folder of the servers' logs.
-        peers: how many servers are peers of one another, beside the one with replicas.
 
     Raises:
         RuntimeError: a server ends during its start, or takes longer than 300 s.
     """
     model = make_tiny_llama(folder / "tiny")
     scores = scores_options(folder)
-    ports = free_ports(*[0] * peers)
-    addresses = ",".join(f"127.0.0.1:{port}" for port in ports)
     with ExitStack() as stack:
         os.environ.update(ENVIRONMENT)
 
@@ -93,10 +87,4 @@ def soaked_servers(
 
         engines = "one engine" if replicas == 1 else f"{replicas} replicas"
         data_parallel = ["--data-parallel-size", str(replicas)] if replicas > 1 else []
-        servers = [start(engines, *data_parallel, replicas=replicas, front=front)]
-        os.environ.update(OF_PEERS)
-        servers += [
-            start(f"peer {number}", "--star-replica-peers", addresses, grpc_port=port, peers=peers)
-            for number, port in enumerate(ports, start=1)
-        ]
-        yield servers
+        yield [start(engines, *data_parallel, replicas=replicas, front=front)]

@@ -36,7 +36,6 @@ class Target:
         queue: its --max-num-queued-reqs.
         front: STARLING, or one of the servers that get requests over HTTP only: HTTP, which is the same server, and
             PLAIN, which is vLLM without Starling. PLAIN has no AdminService.
-        peers: servers that are peers of one another, this one among them; 1: it has none.
         hostile_key: a valid API key, of clients that do what they can against the others.
     """
 
@@ -49,7 +48,6 @@ class Target:
     queue: int
     replicas: int = 1
     front: str = STARLING
-    peers: int = 1
     hostile_key: str = ""
 
 
@@ -213,11 +211,11 @@ def series_sum(text: str, name: str) -> float:
     return sum(series_values(text, name))
 
 
-LEASE_SECONDS = 150
-"""Longer than a server holds pages for a peer that it has lost."""
+IDLE_SECONDS = 150
+"""Longer than a replica that hangs is waited for."""
 
 
-async def wait_idle(clients: Clients, seconds: float = LEASE_SECONDS) -> list[admin.EngineCache]:
+async def wait_idle(clients: Clients, seconds: float = IDLE_SECONDS) -> list[admin.EngineCache]:
     """The state of the engines once none has a request or a page in use, or after ``seconds``."""
     deadline = asyncio.get_running_loop().time() + seconds
     while True:

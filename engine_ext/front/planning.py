@@ -103,8 +103,7 @@ class PromptPlanner(HasParts):
     @property
     def engine(self) -> EngineFacts:
         """What is known of the engine now."""
-        now = {name: fact for part in self.parts for name, fact in part.facts_now().items()}
-        return replace(self.facts, page_size=self.page_size, num_pages=self.num_pages, **now)
+        return replace(self.facts, page_size=self.page_size, num_pages=self.num_pages)
 
     @property
     def model(self) -> Any:

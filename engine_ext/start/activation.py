@@ -21,7 +21,6 @@ from starling.config.entry import (
     ENTRY,
     GPU_ATTENTION,
     LIVE_PAGE,
-    REPLICAS,
     STAR_HEADS,
     Entries,
     StarlingConfig,
@@ -32,16 +31,16 @@ from starling.config.parsing import OptionError
 from starling.config.presets import PRESET, preset_of, with_preset
 from starling.config.star import StarOptions, summary
 from starling.engine_ext.engine_facts import engine_facts, star_page_size
-from starling.engine_ext.environment import ADMIN_KEY_ENV, LIVE_DATA, LIVE_PATH, SERVES_PEERS, refuse_rust_front
+from starling.engine_ext.environment import ADMIN_KEY_ENV, LIVE_DATA, LIVE_PATH, refuse_rust_front
 from starling.engine_ext.front.client_keys import api_keys
 from starling.engine_ext.front.planning import refuse_segment_text
 from starling.engine_ext.front.star_metrics import front_metrics
 from starling.engine_ext.start.library_connector import beside_library, set_library
 from starling.features.adapter.lora import check_adapter, turn_lora_on
-from starling.features.asked import has_dense_heads
 from starling.features.dense_heads.model_heads import scores_of
 from starling.features.replicas import network
 from starling.features.replicas.rules import other_launcher
+from starling.features.server_options import has_dense_heads
 from starling.scheduler.star.facts import EngineFacts, ReplicaSet
 from starling.scheduler.star.request_metadata import CONNECTOR, ONE_HOST, SHARDS, default_num_shards
 from starling.scheduler.star.rules import check_defaults
@@ -52,8 +51,6 @@ from starling.vllm_compat.metrics import collect_from_children
 from starling.vllm_compat.report_to_fronts import receive_reports
 
 logger = init_logger("vllm.starling")
-
-PEERS = f"{ENTRY}.{REPLICAS}.peers"
 
 HTTP = "starling.engine_ext.serving.http"
 MIDDLEWARE = (  # the last one is the outermost
@@ -97,8 +94,6 @@ def before_engine_config(engine_args: Any) -> None:
         raise OptionError(f"{ENTRY}.{CACHE_SALT}", config.cache_salt, "only a server has clients", "request")
     if config.live_page != "off" and not is_async_engine(engine_args):
         raise OptionError(f"{ENTRY}.{LIVE_PAGE}", config.live_page, "only a server has a page", "off")
-    if config.replicas.peers and not is_async_engine(engine_args):
-        raise OptionError(PEERS, config.replicas.peers, "only a server has peers", f"no {PEERS}")
     for name, value, default in (
         ("scheduler_cls", engine_args.scheduler_cls, None),
         ("worker_cls", engine_args.worker_cls, "auto"),
@@ -170,15 +165,11 @@ def after_engine_config(vllm_config: Any) -> None:
     check_adapter(config, vllm_config, facts)
     refuse_segment_text(config.star.segments, vllm_config.model_config)
     share_memory_nodes(vllm_config, os.environ)
-    peers = config.replicas.peers
     one_host = is_one_host(vllm_config.parallel_config)
     if one_host:
         network.keep_gloo_on_loopback(os.environ)
     replicas = facts.replicas
-    if peers and replicas.split_refusal is not None:
-        raise OptionError(PEERS, peers, replicas.split_refusal, f"no {PEERS}")
     if replicas.size > 1 and replicas.split_refusal is None:
-        one_host = one_host and not peers
         if vllm_config.parallel_config.data_parallel_size_local:  # else this front's replicas are all on other hosts
             check_network(one_host)
         transfer = KVTransferConfig(
@@ -272,14 +263,11 @@ def prepare_server(args: Any) -> None:
     """Add Starling's middleware to the arguments of a server that is about to start.
 
     Raises:
-        OptionError: the server's cache salts would come from API keys, and it has none; it has peers, and no gRPC.
+        OptionError: the server's cache salts would come from API keys, and it has none.
     """
     config = parse_config(args.additional_config)
     if config is None or getattr(args, "headless", False):  # a host without a front
         return
-    if config.replicas.peers and not getattr(args, SERVES_PEERS, False):
-        reason = "peers call one another over gRPC"
-        raise OptionError(PEERS, config.replicas.peers, reason, "with `starling serve --grpc-port` only")
     if config.cache_salt == "api-key" and not api_keys(args):
         reason = "the server has no API keys to derive salts from: give --api-key or VLLM_API_KEY"
         raise OptionError(f"{ENTRY}.{CACHE_SALT}", config.cache_salt, reason, "request or required")

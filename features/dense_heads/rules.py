@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from starling.features.asked import has_dense_heads, has_documents
 from starling.features.dense_heads.model_heads import scores_of
 from starling.features.report_fields import HEADS, HEADS_ORDER
 from starling.features.rule import Rule, reasons, reported
+from starling.features.server_options import has_dense_heads, has_documents
 from starling.features.star.rules import is_attamba
 from starling.vllm_compat.report_to_fronts import engine_reports
 

@@ -11,9 +11,9 @@ from starling.attention_backends.star.head_calls import unsupported_reason
 from starling.attention_backends.star.head_step import HeadStep
 from starling.config.entry import STAR_HEADS, config_of
 from starling.config.head_scores import HeadScores
-from starling.features.asked import has_dense_heads, has_documents
 from starling.features.dense_heads.model_heads import ranks_of_layers, scores_of
 from starling.features.report_fields import HEADS, HEADS_ORDER
+from starling.features.server_options import has_dense_heads, has_documents
 from starling.features.worker_part import Layers, WorkerPart
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import RequestMetadata

@@ -8,10 +8,10 @@ from typing import Any
 from vllm import envs
 from vllm.config import CUDAGraphMode
 
-from starling.features.asked import has_documents
 from starling.features.cpu_attention_rules import CPU_ATTENTION_RULES
 from starling.features.report_fields import BLOCK_POSITIONS
 from starling.features.rule import Rule, reasons, reported
+from starling.features.server_options import has_documents
 from starling.scheduler.star.independence import dependence
 
 

@@ -19,7 +19,7 @@ from starling.features.library.file_space import LATER_SECONDS
 from starling.features.library.identity import described, identity_of, layouts_of
 from starling.features.library.page_loads import PATIENCE_SECONDS, PageLoads
 from starling.features.library.tier import LibraryTier
-from starling.features.replicas.weights import loaded_digest, may_change_weights, name_of
+from starling.features.library.worker import loaded_digest, may_change_weights, name_of
 from starling.features.retention.core import ranges_with
 from starling.scheduler.adapter_keys import adapter_keys
 from starling.vllm_compat.core_process import on_worker_call

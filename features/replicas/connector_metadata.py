@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,15 +42,10 @@ class PageRead:
 
 @dataclass
 class PageLoad:
-    """All pages that one request reads from other replicas.
-
-    Attributes:
-        deadline: the reads may begin until then (clock.py).
-    """
+    """All pages that one request reads from other replicas."""
 
     request_id: str
     reads: list[PageRead]
-    deadline: float = math.inf
 
     def local_page_ids(self) -> set[int]:
         return {page_id for read in self.reads for page_id in read.local_page_ids}
@@ -63,10 +57,8 @@ class PageLoads(KVConnectorMetadata):
 
     Attributes:
         loads: those that begin.
-        cancelled: ids of requests whose loads end, as failed ones.
         released: numbers of this replica's holds, whose pages the step may write to.
     """
 
     loads: list[PageLoad] = field(default_factory=list)
-    cancelled: list[str] = field(default_factory=list)
     released: list[int] = field(default_factory=list)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from starling.features.front_part import FrontPart, FrontRequest
@@ -31,16 +30,11 @@ class Replicas(FrontPart):
     def facts(self) -> Mapping[str, Any]:
         return {"replicas": self.replicas, "divides_kv": default_num_shards(self.vllm_config) > 1}
 
-    def facts_now(self) -> Mapping[str, Any]:
-        peers = self.state.peers
-        return {} if peers is None else {"replicas": replace(self.replicas, present=1 + len(peers.usable))}
-
     def outputs(self, request: FrontRequest, facts: EngineFacts) -> AsyncGenerator[Any, None] | None:
         plan = None if request.decision is None else request.decision.plan
         if plan is None:
             return None
-        names_lora = request.keywords.get("lora_request") is not None  # which peers may not have
-        if is_split(request) and not (names_lora and self.state.peers is not None):
+        if is_split(request):
             return SplitPrefill(self.state, request, facts.page_size or 1).outputs()
         if plan.shards:  # vLLM would never schedule it, nor the requests behind it
             refuse_above_one_replica(plan.num_prompt_tokens, facts)
@@ -52,7 +46,6 @@ class Replicas(FrontPart):
     def abort(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             self.state.split_requests.abort(request_id)
-            self.state.leases.abort(request_id)
 
 
 PARTS = (Replicas.make,)

@@ -1,10 +1,8 @@
 """Whether pages were still held after they had been read: the numbers of released holds, in memory that others read.
 
-A replica holds pages until their reader has them, or must have noticed that it has lost the replica. But a reader that
-stands still, as a stopped process or a paused virtual machine, notices nothing, and its clocks may stand still too. A
-fetch has a deadline by which it begins (clock.py), but one that has begun may go on to read pages that others'
-requests have by then. Therefore a reader's last read, after the pages have arrived, is one word at the replica that
-says whether they were held until then.
+A replica holds pages until their reader has them, or has not answered for the seconds of replicas.timeout. A reader
+that stands still, as a stopped process, may go on to read pages that other requests have by then. Therefore a
+reader's last read, after the pages have arrived, is one word at the replica that says whether they were held.
 
 A replica counts its holds from 1. Word ``hold % WORDS`` is the highest number of a released hold with that remainder.
 It is written before a step that may write to the pages is launched. Where two holds share a word, the earlier one

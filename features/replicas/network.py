@@ -1,4 +1,4 @@
-"""The network devices over which replicas exchange KV pages and messages: checked at the start, set in a worker.
+"""Network devices and NIXL agents with which replicas exchange KV pages: checked at the start, set in a worker.
 
 NIXL moves them with UCX. UCX listens on every network device of the host unless UCX_NET_DEVICES names some, and its
 protocol has no authentication: a peer that reaches such a port can write the memory of the worker behind it. So between
@@ -8,9 +8,11 @@ VLLM_HOST_IP, which belongs into a network of the replicas' own.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, MutableMapping
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -19,6 +21,7 @@ ADDRESS_ENV = "VLLM_HOST_IP"
 GLOO_ENV = "GLOO_SOCKET_IFNAME"
 LOOPBACK_ADDRESS = "127.0.0.1"
 SYS_NET = Path("/sys/class/net")
+PROGRESS_MICROSECONDS = 1000
 
 
 class NetworkError(RuntimeError):
@@ -84,3 +87,26 @@ def use_devices(one_host: bool, environ: MutableMapping[str, str]) -> str:
     """Let every NIXL agent that this process makes from now on use ``devices`` alone; returns them."""
     environ[DEVICES_ENV] = devices(one_host, environ)
     return environ[DEVICES_ENV]
+
+
+def make_agent(name: str) -> Any:
+    """Return a NIXL agent whose progress thread looks for work every millisecond.
+
+    With NIXL's Python defaults the thread never sleeps, so that an idle replica takes a core from one that computes.
+    The constructor sets the delay to 0 and passes it to the binding, where this function changes it. Goes when
+    nixl_agent_config takes the delay.
+    """
+    from nixl._api import nixl_agent, nixl_agent_config
+
+    binding = sys.modules[nixl_agent.__module__].nixlBind
+    original = binding.nixlAgent
+
+    def with_delay(name: str, config: Any) -> Any:
+        config.pthrDelay = PROGRESS_MICROSECONDS
+        return original(name, config)
+
+    binding.nixlAgent = with_delay
+    try:
+        return nixl_agent(name, nixl_agent_config(backends=["UCX"]))
+    finally:
+        binding.nixlAgent = original

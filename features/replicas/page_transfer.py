@@ -11,9 +11,8 @@ comes a read of whether the source still holds the pages (holds.py).
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +20,8 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 
-from starling.features.replicas import clock
-from starling.features.replicas.agents import make_agent, server_of
 from starling.features.replicas.holds import Holds
+from starling.features.replicas.network import make_agent
 
 logger = init_logger("vllm.starling")
 
@@ -82,22 +80,17 @@ class StuckRead:
 
 
 class Transfer:
-    """The reads under way for one request, one for each source.
+    """The reads under way for one request, one for each source."""
 
-    Args:
-        deadline: they may begin until then (clock.py).
-    """
-
-    def __init__(self, deadline: float = math.inf) -> None:
-        self.deadline = deadline
+    def __init__(self) -> None:
         self.reads: list[SourceRead] = []
         self.num_bytes = 0
-        self.started = clock.now()
+        self.started = time.monotonic()
 
     @property
     def seconds(self) -> float:
         """Seconds since the transfer began."""
-        return clock.now() - self.started
+        return time.monotonic() - self.started
 
 
 class PageReader:
@@ -138,9 +131,7 @@ class PageReader:
         self.registered = self.agent.register_memory(regions, self.memory)
         self.holds = Holds(self.agent)
         self.connected: dict[str, str] = {}  # agents by name, as NIXL calls them
-        self.num_reads: Counter[str] = Counter()  # under way, by agent
         self.waves: dict[str, int] = {}  # pages that arrive in WAVE_SECONDS as far as is known, by agent
-        self._gone: set[str] = set()  # agents to disconnect when nothing is read from them any more
         self.stuck: list[StuckRead] = []
         self._stuck_pages: list[int] = []
         self._freed_pages: list[int] = []
@@ -178,10 +169,8 @@ class PageReader:
         first_wave = max(FIRST_WAVE_BYTES // self.page_bytes, 1, self.waves.get(address["name"], 0))
         read = SourceRead(address, hold, remote_page_ids, local_page_ids, first_wave)
         transfer.reads.append(read)
-        self.num_reads[read.name] += 1
-        self._gone.discard(read.name)
         transfer.num_bytes += len(local_page_ids) * self.page_bytes
-        self._begin_read(read, self._wave, transfer.deadline)
+        self._begin_read(read, self._wave)
 
     def is_done(self, transfer: Transfer) -> bool:
         """Whether all pages have arrived, and were held until then.
@@ -198,7 +187,7 @@ class PageReader:
                 raise TransferError(f"reading from {read.name} failed: {error!r}") from error
             if state == "ERR":
                 raise TransferError(f"reading from {read.name} failed")
-            seconds = clock.now() - read.started
+            seconds = time.monotonic() - read.started
             if seconds > self.timeout:  # over TCP, NIXL may never report a link that is cut
                 # A wave that has ended late does not count: if this process has hung, the front has timed out too.
                 raise TransferError(f"no page has arrived from {read.name} for {self.timeout:g} s")
@@ -212,7 +201,6 @@ class PageReader:
                     raise TransferError(f"{read.name} had released the pages before they arrived")
                 if read.answer is not None:
                     transfer.reads.remove(read)
-                    self._end_read(read.name)
                 elif read.num_begun == len(read.local_page_ids):
                     self._begin_read(read, self._answer)
                 else:
@@ -225,27 +213,14 @@ class PageReader:
         read.wave = found if seconds > WAVE_SECONDS else max(found, read.wave)
         self.waves[read.name] = read.wave
 
-    def _begin_read(
-        self, read: SourceRead, descriptors: Callable[[SourceRead], tuple[Any, Any]], deadline: float = math.inf
-    ) -> None:
-        """Begin to read what ``descriptors`` returns: NIXL's lists, local and remote.
-
-        Args:
-            deadline: it may begin until then.
-
-        Raises:
-            TransferError: it can't be read, or no longer.
-        """
-        read.started = clock.now()
+    def _begin_read(self, read: SourceRead, descriptors: Callable[[SourceRead], tuple[Any, Any]]) -> None:
+        """Begin to read what ``descriptors`` returns: NIXL's lists, local and remote (raises TransferError)."""
+        read.started = time.monotonic()
         try:
             if read.name not in self.connected:
                 self.connected[read.name] = self.agent.add_remote_agent(read.address["metadata"])
             read.handle = self.agent.initialize_xfer("READ", *descriptors(read), read.name)
-            if clock.now() > deadline:  # the last look: this process may have stood still since any earlier one
-                raise TransferError(f"{read.name} may have released the pages")
             state = self.agent.transfer(read.handle)
-        except TransferError:
-            raise
         except Exception as error:  # NIXL's own exceptions have no common class
             raise TransferError(f"NIXL can't read from {read.name}: {error!r}") from error
         if state == "ERR":
@@ -260,30 +235,7 @@ class PageReader:
             self.waves.pop(read.name, None)
             if self._release_handle(read):  # else its connection is in use
                 self._disconnect(read.name)
-            self._end_read(read.name)
         transfer.reads.clear()
-
-    def forget(self, servers: Iterable[str]) -> None:
-        """Close the connections to servers that are gone, each once nothing is read over it any more.
-
-        Args:
-            servers: as ``server_of`` names them. One that is read again is connected again.
-        """
-        gone = set(servers)
-        self._gone |= {name for name in self.connected if server_of(name) in gone}
-        for name in list(self._gone):
-            self._disconnect_if_gone(name)
-
-    def _end_read(self, name: str) -> None:
-        self.num_reads[name] -= 1
-        if not self.num_reads[name]:
-            del self.num_reads[name]
-        self._disconnect_if_gone(name)
-
-    def _disconnect_if_gone(self, name: str) -> None:
-        if name in self._gone and name not in self.num_reads and all(read.source != name for read in self.stuck):
-            self._gone.discard(name)
-            self._disconnect(name)
 
     def _disconnect(self, name: str) -> None:
         try:
@@ -319,7 +271,6 @@ class PageReader:
         for read in list(self.stuck):
             if self._try_release(read.source, read.handle):
                 self.stuck.remove(read)
-                self._disconnect_if_gone(read.source)
                 self._freed_pages += read.page_ids
                 self.holds.free_answer(read.answer)
 

@@ -12,22 +12,15 @@ from typing import Any
 import msgspec
 
 from starling.features.replicas.replica_state import replica_state
-from starling.features.replicas.weights import KNOWN, changed_by, note_changes, worker_digest
-from starling.features.replicas.worker import close_shards, forget_servers, open_shard
+from starling.features.replicas.worker import close_shards, open_shard
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import metadata_of
-from starling.vllm_compat.core_process import add_core_utility, on_worker_call
-from starling.vllm_compat.scheduler_view import SchedulerView
+from starling.vllm_compat.core_process import add_core_utility
 
 REPLICA_STATE = "starling_replica_state"
 OPEN_SHARD = "starling_open_shard"
 RELEASE = "starling_release"
-IS_PAUSED = "starling_is_paused"
-IDENTITY = "starling_identity"
-EXTEND_FETCH = "starling_extend_fetch"
-CANCEL_FETCH = "starling_cancel_fetch"
-FORGET_SERVERS = "starling_forget_servers"
-WEIGHTS_CHANGED_BY = "starling_weights_changed_by"
+PING = "starling_ping"
 
 
 def _replica_state(
@@ -52,27 +45,8 @@ def _release(core: Any, names: list[str]) -> None:
     connector.release(names)
 
 
-def _is_paused(core: Any) -> bool:
-    return SchedulerView(core.scheduler).pauses_new_requests
-
-
-def _identity(core: Any) -> dict[str, Any]:
-    setattr(core, KNOWN, True)
-    digests = core.model_executor.collective_rpc(worker_digest)
-    address = core.scheduler.connector.addresses[0]
-    return {"name": address["name"], "layout": address["layout"], "weights": "/".join(digests)}
-
-
-def _extend_fetch(core: Any, request_ids: list[str], deadline: float) -> None:
-    core.scheduler.connector.extend_fetch(core.scheduler.requests.keys() & request_ids, deadline)
-
-
-def _cancel_fetch(core: Any, request_ids: list[str]) -> None:
-    core.scheduler.connector.cancel_fetch(core.scheduler.requests.keys() & request_ids)
-
-
-def _forget_servers(core: Any, servers: list[str]) -> None:
-    core.model_executor.collective_rpc(forget_servers, args=(servers,))
+def _ping(core: Any) -> None:
+    """Answer between two steps."""
 
 
 def parts_running(scheduler: Any, names: list[str]) -> list[str]:
@@ -83,13 +57,7 @@ def parts_running(scheduler: Any, names: list[str]) -> list[str]:
 
 def add_replica_rpc() -> None:
     """Offer these calls in this process's engine core."""
-    on_worker_call(note_changes)
     add_core_utility(REPLICA_STATE, _replica_state)
     add_core_utility(OPEN_SHARD, _open_shard)
     add_core_utility(RELEASE, _release)
-    add_core_utility(IS_PAUSED, _is_paused)
-    add_core_utility(IDENTITY, _identity)
-    add_core_utility(EXTEND_FETCH, _extend_fetch)
-    add_core_utility(CANCEL_FETCH, _cancel_fetch)
-    add_core_utility(FORGET_SERVERS, _forget_servers)
-    add_core_utility(WEIGHTS_CHANGED_BY, changed_by)
+    add_core_utility(PING, _ping)

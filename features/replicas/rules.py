@@ -7,30 +7,21 @@ from typing import Any
 
 from vllm import envs
 
-from starling.features.asked import has_library, has_peers
 from starling.features.cpu_attention_rules import CPU_ATTENTION_RULES
 from starling.features.replicas.notifications import nixl_problem
 from starling.features.report_fields import SPLIT
 from starling.features.rule import Rule, reasons, reported
+from starling.features.server_options import has_library
 from starling.features.star.rules import RULES
 from starling.scheduler.star.facts import ReplicaSet
 from starling.scheduler.star.independence import dependence
 from starling.scheduler.star.request_metadata import OWN_CONNECTORS
 from starling.vllm_compat.config import num_api_servers
 
-MAX_SERVERS = 64
-"""Over how many servers a prompt may be split, this one included."""
-
 
 def _other_connector(config: Any) -> str | None:
     transfer = config.kv_transfer_config
     return None if transfer is None or transfer.kv_connector in OWN_CONNECTORS else transfer.kv_connector
-
-
-def _engines_with_peers(config: Any) -> str | None:
-    if not has_peers(config) or config.parallel_config.data_parallel_size == 1:
-        return None
-    return f"--data-parallel-size {config.parallel_config.data_parallel_size}"
 
 
 def _moves_kv_memory(config: Any) -> bool:
@@ -55,7 +46,6 @@ SPLIT_RULES: tuple[Rule, ...] = (
         "replicas exchange pages of their prefix caches, which are off",
     ),
     Rule(_other_connector, "an engine has one KV connector, and --kv-transfer-config gives it another"),
-    Rule(_engines_with_peers, "a server with peers (--star-replica-peers) has one engine"),
     Rule(
         lambda c: c.parallel_config.data_parallel_external_lb or c.parallel_config.data_parallel_hybrid_lb,
         "with an external load balancer a front reaches some of the replicas only",
@@ -92,10 +82,6 @@ SPLIT_RULES: tuple[Rule, ...] = (
 )
 
 SHARD_RULES: tuple[Rule, ...] = (
-    Rule(
-        has_peers,
-        "servers that are peers (--star-replica-peers) don't know how much of its KV memory another one has promised",
-    ),
     Rule(has_library, "a library may keep what is computed in a step in which a replica with other KV is lost"),
     Rule(
         lambda c: c.device_config.device_type != "cpu",
@@ -118,9 +104,8 @@ SHARD_RULES: tuple[Rule, ...] = (
 
 
 def replica_set(vllm_config: Any) -> ReplicaSet:
-    """The server's replicas, and why a prompt can't be split over them, or its KV can't stay there."""
-    peers = has_peers(vllm_config)
-    size = MAX_SERVERS if peers else vllm_config.parallel_config.data_parallel_size
+    """Return the server's replicas, and why a prompt can't be split over them, or its KV can't stay there."""
+    size = vllm_config.parallel_config.data_parallel_size
     refusals = list(reasons(RULES + SPLIT_RULES, vllm_config)) if size > 1 else []
     shards_refusal = None if size == 1 or refusals else next(reasons(SHARD_RULES, vllm_config), None)
-    return ReplicaSet(size, "; ".join(refusals) or None, shards_refusal, 1 if peers else None)
+    return ReplicaSet(size, "; ".join(refusals) or None, shards_refusal)

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
-from starling.features.replicas import clock
 from starling.features.replicas.connector_metadata import PageLoad, PageLoads, PageRead
 from starling.scheduler.star.request_metadata import PageSource, metadata_of
 from starling.vllm_compat.kv_pages import Page, PagePool
@@ -48,9 +47,6 @@ class SchedulerConnector:
         self.release_later: set[str] = set()  # names whose last user releases the pages
         self._begun: set[str] = set()  # ids of requests that had pages to fetch, and have got their own pages
         self._loads: list[PageLoad] = []
-        self._deadlines: dict[str, float] = {}  # request id -> until when it may begin to fetch, if that was extended
-        self._cancelled: set[str] = set()  # ids of requests that fetch nothing any more
-        self._new_cancelled: list[str] = []  # those of them that the workers don't know yet
 
     def set_addresses(self, metadata: dict[int, Any]) -> None:
         """Take the workers' handshake metadata, by tensor-parallel rank."""
@@ -66,11 +62,11 @@ class SchedulerConnector:
 
         A request fetches when it begins. It fetches nothing where the pages are cached here: another choice of its
         prompt has fetched them. It fetches nothing where its own start is no longer cached: the fetched pages would
-        have no beginning, and the whole prompt is computed here. It fetches nothing after a preemption either, or after
-        the deadline: the other replicas have released their pages by then, or may have.
+        have no beginning, and the whole prompt is computed here. It fetches nothing after a preemption either: the
+        other replicas have released their pages by then, or may have.
         """
         fetch = metadata_of(request).fetch
-        if fetch is None or request.request_id in self._begun or request.request_id in self._cancelled:
+        if fetch is None or request.request_id in self._begun:
             return 0, False
         start, stop = fetch.span(self.page_size)
         if num_computed_tokens < start:
@@ -83,9 +79,6 @@ class SchedulerConnector:
             )
             return 0, False
         if num_computed_tokens >= stop:
-            return 0, False
-        if clock.now() > self._deadline(request):
-            logger.warning("%s: other servers may have released its pages: they are computed here", request.request_id)
             return 0, False
         return stop - num_computed_tokens, True
 
@@ -108,29 +101,13 @@ class SchedulerConnector:
                 begin += num_cached
                 local = local_page_ids[begin : begin + len(remote_page_ids)]
                 reads.append(PageRead(source.addresses, source.hold, remote_page_ids, local))
-        self._loads.append(PageLoad(request.request_id, reads, self._deadline(request)))
-
-    def _deadline(self, request: Any) -> float:
-        """Until when a request with pages to fetch may begin to do so."""
-        fetch = metadata_of(request).fetch
-        assert fetch is not None
-        return self._deadlines.get(request.request_id, fetch.deadline)
+        self._loads.append(PageLoad(request.request_id, reads))
 
     def take_loads(self) -> PageLoads:
-        """The loads made and cancelled, and the holds released, since the last call."""
-        loads = PageLoads(self._loads, self._new_cancelled, self._released)
-        self._loads, self._new_cancelled, self._released = [], [], []
+        """Return the loads made, and the holds released, since the last call."""
+        loads = PageLoads(self._loads, self._released)
+        self._loads, self._released = [], []
         return loads
-
-    def extend_fetch(self, request_ids: Iterable[str], deadline: float) -> None:
-        """Let requests begin to fetch until another time: the pages are held for longer."""
-        self._deadlines |= dict.fromkeys(request_ids, deadline)
-
-    def cancel_fetch(self, request_ids: Iterable[str]) -> None:
-        """Let requests fetch nothing any more: the pages may soon be no longer held. Those not fetched are computed."""
-        new = set(request_ids) - self._cancelled
-        self._cancelled |= new
-        self._new_cancelled += sorted(new)
 
     # Pages held for other replicas.
 
@@ -145,8 +122,6 @@ class SchedulerConnector:
             pages are held.
         """
         self._begun.discard(request.request_id)
-        self._cancelled.discard(request.request_id)
-        self._deadlines.pop(request.request_id, None)
         metadata = metadata_of(request)
         if metadata.remote is not None:
             self._end_remote_attention(metadata.remote.local_name)

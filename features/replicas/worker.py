@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from starling.attention_backends.star.remote_step import RemoteStep
-from starling.features.asked import has_library, has_peers
 from starling.features.documents.worker import Documents
 from starling.features.replicas.transfer_metrics import replica_metrics
-from starling.features.replicas.weights import note_weights
 from starling.features.worker_part import WorkerPart
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import RequestMetadata
@@ -21,8 +19,6 @@ class Split(WorkerPart):
 
     @classmethod
     def make(cls, vllm_config: Any) -> Split:
-        if has_peers(vllm_config) or has_library(vllm_config):
-            note_weights()
         replica_metrics()  # on /metrics also where no page is ever moved
         return cls()
 
@@ -43,10 +39,6 @@ def open_shard(worker: Any, name: str, page_ids: list[int]) -> dict[str, Any]:
 
 def close_shards(worker: Any, names: list[str]) -> None:
     kv_connector().close_shards(names)
-
-
-def forget_servers(worker: Any, servers: list[str]) -> None:
-    kv_connector().forget_servers(servers)
 
 
 PARTS = (Split.make,)

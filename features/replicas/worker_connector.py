@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -89,15 +88,10 @@ class WorkerConnector:
         self.reader.holds.note_released(loads.released)
 
     def start_loads(self, loads: PageLoads) -> None:
-        """Begin to read the pages of these loads, and end the cancelled ones."""
+        """Begin to read the pages of these loads."""
         assert self.reader is not None
-        for request_id in loads.cancelled:
-            if request_id in self._transfers:
-                self._fail(*self._transfers[request_id], TransferError("the replica that holds them was lost"))
         for load in loads.loads:
-            # The ranks of a server on several hosts have clocks of their own. Their engine has looked at its clock.
-            on_one_host = self.vllm_config.parallel_config.nnodes == 1
-            transfer = Transfer(load.deadline if on_one_host else math.inf)
+            transfer = Transfer()
             self._transfers[load.request_id] = load, transfer
             try:
                 for read in load.reads:
@@ -125,11 +119,6 @@ class WorkerConnector:
         """Pages of this replica whose loads have failed since the last call; vLLM computes them."""
         failed, self._failed_page_ids = self._failed_page_ids, set()
         return failed
-
-    def forget_servers(self, servers: list[str]) -> None:
-        """Close the connections to servers that are gone (agents.py has their names)."""
-        if self.reader is not None:
-            self.reader.forget(servers)
 
     def _end(self, request_id: str) -> None:
         del self._transfers[request_id]

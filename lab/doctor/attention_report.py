@@ -99,8 +99,8 @@ def unprofiled_memory(config: Any) -> dict[str, Any]:
     room for what comes later. ``bytes`` is None on a CPU.
     """
     from starling.attention_backends.star.head_calls import CONTIGUOUS_OUTPUT
-    from starling.features.asked import has_dense_heads
     from starling.features.documents.rules import is_made_for_documents
+    from starling.features.server_options import has_dense_heads
     from starling.features.star.rules import is_attamba, star_refusals
 
     if config.device_config.device_type == "cpu":

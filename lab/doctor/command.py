@@ -193,10 +193,10 @@ def replicas_of(replicas: Any, starling: Any, shards: str) -> dict[str, Any]:
         replicas: the engine's ReplicaSet, of more than one.
         shards: the server's default of ``star_shards``.
     """
-    refusal, peers = replicas.split_refusal, starling.replicas.peers
+    refusal = replicas.split_refusal
     no_shards = "prompts stay on one replica" if refusal else replicas.shards_refusal
     return {
-        "number": f"at most {replicas.size}: this server and {peers}" if peers else replicas.size,
+        "number": replicas.size,
         "split": f"no: {refusal}" if refusal else "yes",
         "shards": f"no: {no_shards}" if no_shards else f"yes, with star_shards=on (default {shards})",
         "timeout": starling.replicas.timeout,

@@ -55,7 +55,6 @@ def assign_blocks(
     anchor_work: float,
     replicas: Sequence[ReplicaState],
     max_replicas: int,
-    first: int | None = None,
 ) -> list[Assignment]:
     """Split blocks over at most ``max_replicas`` replicas, so that the last replica is done as early as possible.
 
@@ -63,7 +62,6 @@ def assign_blocks(
         sizes: (N,) float64, the work of each star block, 1 for B tokens; N is at least 1.
         anchor_work: the work of computing the anchor, A / B.
         replicas: all replicas, by index.
-        first: the replica that has to get the first range; None: the best one.
 
     Returns:
         Assignments in the order of their blocks, none empty; the first one's replica runs the query.
@@ -72,7 +70,7 @@ def assign_blocks(
         ValueError: the replicas' memory does not take all blocks.
     """
     before = _sums(sizes)
-    order = _order(before, replicas, first)[:max_replicas]
+    order = _order(before, replicas)[:max_replicas]
     uncached = {index: _uncached_before(sizes, replicas[index]) for index in order}
     low, high = 0.0, max(replica.load for replica in replicas) + float(before[-1]) + anchor_work
     for _ in range(BISECTIONS):
@@ -151,11 +149,11 @@ def _sums(sizes: np.ndarray) -> np.ndarray:
     return np.concatenate(([0.0], np.cumsum(sizes)))
 
 
-def _order(before: np.ndarray, replicas: Sequence[ReplicaState], first: int | None) -> list[int]:
+def _order(before: np.ndarray, replicas: Sequence[ReplicaState]) -> list[int]:
     """Replicas in the order in which they get blocks.
 
-    First the given one, else the one with the most leading work cached, less its load. The others follow by where
-    their cached blocks begin, then by load.
+    First the one with the most leading work cached, less its load. The others follow by where their cached blocks
+    begin, then by load.
 
     Args:
         before: the work before each block.
@@ -170,15 +168,14 @@ def _order(before: np.ndarray, replicas: Sequence[ReplicaState], first: int | No
         return num_blocks if flag else len(replica.cached)
 
     by_index = range(len(replicas))
-    if first is None:
-        first = min(
-            by_index,
-            key=lambda index: (
-                replicas[index].load - before[first_block(replicas[index], 0)],
-                replicas[index].cached.count(1),
-                index,
-            ),
-        )
+    first = min(
+        by_index,
+        key=lambda index: (
+            replicas[index].load - before[first_block(replicas[index], 0)],
+            replicas[index].cached.count(1),
+            index,
+        ),
+    )
     rest = sorted(
         (index for index in by_index if index != first),
         key=lambda index: (first_block(replicas[index], 1), replicas[index].load, index),

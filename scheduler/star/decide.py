@@ -176,7 +176,7 @@ def with_sizes(case: Case, documents: bool) -> Case:
 def needs_independent_blocks(engine: EngineFacts) -> bool:
     """Whether blocks that need the block before them would turn off what the server's replicas are for.
 
-    Over how many a prompt is split (``star_replicas``, peers that come and go) does not change what is computed.
+    Over how many a prompt is split (``star_replicas``) does not change what is computed.
     """
     return engine.replicas.size > 1 and engine.replicas.split_refusal is None
 
@@ -230,7 +230,7 @@ def with_replicas(case: Case, plan: StarPlan) -> StarPlan:
     """The plan with the replicas that its blocks are split over (raises OptionError: they have too little memory)."""
     replicas, wanted = case.engine.replicas, case.options.replicas
     limit = replicas.size if wanted == "auto" else wanted
-    usable = 1 if replicas.split_refusal or not plan.is_independent else min(limit, replicas.present or limit)
+    usable = 1 if replicas.split_refusal or not plan.is_independent else limit
     if usable == 1:
         return plan
     anchor_work = plan.anchor_size / plan.block_size

@@ -50,16 +50,14 @@ class ReplicaSet:
     """The replicas that one prompt may be split over.
 
     Attributes:
-        size: the data-parallel replicas of the server; with peers, how many servers there may be.
+        size: the data-parallel replicas of the server.
         split_refusal: why blocks can't be split over them; None where they can.
         shards_refusal: why the KV of such blocks can't be attended to where it is; None where it can.
-        present: with peers, how many servers there are now; None: ``size``.
     """
 
     size: int = 1
     split_refusal: str | None = None
     shards_refusal: str | None = None
-    present: int | None = None
 
 
 ONE_REPLICA = ReplicaSet()

@@ -10,7 +10,6 @@ they are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -86,11 +85,9 @@ class PageFetch:
 
     Attributes:
         sources: each begins where the one before it ends.
-        deadline: the fetch may begin until then (features/replicas/clock.py): another server may free its pages later.
     """
 
     sources: tuple[PageSource, ...]
-    deadline: float = math.inf
 
     def span(self, page_size: int) -> tuple[int, int]:
         """First position of the pages, and the one after their last."""

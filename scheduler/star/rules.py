@@ -133,7 +133,7 @@ def _too_many_replicas(case: Case) -> str | None:
     size, wanted = case.engine.replicas.size, case.options.replicas
     if wanted == "auto" or wanted <= size:
         return None
-    return f"this server has {size} (--data-parallel-size, --star-replica-peers)"
+    return f"this server has {size} (--data-parallel-size)"
 
 
 def _dependent(case: Case) -> str | None:
@@ -248,7 +248,7 @@ SIZE_RULES = (
         "the server has one replica",
         _shards(
             lambda c: (
-                "this server has one replica (--data-parallel-size, --star-replica-peers)"
+                "this server has one replica (--data-parallel-size)"
                 if c.engine.replicas.size == 1
                 else c.engine.replicas.split_refusal or c.engine.replicas.shards_refusal
             )

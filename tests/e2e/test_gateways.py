@@ -1,4 +1,4 @@
-"""SMG over gRPC and vllm-router over HTTP, each in front of two servers that are peers; and VllmEngine by itself."""
+"""SMG over gRPC and vllm-router over HTTP, each in front of two servers; and VllmEngine by itself."""
 
 import hashlib
 import itertools
@@ -71,16 +71,12 @@ def fleet(tmp_path_factory):
     options = ["--served-model-name", MODEL, "--dtype", "float32", "--block-size", str(PAGE), "--enforce-eager"]
     options += ["--max-num-batched-tokens", "256", "--enable-prompt-tokens-details", "--grpc-admin-key", ADMIN_KEY]
     options += ["--star", "on", "--star-block-size", str(BLOCK), "--star-segments", "|"]
-    options += ["--star-replica-peers", ",".join(f"127.0.0.1:{port}" for port in ports)]
-    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
-        patch.setenv("STARLING_REPLICA_KEY", "key-of-peers")
-        patch.setenv("VLLM_HOST_IP", "127.0.0.1")
+    with ExitStack() as stack:
         servers = [
             stack.enter_context(serving(model, *options, log=folder / f"log{number}", grpc_port=port))
             for number, port in enumerate(ports)
         ]
         fleet = Fleet(servers, stack)
-        assert wait_until(lambda: fleet.count("starling:usable_peers") == [1, 1])
         assert fleet.count("vllm:prompt_tokens_total") == [0, 0], "the package's own warm-up is off"
         yield fleet
 
@@ -124,7 +120,7 @@ def streamed(http: httpx.Client, path: str, **fields) -> str:
 def test_completions_and_chats_are_those_of_a_server(gateways, fleet, name):
     gateway, star = gateways[name], sum(fleet.count("starling:requests_total"))
     prompt = new_prompt()
-    expected = text_of(complete(fleet.http[0], prompt, vllm_xargs={"star_replicas": 1}))
+    expected = text_of(complete(fleet.http[0], prompt))
     response = complete(gateway, prompt)
     assert text_of(response) == expected
     assert streamed(gateway, "/v1/completions", prompt=prompt) == expected
@@ -280,9 +276,7 @@ class TestVllmEngine:
 
     def test_an_operator_empties_the_cache(self, fleet, stub):
         prompt = new_prompt()
-        cached = [
-            text_of(complete(fleet.http[0], prompt, vllm_xargs={"star_replicas": 1})) and _cached(fleet.http[0], prompt)
-        ]
+        cached = [text_of(complete(fleet.http[0], prompt)) and _cached(fleet.http[0], prompt)]
         stub.FlushCache(_empty("FlushCache"), metadata=OPERATOR)
         cached.append(_cached(fleet.http[0], prompt))
         assert cached == [1984, 0]
@@ -384,7 +378,12 @@ def test_a_router_sends_documents_where_they_are(fleet, tmp_path):
         httpx.Client(base_url=url, timeout=300) as router,
     ):
         for http, texts in zip(fleet.http, documents, strict=True):
-            text_of(complete(http, "|".join([head, *texts]) + question, vllm_xargs={"star_replicas": 1}))
+            text_of(
+                complete(
+                    http,
+                    "|".join([head, *texts]) + question,
+                )
+            )
         before = fleet.count("starling:computed_tokens_total")
         for texts in documents:
             response = complete(router, "|".join([head, *texts[::-1]]) + question)

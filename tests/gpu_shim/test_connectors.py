@@ -20,7 +20,7 @@ pytestmark = pytest.mark.engine
 
 
 def library_and_replicas(folder: Path) -> dict[str, Any]:
-    """The connector of an engine with ``star_library`` and peers, as engine_ext/start/library_connector.py makes it."""
+    """Return the connector of an engine with a library and replicas, as start/library_connector.py makes it."""
     tier = {"type": "LibraryTier", "module_path": "starling.features.library.tier", "root_dir": str(folder)}
     library = {
         "kv_connector": "LibraryConnector",

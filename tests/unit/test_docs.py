@@ -17,7 +17,6 @@ import markdown
 import pytest
 
 from starling.config.entry import parse_config
-from starling.config.replicas import KEY_ENV
 from starling.config.star import parse_options
 from starling.engine_ext.serving.cli.main import COMMANDS
 from starling.engine_ext.serving.cli.serve_args import parse
@@ -192,7 +191,6 @@ def test_what_a_rule_allows_is_told_in_words():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_servers_and_requests_have_options_that_exist(page, monkeypatch):
-    monkeypatch.setenv(KEY_ENV, "key")
     text = (ROOT / page).read_text(encoding="utf-8")
     for arguments in servers(text):
         parse(shlex.split(arguments))

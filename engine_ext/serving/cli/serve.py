@@ -23,8 +23,6 @@ from vllm.logger import configure_logging_from_args, init_logger
 from vllm.platforms import current_platform
 from vllm.utils.system_utils import decorate_logs
 
-from starling.config.entry import StarlingConfig, config_of
-from starling.config.replicas import KEY_ENV, join_address
 from starling.engine_ext.environment import ADMIN_KEY_ENV
 from starling.engine_ext.front.bounds import MAX_CHOICES, MAX_CHOICES_ENV
 from starling.engine_ext.front.client_keys import api_keys
@@ -34,13 +32,11 @@ from starling.engine_ext.serving.cli.cores import CORES_ENV, bound_cores, core_b
 from starling.engine_ext.serving.cli.cpu_memory import memory_share
 from starling.engine_ext.serving.cli.hooks import NotHooked, check_hooks, install_hooks
 from starling.engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
-from starling.engine_ext.serving.grpc.addresses import LOOPBACK, AdminOptions
-from starling.engine_ext.serving.grpc.auth import peer_credentials, server_credentials
+from starling.engine_ext.serving.grpc.addresses import LOOPBACK, AdminOptions, join_address
+from starling.engine_ext.serving.grpc.auth import server_credentials
 from starling.engine_ext.serving.grpc.prompt_inputs import chat_params
-from starling.engine_ext.serving.grpc.replica_service import ReplicaServicer
 from starling.engine_ext.serving.grpc.server import GRACE_SECONDS, Front
 from starling.engine_ext.serving.http.keepalive import KEEP_ALIVE_ENV, KEEP_ALIVE_SECONDS, end_lost_connections
-from starling.features.replicas.split.peers import PeerDirectory, own_identity
 from starling.vllm_compat.config import is_of_configuration, plain_message
 from starling.vllm_compat.front import around_shutdown
 from starling.vllm_compat.server_socket import on_server_socket, set_up_environment, validate_serve_args
@@ -263,18 +259,8 @@ async def start_front(engine: Any, args: Namespace, port: int, admin: AdminOptio
     host = args.host or LOOPBACK
     credentials = server_credentials(args)
     show_cached = args.enable_prompt_tokens_details
-    options = (config_of(engine.vllm_config) or StarlingConfig()).replicas
-    replica, key = None, os.environ.get(KEY_ENV) or None
-    if options.peers:
-        replica = ReplicaServicer(engine, await own_identity(engine, split_state(engine).rpc))
-    front = Front(engine, api_keys(args), chat_params(args), admin, show_cached, replica, key)
-    address = join_address(host, await front.start(join_address(host, port), credentials))
-    if replica is not None:
-        assert key is not None
-        front.peers = PeerDirectory(options, replica.identity, key, peer_credentials(args))
-        await front.peers.start()
-        split_state(engine).set_peers(front.peers)
-    return front, address
+    front = Front(engine, api_keys(args), chat_params(args), admin, show_cached)
+    return front, join_address(host, await front.start(join_address(host, port), credentials))
 
 
 def stop_before_engine(engine: Any, front: Front) -> None:

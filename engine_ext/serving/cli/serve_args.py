@@ -15,7 +15,6 @@ from starling.config.entry import (
     CHOICES,
     ENTRY,
     LIVE_PAGE,
-    REPLICAS,
     SCHEDULING,
     STAR_ADAPTER,
     STAR_HEADS,
@@ -25,12 +24,10 @@ from starling.config.entry import (
 from starling.config.library import FORM
 from starling.config.parsing import OptionError, meant
 from starling.config.presets import PRESET, PRESETS
-from starling.config.replicas import KEY_ENV, ReplicaOptions
 from starling.config.scheduling import SchedulingOptions
 from starling.config.star import QUALITY_SIZES, SHARED, StarOptions, flat_name, parse_options
 from starling.engine_ext.environment import (
     ADMIN_KEY_ENV,
-    SERVES_PEERS,
     refuse_missing_plugin,
     refuse_rust_front,
 )
@@ -82,7 +79,7 @@ class Flag:
 
     Attributes:
         dest: the flag's name in the parsed namespace: ``star_block_size``.
-        path: of the value in the entry: ``("star_block_size",)``, ``("replicas", "peers")``.
+        path: of the value in the entry: ``("star_block_size",)``, ``("scheduler", "fairness")``.
         keywords: of argparse's add_argument.
     """
 
@@ -160,11 +157,6 @@ FLAGS = (
     Flag(STAR_HEADS, (STAR_HEADS,), {"metavar": "FILE", "help": STAR_HEADS_HELP}),
     Flag(STAR_ADAPTER, (STAR_ADAPTER,), {"metavar": "DIR", "help": STAR_ADAPTER_HELP}),
     Flag(STAR_LIBRARY, (STAR_LIBRARY,), {"metavar": FORM, "help": STAR_LIBRARY_HELP}),
-    Flag(
-        "star_replica_peers",
-        (REPLICAS, "peers"),
-        {"metavar": "HOST:PORT,...", "help": ReplicaOptions.model_fields["peers"].description},
-    ),
     choice(CACHE_SALT, CACHE_SALT_HELP),
     choice(LIVE_PAGE, LIVE_PAGE_HELP),
     choice("fairness", f"{SchedulingOptions.model_fields['fairness'].description} (default: on)", SCHEDULING),
@@ -310,11 +302,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, int | None]:
     refuse_rust_front(os.environ)
     # vLLM refuses a gRPC port except with its Rust front.
     grpc_port, args.grpc_port = args.grpc_port, None
-    refuse_peers_without(args, grpc_port, os.environ)
     if grpc_port is not None:
         refuse_grpc_with(args, grpc_port)
         args.api_server_count = None  # one, also with several data-parallel engines
-        setattr(args, SERVES_PEERS, True)
     elif args.data_parallel_size > 1 and args.api_server_count is None and not args.headless:
         args.api_server_count = 1  # vLLM's default is one for each replica, and they would run on the replicas' cores
     return args, grpc_port
@@ -341,24 +331,6 @@ def activate(additional_config: Any, values: Mapping[str, Any]) -> dict[str, Any
     merged = {**additional_config, ENTRY: entry}
     parse_config(merged)
     return merged
-
-
-def refuse_peers_without(args: argparse.Namespace, grpc_port: int | None, environ: Mapping[str, str]) -> None:
-    """Refuse peers that could not call this server, or would need no key for it (raises ValueError)."""
-    config = parse_config(args.additional_config)
-    if config is None or not config.replicas.peers:
-        return
-    key = environ.get(KEY_ENV, "")
-    for refused, reason in (
-        (grpc_port is None, "peers call one another over gRPC: give --grpc-port"),
-        (not key, f"peers need a key to call one another: set {KEY_ENV}, to the same value on each"),
-        (
-            key != key.strip() or not key.isascii() or not key.isprintable(),
-            f"gRPC can't send the key of {KEY_ENV}: not all of it is printable ASCII, or it has a space at an end",
-        ),
-    ):
-        if refused:
-            raise ValueError(f"--star-replica-peers {config.replicas.peers} is refused: {reason}")
 
 
 def refuse_grpc_with(args: argparse.Namespace, grpc_port: int) -> None:

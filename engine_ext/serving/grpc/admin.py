@@ -209,7 +209,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             reason = "request_ids needs at least one id, and no id may be empty"
             raise VLLMValidationError(reason, parameter="request_ids")
         response = pb.AbortResponse()
-        state, split = front_state(self.engine), split_state(self.engine)
+        state = front_state(self.engine)
         for request_id in dict.fromkeys(request_ids):
             of_fronts, of_engine = unfinished_ids(self.engine)
             # The engine does not know a split prompt that waits for memory, or whose parts have just ended.
@@ -218,8 +218,6 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             if front_ids:
                 await self.engine.abort(front_ids)
             elif engine_ids:
-                for part in filter(None, (request_state(self.engine, name) for name in engine_ids)):
-                    split.leases.abort(part.external_req_id)
                 await self.engine.abort(engine_ids, internal=True)
             (response.found if front_ids or engine_ids else response.unknown).append(request_id)
         logger.info("admin: aborted %d of %d requests", len(response.found), len(request_ids))

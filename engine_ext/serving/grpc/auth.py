@@ -16,15 +16,12 @@ from starling.engine_ext.front.client_keys import bearer_key, digest, has_valid_
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"
 ADMIN_PREFIX = "/starling.v1.AdminService/"
-REPLICA_PREFIX = "/starling.v1.ReplicaService/"
 GATEWAY_PREFIX = "/vllm.grpc.engine.VllmEngine/"
 ADMIN_METHODS = (ADMIN_PREFIX, *(f"{GATEWAY_PREFIX}{name}" for name in ("FlushCache", "StartProfile", "StopProfile")))
 """Prefixes of the methods that need the admin key, and no API key."""
 
 KV_EVENTS = f"{GATEWAY_PREFIX}SubscribeKvEvents"
 """Its answers have the tokens of all clients' prompts, and it runs as long as its client."""
-
-WRONG_REPLICA_KEY = "ReplicaService needs the metadata `authorization: Bearer KEY` with the key of STARLING_REPLICA_KEY"
 
 SEVERAL_KEYS = "the metadata has several `authorization`: send one"
 
@@ -62,12 +59,10 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
 
     Args:
         api_keys: the valid keys; none: calls need no key.
-        replica_key: the key of ReplicaService, whose calls need no API key; None: the server has no such service.
     """
 
-    def __init__(self, api_keys: Sequence[str], replica_key: str | None = None) -> None:
+    def __init__(self, api_keys: Sequence[str]) -> None:
         self.digests = [digest(key) for key in api_keys]
-        self.replica_digests = [] if replica_key is None else [digest(replica_key)]
         # KV events have the tokens of all clients: where these have keys, only the admin key allows them.
         self.admin_methods = (*ADMIN_METHODS, *([KV_EVENTS] if api_keys else []))
         self.draining = False
@@ -80,7 +75,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if handler is None or method.startswith((HEALTH_PREFIX, *self.admin_methods)):
             return handler
-        text = self.refusal(method, handler_call_details.invocation_metadata)
+        text = self.refusal(handler_call_details.invocation_metadata)
         if text is not None:
             return refusal_handler(handler, grpc.StatusCode.UNAUTHENTICATED, text)
         if self.draining:
@@ -91,12 +86,10 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
             task.add_done_callback(self.calls.discard)
         return handler
 
-    def refusal(self, method: str, metadata: Metadata) -> str | None:
+    def refusal(self, metadata: Metadata) -> str | None:
         """Why a call's metadata does not allow the call; None: it does."""
         if has_several_keys(metadata):
             return SEVERAL_KEYS
-        if method.startswith(REPLICA_PREFIX):
-            return None if has_valid_key(authorization(metadata), self.replica_digests) else WRONG_REPLICA_KEY
         if not self.digests or has_valid_key(authorization(metadata), self.digests):
             return None
         return "this server needs the metadata `authorization: Bearer <API key>`"
@@ -170,22 +163,6 @@ def server_credentials(args: Namespace) -> grpc.ServerCredentials | None:
 
     renew = certificates if args.enable_ssl_refresh else lambda: None
     return grpc.dynamic_ssl_server_credentials(certificates(), renew, require)
-
-
-def peer_credentials(args: Namespace) -> grpc.ChannelCredentials | None:
-    """Credentials for calls of peers, which have the same --ssl-* options; None where these give no certificate.
-
-    A peer's certificate is checked against --ssl-ca-certs, or, without it, has to be signed by --ssl-certfile.
-
-    Raises:
-        OSError: a file of the options can't be read.
-    """
-    if not (args.ssl_certfile and args.ssl_keyfile):
-        return None
-    authorities = Path(args.ssl_ca_certs or args.ssl_certfile).read_bytes()
-    return grpc.ssl_channel_credentials(
-        authorities, Path(args.ssl_keyfile).read_bytes(), Path(args.ssl_certfile).read_bytes()
-    )
 
 
 def add_port(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:

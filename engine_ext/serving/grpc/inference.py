@@ -36,8 +36,8 @@ from starling.engine_ext.serving.grpc.sampling import TEXT_FIELDS, constraint_pa
 from starling.engine_ext.serving.grpc.tokenizing import Tokenizing
 from starling.engine_ext.serving.grpc.upload import Upload, as_upload_event, upload_quota
 from starling.engine_ext.serving.grpc.warming import Warming
-from starling.features.asked import has_library
 from starling.features.front_part import TRACE_HEADERS
+from starling.features.server_options import has_library
 from starling.reply import Reply
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc

@@ -11,18 +11,14 @@ from grpc_reflection.v1alpha import reflection
 from vllm.logger import init_logger
 from vllm.renderers import ChatParams
 
-from starling.config.replicas import join_address
-from starling.engine_ext.front.front_state import split_state
 from starling.engine_ext.serving.grpc import admin as admin_service
-from starling.engine_ext.serving.grpc.addresses import NO_ADMIN, AdminOptions
+from starling.engine_ext.serving.grpc.addresses import NO_ADMIN, AdminOptions, join_address
 from starling.engine_ext.serving.grpc.admin import AdminInterceptor, AdminServicer, start_admin_server
 from starling.engine_ext.serving.grpc.arrivals import ArrivalInterceptor
 from starling.engine_ext.serving.grpc.auth import AuthInterceptor, NoteClient, add_port
 from starling.engine_ext.serving.grpc.inference import SERVICE, Inference
 from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES, server_options
-from starling.engine_ext.serving.grpc.replica_service import ReplicaServicer
-from starling.features.replicas.split.peers import PeerDirectory
-from starling.v1 import admin_pb2_grpc, inference_pb2_grpc, replica_pb2_grpc
+from starling.v1 import admin_pb2_grpc, inference_pb2_grpc
 
 logger = init_logger("vllm.starling")
 
@@ -40,8 +36,6 @@ class Front:
         chat: how chat messages are rendered.
         admin: where AdminService is served.
         show_cached: whether responses say how many tokens were cached (vLLM's --enable-prompt-tokens-details).
-        replica: what this server does for its peers; None: it has none.
-        replica_key: with which peers call it.
     """
 
     def __init__(
@@ -51,14 +45,12 @@ class Front:
         chat: ChatParams | None = None,
         admin: AdminOptions = NO_ADMIN,
         show_cached: bool = False,
-        replica: ReplicaServicer | None = None,
-        replica_key: str | None = None,
     ) -> None:
         self.engine = engine
         self.admin = admin
         self.admin_server: grpc.aio.Server | None = None
         self.admin_port: int | None = None
-        self.auth = AuthInterceptor(api_keys, replica_key)
+        self.auth = AuthInterceptor(api_keys)
         self.arrivals = ArrivalInterceptor(self.auth.client_of)
         operators = AdminInterceptor(admin.key, own_port=False, methods=self.auth.admin_methods)
         interceptors = [self.auth, operators, NoteClient(show_cached), self.arrivals]
@@ -70,12 +62,9 @@ class Front:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self.inference, self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(self._admin_servicer(), self.server)
-        if replica is not None:
-            replica_pb2_grpc.add_ReplicaServiceServicer_to_server(replica, self.server)
         self.services = [SERVICE, *self._add_gateway()]
         names = (*self.services, admin_service.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.server)
-        self.peers: PeerDirectory | None = None  # that this server looks for while it serves
         self.engine_died = False
         self.port: int | None = None
         self._watchdog: asyncio.Task | None = None
@@ -125,11 +114,9 @@ class Front:
         return self.port
 
     async def _watch_engine(self) -> None:
-        """Report NOT_SERVING when the engine dies, even if no call is made. Tell it which peers are gone until then."""
+        """Report NOT_SERVING when the engine dies, even if no call is made."""
         while not self.engine.errored:
             await asyncio.sleep(HEALTH_CHECK_SECONDS)
-            if self.peers is not None and (gone := self.peers.take_gone()):
-                split_state(self.engine).forget_servers(self.engine, gone)
         logger.error("gRPC: the engine has died; every call gets UNAVAILABLE")
         await self.health.enter_graceful_shutdown()
 
@@ -142,8 +129,6 @@ class Front:
     async def _stop(self, grace: float) -> None:
         if self._watchdog is not None:
             self._watchdog.cancel()
-        if self.peers is not None:
-            await self.peers.stop()
         self.engine_died = self.engine.errored
         await self.stop_admitting()
         if await self.auth.drain(grace):

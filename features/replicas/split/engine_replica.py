@@ -1,10 +1,8 @@
-"""A replica that is one of this server's engines: what it has cached, the prefill of its part, and what it holds."""
+"""One engine of the server, for one split prompt: what it has cached, the prefill of its part, the pages it holds."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import math
 import uuid
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,35 +14,39 @@ from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
 from starling.features.adapter.lora import adapter_fields
-from starling.features.replicas.replica_calls import (
-    CANCEL_FETCH,
-    EXTEND_FETCH,
-    IS_PAUSED,
-    OPEN_SHARD,
-    RELEASE,
-    REPLICA_STATE,
-    WEIGHTS_CHANGED_BY,
-)
+from starling.features.replicas.replica_calls import OPEN_SHARD, PING, RELEASE, REPLICA_STATE
 from starling.features.replicas.split.kv_reservations import Reservation
-from starling.features.replicas.split.replica import HeldPart, PartAborted
-from starling.features.replicas.split.replica_rpc import (
-    ReplicaPaused,
-    ReplicaTimeout,
-    ReplicaUnavailable,
-    WeightsChanged,
-)
+from starling.features.replicas.split.replica_rpc import ReplicaTimeout
 from starling.features.replicas.split.split_state import SplitState
 from starling.scheduler.star.client_tokens import block_range
 from starling.scheduler.star.decide import PLANNED
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import KEY, PageSource, PromptPart, RequestMetadata
-from starling.v1 import replica_pb2 as pb
 from starling.vllm_compat.front import run_internal_request
 
 logger = init_logger("vllm.starling")
 
 HEALTH_CHECK_SECONDS = 5.0
 """How often a replica with a part under way, or to come, is called, to see whether it answers."""
+
+
+class PartAborted(Exception):
+    """A client has aborted a part of a prompt, by the request's id."""
+
+
+@dataclass(frozen=True)
+class HeldPart:
+    """A part that is prefilled; its replica holds the pages.
+
+    Attributes:
+        name: under which the replica holds them.
+        source: where they are.
+        query_addresses: where each tensor-parallel rank takes queries, if the part is a shard.
+    """
+
+    name: str
+    source: PageSource
+    query_addresses: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -73,27 +75,6 @@ class SplitPrompt:
     def encoded_ids(self) -> msgspec.Raw:
         """The tokens as msgpack, encoded once for all replicas."""
         return msgspec.Raw(msgspec.msgpack.encode(self.token_ids))
-
-    @cached_property
-    def message(self) -> pb.PrefillPartRequest:
-        """The prompt for other servers, made once for all of them: a million tokens take 40 ms.
-
-        Raises:
-            ValueError: a token or the priority is no number that a server takes.
-        """
-        return pb.PrefillPartRequest(
-            prompt={
-                "request_id": self.request_id,
-                "token_ids": self.token_ids,
-                "block_size": self.plan.block_size,
-                "anchor_size": self.plan.anchor_size,
-                "context_end": self.plan.context_end,
-                "cache_salt": self.inputs.get("cache_salt"),
-                "priority": self.keywords.get("priority", 0),
-                "blocks": [{"start": start, "stop": stop} for start, stop in self.plan.documents],
-                "adapter": self.plan.adapter,
-            }
-        )
 
     def part(self, first_block: int, stop_block: int) -> tuple[int, int]:
         """The positions [start, stop) of some star blocks, as far as they are whole pages."""
@@ -124,7 +105,7 @@ async def while_answering(checks: Iterable[Any], work: Awaitable[Any], under_way
 
 
 class EngineReplica:
-    """An engine of this server as a Replica (replica.py), which can run the whole request too.
+    """An engine of this server, for one prompt: it prefills a part, holds its pages, and can run the whole request.
 
     Args:
         state: what the front keeps of the replicas.
@@ -132,14 +113,10 @@ class EngineReplica:
         rank: of the engine.
         prompt: the prompt, a part of which it may prefill.
         under_way: has the parts that run, each of which ends with its task.
-        fails_if_paused: whether a paused engine counts as unavailable, since memory of another server waits for it.
-            Otherwise requests wait until it is resumed, as vLLM's own do.
 
     Attributes:
         reservation: the memory that this server reserves there for the prompt; None: none is.
     """
-
-    has_lost_pages = False
 
     def __init__(
         self,
@@ -148,11 +125,8 @@ class EngineReplica:
         rank: int,
         prompt: SplitPrompt,
         under_way: set[asyncio.Future],
-        fails_if_paused: bool,
     ) -> None:
         self.front, self.engine, self.rank, self.prompt, self.under_way = state, engine, rank, prompt, under_way
-        self.fails_if_paused = fails_if_paused
-        self.label = str(rank)
         self.rpc = state.rpc
         self.reservation: Reservation | None = None
         self.has_anchor = False
@@ -167,22 +141,11 @@ class EngineReplica:
         return await self.rpc.call(self.engine, self.rank, name, *args)
 
     async def check(self) -> None:
-        """Find out whether the engine goes on with its work (raises ReplicaUnavailable, ReplicaPaused)."""
-        if await self._call(IS_PAUSED) and self.fails_if_paused:
-            raise ReplicaPaused("the engine is paused")
-
-    async def check_weights(self) -> None:
-        """Find out whether the weights are still those by which servers found out that they are peers.
-
-        Raises:
-            WeightsChanged: they may not be.
-            ReplicaUnavailable: the replica does not answer.
-        """
-        self.front.note_weights(await self._call(WEIGHTS_CHANGED_BY))
-        if (changed_by := self.front.weights_changed_by) is not None:
-            raise WeightsChanged(f"the engine's weights may have changed since its start, by {changed_by}")
+        """Find out whether the engine answers (raises ReplicaUnavailable). A paused one does."""
+        await self._call(PING)
 
     async def state(self) -> dict[str, Any]:
+        """Return what replica_state.py says of the prompt (raises ReplicaUnavailable)."""
         plan, salt = msgspec.to_builtins(self.prompt.plan), self.prompt.inputs.get("cache_salt")
         adapter = adapter_fields(self.prompt.lora)
         state: dict[str, Any] = await self._call(REPLICA_STATE, self.prompt.encoded_ids, plan, salt, adapter)
@@ -242,19 +205,6 @@ class EngineReplica:
         if held is None:
             raise PartAborted
         return HeldPart(held["name"], PageSource(**held["source"]))
-
-    async def renew(self) -> float:
-        return math.inf  # the pages are held until this front releases them
-
-    async def extend_fetch(self, engine_request_ids: list[str], deadline: float) -> None:
-        """Let requests begin to fetch their pages until another time (raises as ``check``)."""
-        await self.check()
-        await self._call(EXTEND_FETCH, engine_request_ids, deadline)
-
-    async def cancel_fetch(self, engine_request_ids: list[str]) -> None:
-        """Let requests fetch nothing more. An engine that hangs does so when it is back: pages may be gone by then."""
-        with contextlib.suppress(ReplicaUnavailable):
-            await self.rpc.call(self.engine, self.rank, CANCEL_FETCH, engine_request_ids, always=True)
 
     async def settle(self) -> None:
         """Wait until a request that was ended before reads no more pages; raises nothing."""

@@ -31,20 +31,11 @@ class KVReservations:
             while not self._are_free(num_pages, capacity):
                 self.changed.clear()
                 await self.changed.wait()
-            return self._reserve(num_pages)
-
-    def reserve_at_once(self, num_pages: Mapping[int, int], capacity: Mapping[int, int]) -> Reservation | None:
-        """As ``reserve``; None where it would have to wait."""
-        if self.turn.locked() or not self._are_free(num_pages, capacity):
-            return None
-        return self._reserve(num_pages)
+            self.reserved.update(num_pages)
+            return Reservation(self, num_pages)
 
     def _are_free(self, num_pages: Mapping[int, int], capacity: Mapping[int, int]) -> bool:
         return all(self.reserved[replica] + count <= capacity[replica] for replica, count in num_pages.items())
-
-    def _reserve(self, num_pages: Mapping[int, int]) -> Reservation:
-        self.reserved.update(num_pages)
-        return Reservation(self, num_pages)
 
 
 class Reservation:

@@ -12,14 +12,6 @@ class ReplicaUnavailable(Exception):
     """A replica can't be reached, or does not answer."""
 
 
-class ReplicaPaused(ReplicaUnavailable):
-    """An operator has paused a replica's engine, which may last for ever; memory of another server waits for it."""
-
-
-class WeightsChanged(ReplicaUnavailable):
-    """A replica's weights may have changed since its start: its KV can't be mixed with that of another server."""
-
-
 class ReplicaTimeout(ReplicaUnavailable):
     """A replica has not answered in time.
 

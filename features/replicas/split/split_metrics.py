@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter
 
 
 class SplitMetrics:
@@ -21,13 +21,6 @@ class SplitMetrics:
         self.shard_requests = Counter(
             "starling:shard_requests", "Requests whose KV stayed on the replicas that computed it."
         )
-        self.usable_peers = Gauge(
-            "starling:usable_peers", "Other servers that prompts are split with now.", multiprocess_mode="livemax"
-        )
-        self.peers_left_out = Counter(
-            "starling:peers_left_out", "Times that a peer was left out for a while, because a call to it had failed."
-        )
-        self.peer_parts = Counter("starling:peer_parts", "Parts of other servers' prompts that were prefilled here.")
 
     def count_split(self, blocks_of: Mapping[str, int], seconds: float) -> None:
         """Count one split prompt; ``blocks_of`` maps each replica to its number of star blocks."""

@@ -19,7 +19,6 @@ import asyncio
 import contextlib
 import math
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,12 +28,16 @@ from vllm.sampling_params import SamplingParams
 
 from starling.features.front_part import FrontRequest, empty_output
 from starling.features.replicas.page_transfer import layout_mismatch
-from starling.features.replicas.split.end_of_reads import renew_all, until_ended, until_fetched
-from starling.features.replicas.split.engine_replica import EngineReplica, SplitPrompt, while_answering
+from starling.features.replicas.split.end_of_reads import until_ended, until_fetched
+from starling.features.replicas.split.engine_replica import (
+    EngineReplica,
+    HeldPart,
+    PartAborted,
+    SplitPrompt,
+    while_answering,
+)
 from starling.features.replicas.split.part_span import part_span
-from starling.features.replicas.split.peer_replica import PeerReplica
-from starling.features.replicas.split.replica import HeldPart, PartAborted, Replica
-from starling.features.replicas.split.replica_rpc import ReplicaUnavailable, WeightsChanged
+from starling.features.replicas.split.replica_rpc import ReplicaUnavailable
 from starling.features.replicas.split.split_metrics import split_metrics
 from starling.features.replicas.split.split_state import SplitState
 from starling.scheduler.star.assignment import Assignment, ReplicaState, assign_blocks
@@ -88,7 +91,7 @@ class SplitPrefill:
         self.engine, self.request_id = request.engine, request.request_id
         self.token_ids: Sequence[int] = planned.token_ids
         self.plan: StarPlan = planned.plan
-        self.capacity: dict[int, int] = {}  # replica -> pages of its memory, where this server reserves it
+        self.capacity: dict[int, int] = {}  # rank -> pages of its memory
         self.admission: Admission  # made before the request can be aborted
         self.aborted = asyncio.Event()
         self.aborted_ids: list[str] = []  # the engine's own, of what it had at each abort
@@ -98,14 +101,10 @@ class SplitPrefill:
         shared = SplitPrompt(
             self.request_id, padded, self.plan, page_size, request.prompt, request.keywords, request.lora
         )
-        peers = state.peers.usable if state.peers is not None else []
-        self.own_replicas = {
-            rank: EngineReplica(state, self.engine, rank, shared, self.under_way, bool(peers))
+        self.replicas = {
+            rank: EngineReplica(state, self.engine, rank, shared, self.under_way)
             for rank in range(num_engine_cores(self.engine))
         }
-        others = [PeerReplica(peer, shared, state.rpc.timeout) for peer in peers]
-        self.replicas: dict[int, Replica] = {**self.own_replicas, **dict(enumerate(others, len(self.own_replicas)))}
-        self.holders: list[Replica] = []  # whose pages the request reads
         self.reader: EngineReplica | None = None  # the replica whose request may read pages of others now
         self.has_output = False
         self._releasing: asyncio.Task | None = None
@@ -141,7 +140,7 @@ class SplitPrefill:
                 yield empty_output(self.request_id, self.token_ids, params.n)
                 return
             rank, task = prepared
-            self.reader = None if task is None else self.own_replicas[rank]
+            self.reader = None if task is None else self.replicas[rank]
             if task is None:  # nothing reads the parts, and another request may wait for their pages
                 self.release()
             elif isinstance(task, RemoteShards):
@@ -174,34 +173,26 @@ class SplitPrefill:
         states = await self._replica_states()
         ranks = list(states)
         anchor_work = self.plan.anchor_size / self.plan.block_size
-        own_places = [index for index, rank in enumerate(ranks) if rank in self.own_replicas]
-        own = own_places[0] if len(own_places) < len(ranks) else None  # the range of the whole request's replica
-        by_index = assign_blocks(work(self.plan), anchor_work, list(states.values()), self.plan.replicas, own)
+        by_index = assign_blocks(work(self.plan), anchor_work, list(states.values()), self.plan.replicas)
         assignments = [replace(assignment, replica=ranks[assignment.replica]) for assignment in by_index]
         first = assignments[0].replica
-        self.holders = [self.replicas[each.replica] for each in assignments[1:]]
         for number in self.replicas.keys() - {each.replica for each in assignments}:
             self._start(self.replicas[number].release())
         if len(assignments) == 1:
             return first, None
         try:
-            # Other servers reserve their parts at once, or refuse them: none must wait for another one's memory.
-            own_parts = [each for each in assignments if each.replica in self.capacity]
-            await self._reserve(self._demand.pages_of(own_parts, params))
+            await self._reserve(self._demand.pages_of(assignments, params))
             parts = await self._prefill(assignments)
         except PartAborted:
             return None
         except ReplicaUnavailable as error:
             if self.plan.shards:  # one replica may not have the memory
                 raise
-            own_ranks = [ranks[index] for index in own_places]
-            rank = next((rank for rank in own_ranks if not self.own_replicas[rank].has_failed), own_ranks[0])
+            rank = next((rank for rank in ranks if not self.replicas[rank].has_failed), ranks[0])
             logger.error("%s: %s; replica %d computes the whole prompt", self.request_id, error, rank)
             return rank, None
-        task = await self._task(parts)
-        blocks: Counter[str] = Counter()  # by the replica's name in metrics
-        for each in assignments:
-            blocks[self.replicas[each.replica].label] += each.stop - each.first
+        task = self._task(parts)
+        blocks = {str(each.replica): each.stop - each.first for each in assignments}
         split_metrics().count_split(blocks, time.monotonic() - started)
         return first, task
 
@@ -211,9 +202,9 @@ class SplitPrefill:
         async def reserve() -> None:
             reservation = await self.state.reservations.reserve(wanted, self.capacity)
             for rank in wanted:
-                self.own_replicas[rank].reservation = reservation
+                self.replicas[rank].reservation = reservation
 
-        await while_answering([self.own_replicas[rank].check for rank in wanted], reserve(), self.under_way)
+        await while_answering([self.replicas[rank].check for rank in wanted], reserve(), self.under_way)
 
     def _start(self, work: Any) -> asyncio.Task:
         """Begin a task that the request's end cancels, and waits for."""
@@ -266,15 +257,11 @@ class SplitPrefill:
     def _demand(self) -> KVDemand:
         return KVDemand(self.plan, self.page_size, self.capacity)
 
-    async def _task(self, parts: Sequence[HeldPart | None]) -> Task | None:
-        """What the whole request does with the pages of the finished parts."""
+    def _task(self, parts: Sequence[HeldPart | None]) -> Task | None:
+        """Return what the whole request does with the pages of the finished parts."""
         if not self.plan.shards:
-            try:
-                deadline = await renew_all(self.holders)
-            except ReplicaUnavailable:
-                return None
             sources = tuple(part.source for part in parts[1:] if part)
-            return PageFetch(sources, deadline) if sources else None
+            return PageFetch(sources) if sources else None
         held = [part for part in parts if part is not None]
         shards = tuple(
             Shard(part.name, part.source.start, len(part.source.page_ids) * self.page_size, part.query_addresses)
@@ -289,23 +276,21 @@ class SplitPrefill:
             ReplicaUnavailable: none answers.
             ValueError: the pages of two of them have different layouts.
         """
-        if len(self.own_replicas) < len(self.replicas):
-            await self._check_weights()
         calls = (replica.state() for replica in self.replicas.values())
         answers = dict(zip(self.replicas, await asyncio.gather(*calls, return_exceptions=True), strict=True))
         for answer in answers.values():
             if isinstance(answer, BaseException) and not isinstance(answer, ReplicaUnavailable):
                 raise answer
         states = {rank: answer for rank, answer in answers.items() if not isinstance(answer, BaseException)}
-        if not states.keys() & self.own_replicas.keys():
+        if not states:
             raise next(answer for answer in answers.values() if isinstance(answer, BaseException))
-        layouts = {rank: state["layout"] for rank, state in states.items() if "layout" in state}
+        layouts = {rank: state["layout"] for rank, state in states.items()}
         first = next(iter(layouts))
         for rank, layout in layouts.items():
             reason = layout_mismatch(layouts[first], layout)
             if reason is not None:
                 raise ValueError(f"replicas {first} and {rank} can't share a prompt: {reason}")
-        self.capacity = {rank: state["pages"] for rank, state in states.items() if "pages" in state}
+        self.capacity = {rank: state["pages"] for rank, state in states.items()}
         return {
             rank: ReplicaState(
                 state["cached"],
@@ -315,15 +300,6 @@ class SplitPrefill:
             )
             for rank, state in states.items()
         }
-
-    async def _check_weights(self) -> None:
-        """Use no peers if this server's weights may have changed since it has found them."""
-        try:
-            await asyncio.gather(*(own.check_weights() for own in self.own_replicas.values()))
-        except WeightsChanged:
-            self.replicas = dict(self.own_replicas)
-        except ReplicaUnavailable:  # it is asked for its state too
-            pass
 
     async def _prefill(self, assignments: Sequence[Assignment]) -> list[HeldPart | None]:
         """Prefill all parts; returns them in the order of the assignments.
@@ -346,22 +322,19 @@ class SplitPrefill:
         return [part for part in ended if not isinstance(part, PartAborted)]
 
     async def _prefill_part(self, assignment: Assignment) -> HeldPart | PartAborted | None:
-        """Prefill one part. On engines of one server all parts end with an abort, so it is returned, not raised."""
+        """Prefill one part. All parts end with an abort, so it is returned, not raised."""
         replica, blocks = self.replicas[assignment.replica], assignment.stop - assignment.first
         try:
-            with part_span(self.request.keywords, replica=replica.label, star_blocks=blocks) as attributes:
+            with part_span(self.request.keywords, replica=str(replica.rank), star_blocks=blocks) as attributes:
                 held = await replica.prefill(assignment.first, assignment.stop)
                 attributes["pages"] = len(held.source.page_ids) if held else 0
                 return held
         except PartAborted as aborted:
-            if len(self.own_replicas) < len(self.replicas):  # other servers do not know of the abort
-                raise
             return aborted
 
     async def _release_when_fetched(self) -> None:
-        """Release the parts' pages once every choice has its first token; a replica may have lost them before."""
-        assert self.reader is not None
-        await until_fetched(self.engine, self.request_id, self.reader, self.holders)
+        """Release the parts' pages once every choice has its first token."""
+        await until_fetched(self.engine, self.request_id)
         self.reader = None
         self.release()
 

@@ -16,7 +16,7 @@ KNOWN = {
     "engine_ext/front/call.py:current_call": "the HTTP request or gRPC call that a coroutine belongs to",
     "engine_ext/front/front_state.py:_states": "by engine, which goes when the engine goes",
     "engine_ext/serving/grpc/bench.py:_channels": "by event loop of vLLM's benchmark, which calls a function",
-    "features/replicas/weights.py:_loaded": "the model is loaded by vLLM, and a connector asks, which has no model",
+    "features/library/worker.py:_loaded": "the model is loaded by vLLM, and a connector asks, which has no model",
     "vllm_compat/admission_limits.py:_admitted": "by engine",
     "vllm_compat/admission_limits.py:_arriving": "the request that a coroutine belongs to",
     "vllm_compat/admission_limits.py:_parts": "by engine",

@@ -86,9 +86,6 @@ ON_ONE_REPLICA = {
     "depend on one another": {"model_config__hf_text_config": KVShiftLlamaConfig()},
     "prefix caches": {"cache_config__enable_prefix_caching": False},
     "OffloadingConnector": {"kv_transfer_config": SimpleNamespace(kv_connector="OffloadingConnector")},
-    "a server with peers (--star-replica-peers) has one engine (--data-parallel-size 2)": {
-        "additional_config": {"starling": {"replicas": {"peers": "a:1"}}}
-    },
     "external load balancer": {"parallel_config__data_parallel_external_lb": True},
     "pipeline parallelism": {"parallel_config__pipeline_parallel_size": 2},
     "elastic expert": {"parallel_config__enable_elastic_ep": True},
@@ -169,10 +166,6 @@ def test_expandable_segments_are_those_of_cuda(monkeypatch):
 
 
 WITHOUT_SHARDS = {
-    "peers (--star-replica-peers) don't know": {
-        "additional_config": {"starling": {"replicas": {"peers": "a:1"}}},
-        "parallel_config__data_parallel_size": 1,
-    },
     "a library may keep what is computed": {
         "kv_transfer_config": SimpleNamespace(kv_connector="LibraryConnector", kv_connector_extra_config={})
     },

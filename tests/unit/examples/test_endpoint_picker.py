@@ -236,7 +236,7 @@ def test_other_requests_go_to_the_least_busy_server_unasked(picker):
 
 
 def test_a_names_servers_are_all_its_addresses(module, monkeypatch, caplog):
-    addresses = {"starling-peers": ["10.0.0.1", "fd00::2"]}
+    addresses = {"starling-pods": ["10.0.0.1", "fd00::2"]}
 
     async def look_up(self, host, port, **_):
         if host not in addresses:
@@ -244,12 +244,12 @@ def test_a_names_servers_are_all_its_addresses(module, monkeypatch, caplog):
         return [(None, None, None, "", (address, port)) for address in addresses[host]]
 
     monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", look_up)
-    picker = module.EndpointPicker(["starling-peers:8000", "nowhere:1"])
+    picker = module.EndpointPicker(["starling-pods:8000", "nowhere:1"])
     asyncio.run(picker.look_up())
     assert {name: server.url for name, server in picker.servers.items()} == {ONE: f"http://{ONE}", TWO: f"http://{TWO}"}
     assert "nowhere:1 has no address" in caplog.text
     kept = picker.servers[TWO]
-    addresses["starling-peers"] = ["fd00::2", "10.0.0.3"]
+    addresses["starling-pods"] = ["fd00::2", "10.0.0.3"]
     asyncio.run(picker.look_up())
     assert list(picker.servers) == [TWO, "10.0.0.3:8000"]
     assert picker.servers[TWO] is kept

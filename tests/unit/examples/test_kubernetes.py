@@ -176,22 +176,10 @@ def test_servers_have_time_to_start_and_to_end(name, parsed):
         assert probe["periodSeconds"] * probe["failureThreshold"] < DEPLOYMENT["spec"]["progressDeadlineSeconds"]
 
 
-@pytest.mark.parametrize("name", ["gpu", "cpu"])
-def test_pods_find_one_another_by_the_headless_service(name):
-    (peers,) = (text for text in arguments(name) if text.startswith("--star-replica-peers="))
-    host, _, port = peers.partition("=")[2].partition(":")
-    service = SERVICES[host]["spec"]
-    assert (service["clusterIP"], service["publishNotReadyAddresses"]) == ("None", False)
-    assert name in selected(service["selector"])
-    (entry,) = service["ports"]
-    # The addresses of a headless Service are those of pods: its port is not translated.
-    assert int(port) == entry["port"] == ports(name)["grpc"]
-
-
 def test_services_select_fronts_and_name_their_ports():
     chosen = {name: selected(service["spec"]["selector"]) for name, service in SERVICES.items()}
     front, host = {"gpu", "cpu"}, {"leader"}
-    assert chosen == {"starling": front, "starling-peers": front, "starling-hosts-front": host}
+    assert chosen == {"starling": front, "starling-pods": front, "starling-hosts-front": host}
     for service, servers in chosen.items():
         for port in SERVICES[service]["spec"]["ports"]:
             assert {ports(name)[port["targetPort"]] for name in servers} == {port["port"]}
@@ -205,7 +193,8 @@ def test_only_the_fronts_ports_are_open_to_others(name):
     every_port, dns = {("TCP", None)}, {("UDP", 53), ("TCP", 53)}
     for_clients = {("TCP", port) for port in ports(name).values()}
     for other in ({}, *map(labels, SERVERS)):
-        own = other.get("app.kubernetes.io/name") == labels(name)["app.kubernetes.io/name"]
+        same_name = other.get("app.kubernetes.io/name") == labels(name)["app.kubernetes.io/name"]
+        own = same_name and name not in ("gpu", "cpu")  # replicas of one server exchange KV pages, and servers none
         assert open_ports(name, "Ingress", other) == for_clients | (every_port if own else set())
         assert open_ports(name, "Egress", other) == dns | (every_port if own else set())
 
@@ -215,7 +204,7 @@ def test_the_docs_create_the_secret_with_all_keys():
     assert "kubectl create secret generic starling --from-env-file=/dev/stdin" in " ".join(command.split())
     created = set(re.findall(r"([\w-]+)=%s", command.replace(r"\n", " ")))
     assert created == {key for name in SERVERS for key in secret_keys(name).values()}
-    assert secret_keys("gpu") == {"VLLM_API_KEY": "api-key", "STARLING_REPLICA_KEY": "replica-key"}
+    assert secret_keys("gpu") == {"VLLM_API_KEY": "api-key"}
     assert secret_keys("leader") == {"VLLM_API_KEY": "api-key"}
 
 

@@ -25,8 +25,6 @@ from starling.features.library.file_space import COUNT_FILE, MODEL_FOLDER, store
 from starling.features.library.identity import identity_of
 from starling.features.library.stamp import STAMP_BYTES, has_stamp, write_stamp
 from starling.features.library.tier import LibraryTier
-from starling.features.replicas.replica_calls import add_replica_rpc
-from starling.features.replicas.weights import KNOWN, changed_by
 from starling.vllm_compat import core_process
 from starling.vllm_compat.core_process import on_worker_call
 
@@ -291,19 +289,15 @@ def test_the_files_are_closed_before_the_weights_may_change_where_an_engine_has_
 
 
 def test_the_files_are_closed_beside_what_replicas_note_of_the_same_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both connectors want to know of a call that may change the weights."""
     monkeypatch.setattr(core_process, "_worker_calls", [])
     closed: list[str] = []
     core = object.__new__(EngineCore)
     core.scheduler = SimpleNamespace(connector=SimpleNamespace(close_files=closed.append))
     core.model_executor = SimpleNamespace(collective_rpc=lambda *args, **kwargs: [])
-    setattr(core, KNOWN, True)
     for _ in range(2):
-        add_replica_rpc()
         on_worker_call(close_after_change)
     core.collective_rpc("reload_weights")
     assert len(closed) == 1
-    assert changed_by(core) == "reload_weights"
 
 
 def aged(library: Library) -> None:

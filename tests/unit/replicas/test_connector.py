@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +15,7 @@ from vllm.v1.metrics.stats import PrefixCacheStats
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
-from starling.features.replicas import clock, replica_calls
+from starling.features.replicas import replica_calls
 from starling.features.replicas.connector import StarConnector
 from starling.features.replicas.connector_metadata import PageLoad, PageLoads, PageRead, WorkerAddress
 from starling.features.replicas.page_transfer import TransferError, layout_mismatch
@@ -29,7 +28,6 @@ from starling.scheduler.star.request_metadata import (
     PageSource,
     PromptPart,
     RequestMetadata,
-    metadata_of,
 )
 from tests.unit.scheduler.simulation import PAGE_SIZE, answer, make_request, make_scheduler, run_to_end
 from tests.unit.scheduler.test_star_scheduler import config  # noqa: F401
@@ -171,55 +169,6 @@ def test_lost_pages_are_computed(scheduler):
     assert run_to_end(scheduler) == 300 - 128 + 2
     scheduler.connector.release(["mine"])
     assert free_pages(scheduler) == 39
-
-
-@pytest.mark.parametrize("begun", [False, True])
-def test_a_request_whose_fetch_is_cancelled_computes_the_pages(scheduler, begun):
-    scheduler.add_request(part("mine", 0, 128))
-    run_to_end(scheduler)
-    core = object.__new__(EngineCore)
-    core.scheduler = scheduler
-    scheduler.add_request(whole("whole", 128, [21, 22, 30, 31, 32]))
-    if begun:
-        loads = scheduler.schedule().kv_connector_metadata.loads
-    replica_calls._cancel_fetch(core, ["whole", "unknown"])
-    replica_calls._cancel_fetch(core, ["whole"])
-    if begun:
-        step = scheduler.schedule()
-        assert step.kv_connector_metadata.cancelled == ["whole"]
-        failed = KVConnectorOutput(finished_recving={"whole"}, invalid_block_ids=loads[0].local_page_ids())
-        scheduler.update_from_output(step, ModelRunnerOutput([], {}, kv_connector_output=failed))
-    assert run_to_end(scheduler) == 300 - 128 + 2
-    scheduler.connector.release(["mine"])
-    assert free_pages(scheduler) == 39
-    assert not scheduler.connector.connector_scheduler._cancelled
-
-
-@pytest.mark.parametrize(
-    ("now", "extended", "fetches"),
-    [(100, None, True), (101, None, False), (101, 150, True), (151, 150, False)],
-    ids=["in time", "late", "in the extended time", "behind that"],
-)
-def test_a_fetch_begins_until_its_deadline_or_not_at_all(scheduler, monkeypatch, now, extended, fetches):
-    monkeypatch.setattr(clock, "now", lambda: now)
-    scheduler.add_request(part("mine", 0, 128))
-    run_to_end(scheduler)
-    core = object.__new__(EngineCore)
-    core.scheduler = scheduler
-    fetch = replace(metadata_of(whole("whole", 128, [21, 22, 30, 31, 32])).fetch, deadline=100)
-    scheduler.add_request(make_request("whole", PLAN, 300, metadata=RequestMetadata(fetch=fetch)))
-    if extended:
-        replica_calls._extend_fetch(core, ["whole", "unknown"], extended)
-    if fetches:
-        (load,) = scheduler.schedule().kv_connector_metadata.loads
-        assert load.deadline == (extended or 100)
-        scheduler.finish_requests("whole", RequestStatus.FINISHED_ABORTED)
-        no_forward(scheduler, finished_recving={"whole"})
-    else:
-        assert run_to_end(scheduler) == 300 - 128 + 2
-    scheduler.connector.release(["mine"])
-    assert free_pages(scheduler) == 39
-    assert not scheduler.connector.connector_scheduler._deadlines
 
 
 @pytest.mark.parametrize("own", [0, 64])
@@ -382,17 +331,6 @@ def test_readers_learn_of_released_pages_with_the_step_that_may_write_to_them(sc
     worker.start_load_kv(SimpleNamespace())
     assert worker.connector_worker.reader.released == [2]
     assert scheduler.schedule().kv_connector_metadata.released == []
-
-
-def test_a_worker_ends_a_load_that_is_cancelled(worker):
-    worker.start_load_kv(SimpleNamespace())
-    worker.bind_connector_metadata(PageLoads([], ["whole", "unknown"]))
-    worker.start_load_kv(SimpleNamespace())
-    assert worker.get_finished(set()) == (None, {"whole"})
-    assert worker.get_block_ids_with_load_errors() == {7, 8}
-    assert worker.connector_worker.reader.cancelled == 1
-    worker.start_load_kv(SimpleNamespace())  # once more, as it may come late
-    assert (worker.get_finished(set()), worker.get_block_ids_with_load_errors()) == ((None, None), set())
 
 
 def test_the_connector_does_not_support_sleep_mode():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
 from starling.features.replicas import replica_calls
-from starling.features.replicas.worker import close_shards, forget_servers, open_shard
+from starling.features.replicas.worker import close_shards, open_shard
 
 
 class Core:
@@ -43,14 +43,8 @@ def test_a_shard_is_closed_in_the_workers_before_its_pages_are_free():
     ]
 
 
-def test_the_workers_forget_servers_that_are_gone():
-    core = Core()
-    replica_calls._forget_servers(core, ["a", "b"])
-    assert core.events == [(forget_servers, ["a", "b"])]
-
-
 def test_an_engine_core_offers_the_calls(monkeypatch):
-    for name in (replica_calls.REPLICA_STATE, replica_calls.OPEN_SHARD, replica_calls.RELEASE, replica_calls.IS_PAUSED):
+    for name in (replica_calls.REPLICA_STATE, replica_calls.OPEN_SHARD, replica_calls.RELEASE, replica_calls.PING):
         monkeypatch.setattr(EngineCore, name, None, raising=False)
     for _ in range(2):
         replica_calls.add_replica_rpc()

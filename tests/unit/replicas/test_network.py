@@ -81,7 +81,7 @@ LISTENING = """
 import os, psutil
 from starling.features.replicas.notifications import MessageLimits, Messenger
 from starling.features.replicas.network import use_devices
-from starling.features.replicas.agents import make_agent
+from starling.features.replicas.network import make_agent
 use_devices(True, os.environ)
 agents = make_agent("pages"), Messenger("messages", MessageLimits(2**20))
 sockets = psutil.Process().net_connections(kind="inet")

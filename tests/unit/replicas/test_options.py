@@ -6,7 +6,7 @@ import pytest
 
 from starling.config.entry import config_of
 from starling.config.parsing import OptionError
-from starling.config.replicas import parse_replicas, split_address, split_peers
+from starling.config.replicas import parse_replicas
 
 
 def config(entry):
@@ -28,25 +28,3 @@ def test_a_value_that_is_no_time_is_refused(value):
 def test_an_unknown_option_is_refused_with_the_known_ones():
     with pytest.raises(OptionError, match=r"replicas_limit='1' is refused: there is no such replicas option.*timeout"):
         parse_replicas({"limit": "1"}, prefix="replicas_")
-
-
-@pytest.mark.parametrize(
-    ("peers", "expected"),
-    [
-        ("", []),
-        ("a:1", [("a", 1)]),
-        ("a.b.svc:50051, 10.0.0.1:65535", [("a.b.svc", 50051), ("10.0.0.1", 65535)]),
-        ("[fd00::1]:50051", [("fd00::1", 50051)]),
-    ],
-)
-def test_peers_are_hosts_with_ports(peers, expected):
-    assert parse_replicas({"peers": peers}).peers == peers
-    assert [split_address(entry) for entry in split_peers(peers)] == expected
-
-
-@pytest.mark.parametrize(
-    "peers", ["a", "a:", ":1", "a:0", "a:65536", "a:1,", ",", "a:1,b", "fd00::1:5", "a:-1", "a:1x", 5]
-)
-def test_peers_without_host_or_port_are_refused(peers):
-    with pytest.raises(OptionError, match=r"replicas\.peers=.* is refused: it must be HOST:PORT or"):
-        parse_replicas({"peers": peers})

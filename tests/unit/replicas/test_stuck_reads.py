@@ -5,16 +5,12 @@ On vLLM's real scheduler and pages, and on NIXL, of which the one call fails.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import pytest
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
-from starling.features.replicas import clock
 from starling.features.replicas.connector import StarConnector
 from starling.features.replicas.core import SplitPrompts
 from starling.features.replicas.page_transfer import PageReader
@@ -64,16 +60,15 @@ class Replica:
         monkeypatch.setattr(agent, "release_xfer_handle", release_xfer_handle)
         monkeypatch.setattr(agent, "check_xfer_state", lambda handle: "ERR")
 
-    def begin_fetch(self, deadline: float = math.inf, between: Callable[[], None] = lambda: None) -> None:
-        """Compute the own part, and begin to fetch the rest; ``between`` comes after the engine's part of that."""
+    def begin_fetch(self) -> None:
+        """Compute the own part, and begin to fetch the rest."""
         self.scheduler.add_request(part("mine", 0, 128))
         run_to_end(self.scheduler)
         self.scheduler.connector.release(["mine"])
         sources = (PageSource(128, SOURCE_PAGES, [self.source.address()], 1),)
-        whole = make_request("whole", PLAN, 300, metadata=RequestMetadata(fetch=PageFetch(sources, deadline)))
+        whole = make_request("whole", PLAN, 300, metadata=RequestMetadata(fetch=PageFetch(sources)))
         self.scheduler.add_request(whole)
         step = self.scheduler.schedule()
-        between()
         self.worker.start_loads(step.kv_connector_metadata)
         self.stuck = step.kv_connector_metadata.loads[0].local_page_ids()
         assert len(self.stuck) == len(SOURCE_PAGES)
@@ -189,23 +184,6 @@ def test_a_request_computes_pages_that_their_source_released_before_they_had_arr
         pass
     assert finished == {"whole"}
     assert replica.worker.take_failed_page_ids() == replica.stuck
-
-
-def test_a_worker_that_stands_still_until_after_the_deadline_reads_nothing(replica, monkeypatch):
-    """Its engine has begun the fetch in time. Each page is computed here."""
-    monkeypatch.undo()
-    now, posted = 1000.0, []
-    monkeypatch.setattr(clock, "now", lambda: now)
-    monkeypatch.setattr(replica.worker.reader.agent, "transfer", posted.append)
-
-    def stand_still() -> None:
-        nonlocal now
-        now += 120
-
-    replica.begin_fetch(deadline=1040.0, between=stand_still)
-    assert replica.worker.take_finished() == {"whole"}
-    assert replica.worker.take_failed_page_ids() == replica.stuck
-    assert not posted
 
 
 def test_a_wave_that_ended_after_the_timeout_does_not_count(replica, monkeypatch):

@@ -29,8 +29,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from starling.features.replicas.connector_metadata import WorkerAddress
-from starling.features.replicas.weights import worker_digest
-from starling.features.replicas.worker import close_shards, forget_servers, open_shard
+from starling.features.replicas.worker import close_shards, open_shard
 from starling.features.replicas.worker_report import WorkerReport
 from starling.features.schedulers import StarScheduler
 from starling.scheduler.star.request_metadata import metadata_of
@@ -76,7 +75,6 @@ class Replica(Engine):
         prompts: engine request id -> its prompt.
         running: while it is cleared, the replica makes no step and answers nothing.
         opened: name -> ids of held pages to which other replicas may attend.
-        weights: the digest of the model's weights.
         loads_arrive: while it is False, no page of another replica arrives.
         fetched: how many pages each request that fetched some has read from other replicas.
     """
@@ -98,15 +96,12 @@ class Replica(Engine):
         self.work: dict[str, tuple[int, int]] = {}
         self.requests: dict[str, Request] = {}
         self.opened: dict[str, list[int]] = {}
-        self.weights = "weights"
         self.fetched: list[int] = []
         self.inbox: deque[Callable[[], None]] = deque()
         self.woken, self.running = asyncio.Event(), asyncio.Event()
         self.running.set()
         self.loads_arrive = True
         self._arriving: dict[str, Any] = {}  # request id -> its load
-        self._ended: set[str] = set()  # requests whose loads have failed
-        self._failed_pages: set[int] = set()
 
     @property
     def held(self) -> dict[str, list[Any]]:
@@ -159,10 +154,8 @@ class Replica(Engine):
         for name, count in output.num_scheduled_tokens.items():
             start = self.work[name][0] if name in self.work else self.positions[name] - count
             self.work[name] = (start, self.positions[name])
-        failed, self._failed_pages = self._failed_pages, set()
         result.kv_connector_output = KVConnectorOutput(
             finished_recving=arrived,
-            invalid_block_ids=failed,
             kv_connector_worker_meta=WorkerReport(lost) if lost else None,
         )
         return self.scheduler.update_from_output(output, result)
@@ -177,19 +170,13 @@ class Replica(Engine):
                 self.memory[self.first_row + np.array(read.local_page_ids)] = self.memory[rows]
             self.fetched.append(len(load.local_page_ids()))
             self._arriving[load.request_id] = load
-        for name in metadata.cancelled:
-            if name in self._arriving:
-                self._failed_pages |= self._arriving[name].local_page_ids()
-                self.memory[self.first_row + np.array(sorted(self._failed_pages))] = 0
-                self._ended.add(name)
-                del self._arriving[name]
 
     def _finish_loads(self) -> set[str]:
-        """Requests whose pages have arrived, a step after they were asked for, or have failed to."""
-        ended, self._ended = self._ended, set()
-        if self.loads_arrive:
-            ended |= self._arriving.keys()
-            self._arriving.clear()
+        """Return the requests whose pages have arrived, a step after they were asked for."""
+        if not self.loads_arrive:
+            return set()
+        ended = set(self._arriving)
+        self._arriving.clear()
         return ended
 
     def _lost_requests(self, output: Any) -> dict[str, str]:
@@ -218,14 +205,10 @@ class Replica(Engine):
     def _workers(
         self, method: str | Callable, timeout: float | None = None, args: tuple = (), kwargs: dict | None = None
     ) -> list[Any]:
-        if method is worker_digest:
-            return [self.weights]
         if method is open_shard:
             name, page_ids = args
             self.opened[name] = page_ids
             return [{"device": self.place}]
-        if method in (forget_servers, "reload_weights", "get_model_inspection"):
-            return [None]
         assert method is close_shards
         for name in args[0]:
             del self.opened[name]

@@ -25,14 +25,12 @@ from starling.engine_ext.start.activation import (
     OUTERMOST,
     PAGE_MIDDLEWARE,
     SCHEDULERS,
-    SERVES_PEERS,
     before_engine_config,
     is_one_host,
     prepare_server,
     star_class,
 )
 from starling.features.documents.rules import document_refusals
-from starling.features.replicas.rules import replica_set
 from starling.features.reuse.block_reuse import reuse_refusal
 from starling.features.schedulers import FeatureMixin
 from starling.features.star.rules import star_refusals
@@ -339,46 +337,8 @@ def test_replicas_on_several_hosts_need_an_address(model, monkeypatch):
     assert engine_config(model, **given).kv_transfer_config is not None
 
 
-PEERS = {"starling": {"replicas": {"peers": "a:1"}}}
-
-
 def server_config(model, **arguments):
     return AsyncEngineArgs(model=str(model), enforce_eager=True, **arguments).create_engine_config()
-
-
-def test_a_server_with_peers_gets_the_star_connector_and_needs_an_address(model, monkeypatch):
-    monkeypatch.delenv("UCX_NET_DEVICES", raising=False)
-    monkeypatch.delenv("VLLM_HOST_IP", raising=False)
-    with pytest.raises(ValueError, match="VLLM_HOST_IP=None is refused: VLLM_HOST_IP is not set"):
-        server_config(model, additional_config=PEERS)
-    monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.1")
-    config = server_config(model, additional_config=PEERS)
-    assert config.kv_transfer_config.kv_connector == "StarConnector"
-    assert not config.kv_transfer_config.kv_connector_extra_config[ONE_HOST]
-    found = replica_set(config)
-    assert (found.size, found.present, found.split_refusal) == (64, 1, None)
-    assert "peers (--star-replica-peers) don't know" in found.shards_refusal
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        ({"enable_prefix_caching": False}, r"starling\.replicas\.peers='a:1' is refused: replicas exchange pages"),
-        ({"data_parallel_size": 2}, r"peers='a:1' is refused: a server with peers .* has one engine"),
-        (
-            {"additional_config": {"starling": {"replicas": {"peers": "a:1"}, "star_shards": "on"}}},
-            "star_shards='on' is refused: servers that are peers",
-        ),
-        (
-            {"additional_config": {"starling": {"replicas": {"peers": "a:1"}, "star_replicas": 65}}},
-            "star_replicas=65 is refused: this server has 64",
-        ),
-    ],
-)
-def test_peers_that_could_never_be_used_are_refused_at_the_start(model, monkeypatch, arguments, reason):
-    monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.1")
-    with pytest.raises(ValueError, match=reason):
-        server_config(model, **{"additional_config": PEERS} | arguments)
 
 
 FAULT_TOLERANCE = {
@@ -392,25 +352,10 @@ def test_fault_tolerance_and_prompts_that_are_split_are_refused_together_at_the_
     """vLLM takes it for mixtures of experts behind an external load balancer alone."""
     monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.1")
     given = given | {"data_parallel_size": 2, "data_parallel_rank": 0, "hf_overrides": {"num_experts": 4}}
-    reason = (
-        r"--enable-fault-tolerance ends an engine's requests and goes on with it.*Allowed: no starling\.replicas\.peers"
-    )
-    with pytest.raises(ValueError, match=rf"starling\.replicas\.peers='a:1' is refused: .*{reason}"):
-        server_config(model, additional_config=PEERS, **given)
     with pytest.raises(ValueError, match=r"star_replicas=2 is refused: .*--enable-fault-tolerance.*: auto or 1\."):
         server_config(model, additional_config={"starling": {"star_replicas": 2}}, **given)
     config = server_config(model, additional_config={"starling": {"star_replicas": "auto"}}, **given)
     assert config.parallel_config.enable_fault_tolerance and config.kv_transfer_config is None
-
-
-def test_only_a_server_with_grpc_has_peers(model):
-    with pytest.raises(ValueError, match="only a server has peers"):
-        engine_config(model, additional_config=PEERS)
-    args = SimpleNamespace(additional_config=PEERS, middleware=[], headless=False)
-    with pytest.raises(ValueError, match=r"peers call one another over gRPC.*starling serve --grpc-port"):
-        prepare_server(args)
-    setattr(args, SERVES_PEERS, True)
-    prepare_server(args)
 
 
 @pytest.mark.parametrize(("executor", "one_host"), [("mp", True), ("uni", True), ("ray", False), (object, False)])

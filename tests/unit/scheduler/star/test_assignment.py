@@ -143,17 +143,6 @@ def test_assignments_are_those_of_a_look_at_each_block(data, sizes, anchor_work,
         assert assign_blocks(sizes, anchor_work, replicas, max_replicas) == expected
 
 
-@given(data=st.data(), sizes=SIZES, anchor_work=ANCHORS, max_replicas=st.integers(1, 4))
-def test_a_given_first_replica_gets_the_first_range_and_no_such_split_is_faster(data, sizes, anchor_work, max_replicas):
-    blocks = len(sizes)
-    replicas = data.draw(replica_states(blocks))
-    first = data.draw(st.integers(0, len(replicas) - 1))
-    assignments = assign_blocks(sizes, anchor_work, replicas, max_replicas, first)
-    assert (assignments[0].replica, assignments[0].first, assignments[-1].stop) == (first, 0, blocks)
-    alone = makespan(sizes, [Assignment(first, 0, blocks)], anchor_work, replicas)
-    assert makespan(sizes, assignments, anchor_work, replicas) <= alone + 1e-6
-
-
 def work_of(sizes, anchor_work: float, number: int) -> float:
     """The time that so many idle replicas take."""
     idle = [ReplicaState()] * number

@@ -269,13 +269,6 @@ def test_blocks_are_split_over_as_many_replicas_as_make_the_prompt_faster():
         plan(ids, ON | {"star_replicas": 4}, engine=three)
 
 
-def test_blocks_are_split_over_the_peers_that_are_there():
-    ids, peers = prompt(5, 5, 5, 5), ReplicaSet(64, None, "peers", present=3)
-    assert plan(ids, ON, engine=replace(ENGINE, replicas=peers)).replicas == 2
-    alone = replace(ENGINE, replicas=replace(peers, present=1))
-    assert plan(ids, ON | {"star_replicas": 9}, engine=alone).replicas == 1
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -311,7 +304,7 @@ def test_blocks_are_split_over_the_peers_that_are_there():
         ({"star_overlap_size": 4}, "star_overlap_size=4 is refused: no document sees the one before it. Allowed: 0."),
         (
             {"star_replicas": 2},
-            "star_replicas=2 is refused: this server has 1 (--data-parallel-size, --star-replica-peers). Allowed: auto",
+            "star_replicas=2 is refused: this server has 1 (--data-parallel-size). Allowed: auto",
         ),
         ({"star_shards": "on"}, "star_shards='on' is refused: this server has one replica"),
         ({"star_block_size": 10}, "star_block_size=10 is refused: "),

@@ -10,7 +10,7 @@ from starling.scheduler.star.rules import refused_options
 
 ONE = EngineFacts(128)
 SEVERAL = EngineFacts(128, replicas=ReplicaSet(2))
-ON_ONE_REPLICA = "(--data-parallel-size, --star-replica-peers)"
+ON_ONE_REPLICA = "(--data-parallel-size)"
 NO_SCORES = (
     "star_dense_heads=0.1 is refused: the scores of this model's KV heads are not known. Allowed: 0, or a server with "
     "--star-heads and the file that `starling calibrate` makes."

@@ -170,7 +170,7 @@ async def until(condition) -> None:
 @asynccontextmanager
 async def front_of(engine, api_keys=(), credentials=None, channel_credentials=None):
     front = Front(engine, list(api_keys))
-    port = await front.start("localhost:0", credentials)
+    port = await front.start("127.0.0.1:0", credentials)
     address = f"localhost:{port}"
     if channel_credentials is None:
         channel = grpc.aio.insecure_channel(address)

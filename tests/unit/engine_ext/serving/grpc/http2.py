@@ -52,7 +52,8 @@ class Connection:
     @classmethod
     async def open(cls, address: str, context: ssl.SSLContext | None = None) -> Connection:
         host, port = address.rsplit(":", 1)
-        connection = cls(*await asyncio.open_connection(host, int(port), ssl=context))
+        name = "localhost" if context else None  # the certificate's
+        connection = cls(*await asyncio.open_connection(host, int(port), ssl=context, server_hostname=name))
         await connection.until(lambda: connection.settings)
         return connection
 

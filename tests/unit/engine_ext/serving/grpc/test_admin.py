@@ -165,8 +165,8 @@ class FakeFront:
 @asynccontextmanager
 async def admin_of(engine, *, key=None):
     servicer = AdminServicer(engine, FakeFront(), max_message_bytes=1000)
-    server, port = await start_admin_server(servicer, key, "localhost:0", None)
-    async with grpc.aio.insecure_channel(f"localhost:{port}") as channel:
+    server, port = await start_admin_server(servicer, key, "127.0.0.1:0", None)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         try:
             yield admin_pb2_grpc.AdminServiceStub(channel)
         finally:

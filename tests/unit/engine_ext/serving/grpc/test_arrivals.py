@@ -41,9 +41,9 @@ async def connected(*, admin_port: bool = False, certificates=None):
         credentials = grpc.ssl_server_credentials([(key.read_bytes(), chain.read_bytes())])
         context = ssl.create_default_context(cafile=chain)
         context.set_alpn_protocols(["h2"])
-    front = Front(FakeEngine("a"), ["key"], admin=AdminOptions(0, "localhost", "admin"))
-    port = await front.start("localhost:0", credentials)
-    connection = await Connection.open(f"localhost:{front.admin_port if admin_port else port}", context)
+    front = Front(FakeEngine("a"), ["key"], admin=AdminOptions(0, "127.0.0.1", "admin"))
+    port = await front.start("127.0.0.1:0", credentials)
+    connection = await Connection.open(f"127.0.0.1:{front.admin_port if admin_port else port}", context)
     try:
         yield front, connection
     finally:

@@ -1,14 +1,10 @@
 """The digest of a model's weights."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.worker.gpu_worker import Worker
 
-from starling.features.replicas import replica_calls
-from starling.features.replicas.weights import HARMLESS, changed_by, weights_digest
+from starling.features.library.worker import HARMLESS, may_change_weights, name_of, weights_digest
 
 
 def model(seed: int = 0, bias: bool = True) -> torch.nn.Module:
@@ -53,46 +49,20 @@ def test_the_order_in_memory_does_not_count():
     assert weights_digest(made) == weights_digest(model())
 
 
-@pytest.fixture
-def core():
-    """An engine core of vLLM's that offers Starling's calls, whose workers do nothing."""
-    replica_calls.add_replica_rpc()
-    made = object.__new__(EngineCoreProc)
-    made.called = []
-
-    def collective_rpc(method, *_, **__):
-        made.called.append(method)
-        return ["digest"]
-
-    made.model_executor = SimpleNamespace(collective_rpc=collective_rpc)
-    made.scheduler = SimpleNamespace(connector=SimpleNamespace(addresses=[{"name": "me", "layout": {}}]))
-    return made
-
-
 @pytest.mark.parametrize(
     "method", ["reload_weights", "start_weight_update", "update_weights", "finish_weight_update", "reset_weights"]
 )
-def test_a_call_that_may_change_the_weights_is_noted_from_the_digest_on(core, method):
+def test_a_method_of_workers_may_change_the_weights(method):
     assert hasattr(Worker, method), "vLLM calls it otherwise now"
-    EngineCore.collective_rpc(core, method)
-    assert changed_by(core) is None
-    replica_calls._identity(core)
-    EngineCore.collective_rpc(core, method)
-    assert getattr(core, replica_calls.WEIGHTS_CHANGED_BY)() == changed_by(core) == method
-    assert core.called[0] == core.called[-1] == method
+    assert may_change_weights(method)
 
 
-def test_what_a_function_or_a_worker_extension_does_is_not_known(core):
-    replica_calls._identity(core)
-    EngineCore.collective_rpc(core, "my_own_update")
-    assert changed_by(core) == "my_own_update"
-    EngineCore.collective_rpc(core, lambda worker: None)
-    assert changed_by(core) == "a function of the caller's"
+def test_what_a_function_or_a_worker_extension_does_is_not_known():
+    assert may_change_weights("my_own_update") and may_change_weights(lambda worker: None)
+    assert name_of(lambda worker: None) == "a function of the caller's"
 
 
 @pytest.mark.parametrize("method", sorted(HARMLESS))
-def test_a_call_that_leaves_the_weights_as_they_are_is_not_noted(core, method):
+def test_a_call_that_leaves_the_weights_as_they_are_is_known(method):
     assert hasattr(Worker, method), "vLLM has no such method any more"
-    replica_calls._identity(core)
-    EngineCore.collective_rpc(core, method)
-    assert changed_by(core) is None
+    assert not may_change_weights(method)

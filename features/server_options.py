@@ -8,11 +8,6 @@ from starling.features.rule import options_of
 from starling.scheduler.star.request_metadata import LIBRARY_CONNECTORS
 
 
-def has_peers(config: Any) -> bool:
-    """Whether prompts are split over servers that find one another (--star-replica-peers)."""
-    return bool(options_of(config).replicas.peers)
-
-
 def has_library(config: Any) -> bool:
     """Whether pages go to host memory or beyond it, so that others may find them (--star-library)."""
     transfer = config.kv_transfer_config

@@ -149,16 +149,16 @@ layers: env ## import-linter: imports go downwards only, and never in a cycle
 	$(BIN)/lint-imports --no-logo
 
 names: env env-next ## write .ci/vllm_names/names-*.json, the vLLM names that Starling depends on
-	PYTHONPATH=.ci:proto $(BIN)/python -m vllm_names.names --write
-	PYTHONPATH=.ci:proto $(NEXT)/python -m vllm_names.names --write
+	PYTHONPATH=.ci:. $(BIN)/python -m vllm_names.names --write
+	PYTHONPATH=.ci:. $(NEXT)/python -m vllm_names.names --write
 	@wheel=$$(mktemp -d) && trap 'rm -rf "$$wheel"' EXIT && \
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --dest "$$wheel" vllm==0.33.0 && \
-	PYTHONPATH=.ci:proto $(BIN)/python -m vllm_names.names --write "$$wheel"/vllm-*.whl
+	PYTHONPATH=.ci:. $(BIN)/python -m vllm_names.names --write "$$wheel"/vllm-*.whl
 
 check-vllm: ## compare those names with another vLLM: VERSION=0.35.0, by default the newest release; needs pip alone
 	@wheel=$$(mktemp -d) && trap 'rm -rf "$$wheel"' EXIT && python=$${PYTHON:-python3} && \
 	"$$python" -m pip download --quiet --no-deps --only-binary :all: --dest "$$wheel" 'vllm$(addprefix ==,$(VERSION))' && \
-	PYTHONPATH=.ci:proto "$$python" -m vllm_names.names "$$wheel"/vllm-*.whl
+	PYTHONPATH=.ci:. "$$python" -m vllm_names.names "$$wheel"/vllm-*.whl
 
 # --python-platform: llguidance, which vLLM requires, has no wheels for a glibc older than 2.31. --override: vLLM 0.34.0
 # requires flashinfer-python 0.7.3, which the package index does not have: without the override nothing installs 0.34.0.

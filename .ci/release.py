@@ -28,10 +28,14 @@ DIST = ROOT / "dist"
 BUILD_OPTIONS = ("--build-constraints", ROOT / ".ci/requirements-build.lock", "--require-build-hashes")
 RESULTS = ROOT / "build" / "release"
 PYTHONS = ("3.11", "3.12", "3.13")
-SOURCES = ROOT / "proto" / "starling"
-PACKAGES = {  # folder of the repository -> package in the wheel; proto/starling has a link to each other folder
-    **{link.name: f"starling/{link.name}" for link in sorted(SOURCES.iterdir()) if link.is_symlink()},
-    "proto/starling": "starling",
+SOURCES = ROOT / "starling"
+PACKAGES = {  # folder of the repository -> package in the wheel; starling/ has a link to each other folder
+    **{
+        str(link.resolve().relative_to(ROOT)): f"starling/{link.name}"
+        for link in sorted(SOURCES.iterdir())
+        if link.is_symlink()
+    },
+    "starling": "starling",
 }
 REQUIRED = ("starling/engine_ext/serving/http/live_page.html", "starling/py.typed")
 METADATA = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "licenses/NOTICE")
@@ -126,7 +130,7 @@ def build(uv: str) -> Path:
     say("checking them")
     call(uv, "tool", "run", "twine", "check", "--strict", wheel, sdist)
     tracked = call("git", "ls-files", *PACKAGES, capture=True).splitlines()
-    links = {f"{SOURCES.relative_to(ROOT)}/{name}" for name in PACKAGES}
+    links = set(PACKAGES.values())
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         problems = wheel_problems(names, set(tracked) - links)

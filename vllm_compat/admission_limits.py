@@ -1,4 +1,4 @@
-"""What vLLM's admission limits count of Starling's own requests: a prompt once, while its parts run and until it runs.
+"""Counting of Starling's own requests in vLLM's admission limits: a prompt counts once, until all its parts have run.
 
 A front admits a prompt that is split over replicas before the engine knows it. Until the engine gets it, it runs in
 parts under ids of its own, or waits for memory. Goes when vLLM has requests of its own making, and lets a front admit a
@@ -67,7 +67,7 @@ def withdraw(engine: Any, admission: Admission) -> None:
 
 
 async def admitted_outputs(outputs: AsyncGenerator[Any, None], admission: Admission) -> AsyncGenerator[Any, None]:
-    """What AsyncLLM.generate yields for an admitted request, which is not held against the limits once more.
+    """Yield what AsyncLLM.generate yields for an admitted request, without a second check of the limits.
 
     Raises:
         RequestWithdrawn: the request was withdrawn before the engine got it.
@@ -87,7 +87,7 @@ async def admitted_outputs(outputs: AsyncGenerator[Any, None], admission: Admiss
 
 
 def has_arrived(engine: Any, request_id: str | None) -> bool:
-    """Whether vLLM checks a request that is admitted already; if so, it counts as the engine's from now on.
+    """Return whether the request that vLLM checks is admitted already; if so, count it as the engine's from now on.
 
     Raises:
         RequestWithdrawn: it was withdrawn meanwhile.

@@ -7,7 +7,8 @@ from typing import Any
 
 
 def is_bench(argv: Sequence[str]) -> bool:
-    """Whether a command line is `vllm bench ...`: the first argument that is no option, as vLLM itself looks."""
+    """Return whether a command line is `vllm bench ...`, by its first argument that is no option, as vLLM itself does.
+    """
     return next((argument for argument in argv[1:] if not argument.startswith("-")), None) == "bench"
 
 

@@ -37,7 +37,7 @@ def on_engine_config(before: Callable[[Any], None], after: Callable[[Any, Any], 
 
 
 def is_async_engine(engine_args: Any) -> bool:
-    """Whether these arguments are for an AsyncLLM, the engine of servers."""
+    """Return whether these arguments are for an AsyncLLM, the engine of servers."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     return isinstance(engine_args, AsyncEngineArgs)
@@ -59,12 +59,12 @@ def on_server_args(callback: Callable[[Any], None]) -> None:
 
 @touches("vllm.config.parallel.ParallelConfig._api_process_count")
 def num_api_servers(vllm_config: Any) -> int:
-    """How many API servers send requests to the engines. Goes with a public field."""
+    """Return the number of API servers that send requests to the engines. Goes with a public field."""
     return vllm_config.parallel_config._api_process_count
 
 
 def cpu_attention_isa(vllm_config: Any) -> str:
-    """For which instruction set vLLM's CPU backend lays out its pages; known before a layer is made.
+    """Return the instruction set for which vLLM's CPU backend lays out its pages, known before a layer is made.
 
     Goes when a backend names its layout.
     """
@@ -86,17 +86,17 @@ def set_cpu_attention_isa(builder: Any, layer_names: list[str], isa: str) -> Non
 
 @touches("vllm.model_executor.layers.attention.attention.set_default_quant_scales")
 def kv_scales(layer: Any) -> dict[str, float]:
-    """The scales of a layer's quantised KV cache. Goes with public attributes."""
+    """Return the scales of a layer's quantised KV cache. Goes with public attributes."""
     return {"k_scale": layer._k_scale_float, "v_scale": layer._v_scale_float}
 
 
 @touches("vllm.config.compilation.CompilationConfig.static_forward_context")
 def page_layout(vllm_config: Any, layer: str, cache_dtype: str) -> str:
-    """How a layer's KV pages are laid out inside.
+    """Return a description of how a layer's KV pages are laid out inside.
 
-    The backend, on CPU the instruction set that the backend packs pages for, the dtype, and the order of dimensions
-    that the engine core has chosen for all layers (vllm/v1/kv_cache_layout.py). Pages are copied as they are between
-    equal layouts only. Goes when a backend names its layout.
+    It names the backend, on CPU the instruction set that the backend packs pages for, the dtype, and the order of
+    dimensions that the engine core has chosen for all layers (vllm/v1/kv_cache_layout.py). Pages are copied as they are
+    between equal layouts only. Goes when a backend names its layout.
     """
     attention = vllm_config.compilation_config.static_forward_context[layer]
     name = attention.get_attn_backend().get_name()
@@ -106,7 +106,7 @@ def page_layout(vllm_config: Any, layer: str, cache_dtype: str) -> str:
 
 @touches("vllm.config.compilation.CompilationConfig.static_forward_context")
 def attention_layer(vllm_config: Any, name: str) -> Any:
-    """A model's layer that has a KV cache, by its name. Goes when there is a public way to layers."""
+    """Return a model's layer that has a KV cache, by its name. Goes when there is a public way to layers."""
     return vllm_config.compilation_config.static_forward_context[name]
 
 
@@ -122,7 +122,7 @@ def split_graph_at(vllm_config: Any, op: str) -> None:
 
 
 def kv_cache_capacity(vllm_config: Any, specs: dict[str, Any], available_bytes: int) -> int:
-    """The tokens that an engine would report as its "KV cache size", from the specs of its layers; starts none.
+    """Return the tokens that an engine would report as its "KV cache size", from its layers' specs, without starting it.
 
     The number of requests of max_model_len that fit at once, times max_model_len. vLLM's own functions divide the
     bytes among groups, round to pages and reserve pages for tokens in flight. Goes when vLLM can say it without a
@@ -130,7 +130,7 @@ def kv_cache_capacity(vllm_config: Any, specs: dict[str, Any], available_bytes: 
 
     Args:
         specs: layer name -> its KV cache spec, on one rank.
-        available_bytes: of that rank, for the KV cache.
+        available_bytes: bytes of that rank for the KV cache.
 
     Raises:
         ValueError: not even one such request fits.
@@ -149,10 +149,10 @@ def kv_cache_capacity(vllm_config: Any, specs: dict[str, Any], available_bytes: 
 
 @touches("vllm.config.compilation.CompilationConfig.{cudagraph_mode, resolve_cudagraph_mode_and_sizes}")
 def resolved_graph_mode(vllm_config: Any, support: AttentionCGSupport) -> str:
-    """The name of the CUDA graph mode that an engine will have. Goes when vLLM says it before a model is loaded.
+    """Return the name of the CUDA graph mode that an engine will have. Goes when vLLM says it before a model is loaded.
 
     Args:
-        support: what all attention layers support.
+        support: CUDA graph support that all attention layers have.
 
     Raises:
         ValueError: vLLM does not start with this mode and such layers.
@@ -237,7 +237,7 @@ def share_memory_nodes(vllm_config: Any, environ: MutableMapping[str, str]) -> N
 
 
 def memory_nodes() -> set[int]:
-    """The memory nodes that this process may use."""
+    """Return the memory nodes that this process may use."""
     from vllm.utils.cpu_resource_utils import get_memory_affinity
 
     return set(get_memory_affinity())
@@ -270,7 +270,7 @@ def is_of_configuration(error: BaseException) -> bool:
 
 
 def plain_message(error: Exception) -> str:
-    """The message of an error of vLLM's configuration, which is pydantic's where vLLM checks its options with it."""
+    """Return the message of an error of vLLM's configuration, also where vLLM checks its options with pydantic."""
     if not isinstance(error, ValidationError):
         return str(error)
     return "; ".join(each["msg"].removeprefix("Value error, ").strip() for each in error.errors())

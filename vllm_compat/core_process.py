@@ -125,7 +125,8 @@ def end_children_with_parent() -> None:
 
 
 def run_engine_core(*args: Any, **kwargs: Any) -> None:
-    """vLLM's EngineCoreProc.run_engine_core. A function of a module, since a spawned process gets its name only."""
+    """Run vLLM's EngineCoreProc.run_engine_core; a module-level function, since a spawned process gets its name only.
+    """
     from vllm.v1.engine.core import EngineCoreProc
 
     _watch_parent()
@@ -133,7 +134,7 @@ def run_engine_core(*args: Any, **kwargs: Any) -> None:
 
 
 def run_coordinator(*args: Any, **kwargs: Any) -> None:
-    """vLLM's DPCoordinatorProc.run_coordinator, as ``run_engine_core``."""
+    """Run vLLM's DPCoordinatorProc.run_coordinator, as ``run_engine_core``."""
     from vllm.v1.engine.coordinator import DPCoordinatorProc
 
     _watch_parent()

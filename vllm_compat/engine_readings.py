@@ -1,4 +1,4 @@
-"""What a measurement reads of an engine that runs in this process."""
+"""Readings that a measurement takes of an engine that runs in this process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from starling.vllm_compat.patching import touches
     "vllm.compilation.cuda_graph.CUDAGraphStat.runtime_mode",
 )
 def count_graphs(engine: Any) -> Counter[str]:
-    """Counts an engine's later steps by the mode of their CUDA graphs: "FULL", "PIECEWISE" or "NONE".
+    """Count an engine's later steps by the mode of their CUDA graphs: "FULL", "PIECEWISE" or "NONE".
 
     vllm.LLM takes no stat loggers, as AsyncLLM does, and its metrics do not have the mode. Goes when they have.
 

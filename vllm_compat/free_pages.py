@@ -81,7 +81,7 @@ class FreePages(FreeKVCacheBlockQueue):
         return pages
 
     def remove(self, block: Page) -> None:
-        """A prompt has found a page: it stays where it was to stay, and one that was to make room no longer is."""
+        """Remove a page that a prompt has found: it keeps its retention, unless that is LOW."""
         self.retained.pop(block.block_id, None)
         if self.retention.get(block.block_id) == Retention.LOW:
             del self.retention[block.block_id]

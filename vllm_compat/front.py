@@ -127,7 +127,7 @@ def on_generate(
 
 
 def is_hooked() -> bool:
-    """Whether requests of this process's fronts pass ``on_processed_request`` and ``on_generate``."""
+    """Return whether requests of this process's fronts pass ``on_processed_request`` and ``on_generate``."""
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
 
@@ -215,7 +215,8 @@ def on_request_output(plan_of: Callable[[Any], Any], sources_key: str, note: Cal
 
     ``note(engine_core_request)`` is called for each request, which has the engine's own id by then. The plan is what
     ``plan_of(engine_core_request)`` returned. The sources are what an engine core has put under ``sources_key`` into
-    the kv_transfer_params of the request's first output, of which clients see the others only; None: nothing.
+    the kv_transfer_params of the request's first output, or None if it has put nothing there; clients see only the
+    other keys.
 
     vLLM makes a request's outputs of its RequestState, which keeps nothing of the sampling parameters' extra_args. Goes
     when a RequestOutput has a place for what a plugin knows of its request.
@@ -265,7 +266,7 @@ SHUTTING_DOWN = "Server shutting down"
 
 @touches("vllm.v1.engine.core_client.MPClient.core_engines")
 def num_engine_cores(engine: Any) -> int:
-    """How many engine cores an AsyncLLM calls: one for each data-parallel engine."""
+    """Return the number of engine cores that an AsyncLLM calls: one for each data-parallel engine."""
     return len(engine.engine_core.core_engines)
 
 
@@ -413,7 +414,7 @@ def around_shutdown(
     leaves that time.
 
     Args:
-        before: called with the seconds in which the engine shuts down; None: vLLM's default.
+        before: function called with the seconds in which the engine shuts down, or None for vLLM's default.
     """
     from vllm.utils.async_utils import cancel_task_threadsafe  # an engine may end when nothing can be imported any more
 
@@ -468,7 +469,7 @@ def _told_after_processes(
 
 @touches("vllm.v1.engine.output_processor.OutputProcessor.external_req_ids")
 def engine_request_ids(engine: Any, request_id: str) -> list[str]:
-    """The engine's own ids of what a front calls ``request_id``: one, or one per choice; none: it is unknown.
+    """Return the engine's own ids of what a front calls ``request_id``: one, one per choice, or none if it is unknown.
 
     vLLM adds random characters to a front's id, and splits n > 1 into a request per choice. Goes with a
     public look-up.
@@ -484,8 +485,8 @@ def unfinished_ids(engine: Any) -> tuple[list[str], list[str]]:
 
 @touches("vllm.v1.engine.output_processor.OutputProcessor.request_states")
 def request_state(engine: Any, engine_request_id: str) -> Any | None:
-    """vLLM's state of a request in the front: ``external_req_id``, ``is_prefilling``, ``num_cached_tokens``.
+    """Return vLLM's state of a request in the front: ``external_req_id``, ``is_prefilling``, ``num_cached_tokens``.
 
-    None where it has ended. Goes with a public look-up.
+    The result is None where the request has ended. Goes with a public look-up.
     """
     return engine.output_processor.request_states.get(engine_request_id)

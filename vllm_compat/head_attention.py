@@ -36,7 +36,10 @@ def _cpu_attention(builder: Any, num_kv_heads: int) -> Any:
     ".{num_qo_heads, num_kv_heads, enable_cuda_graph, _prefill_wrapper, _decode_wrapper, _get_workspace_buffer}",
 )
 def _flashinfer(builder: Any, num_kv_heads: int) -> Any:
-    """A wrapper of FlashInfer's holds one plan. The workspace is read and written within a call, so all share one."""
+    """Copy a builder with wrappers of its own, since each holds one plan, and the shared workspace.
+
+    The workspace is read and written within a call, so all share one.
+    """
     made = copy.copy(builder)
     made.num_qo_heads = builder.num_qo_heads // builder.num_kv_heads * num_kv_heads
     made.num_kv_heads = num_kv_heads
@@ -70,7 +73,7 @@ def _with_own_rows(builder: Any) -> Any:
 
 
 def builder_of_heads(backend: str, builder: Any, num_kv_heads: int) -> Any:
-    """A metadata builder as the one of a backend, for calls on so many of its layers' KV heads, and their query heads.
+    """Return a backend's metadata builder for calls on ``num_kv_heads`` of its layers' KV heads and their query heads.
 
     It shares the buffers for pages with the one it is made from. So both may build for the same rows in one step, and
     not for others. Goes when a builder can be made for other numbers of heads than those of its layers.
@@ -84,7 +87,7 @@ def builder_of_heads(backend: str, builder: Any, num_kv_heads: int) -> Any:
 
 
 def builder_of_other_rows(backend: str, builder: Any) -> Any:
-    """A metadata builder as the one of a backend, which may build for other rows in the same step.
+    """Return a backend's metadata builder that may build for other rows in the same step.
 
     Goes with ``builder_of_heads``.
     """
@@ -93,7 +96,7 @@ def builder_of_other_rows(backend: str, builder: Any) -> Any:
 
 @touches("vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.{num_heads, num_kv_heads, sinks}")
 def impl_of_heads(impl: T, first: int, stop: int) -> T:
-    """An attention implementation as ``impl``, for the KV heads ``[first, stop)`` of its layer and their query heads.
+    """Return an attention implementation like ``impl`` for its layer's KV heads ``[first, stop)`` and their query heads.
 
     Goes when an implementation takes the numbers of heads from its operands.
     """
@@ -109,5 +112,5 @@ def impl_of_heads(impl: T, first: int, stop: int) -> T:
 
 @touches("vllm.v1.attention.backend.AttentionLayer.{_k_scale, _v_scale}")
 def has_scales_by_head(layer: Any) -> bool:
-    """Whether the KV cache of an attention layer has a scale for each head. Goes with a public field."""
+    """Return whether the KV cache of an attention layer has a scale for each head. Goes with a public field."""
     return max(layer._k_scale.numel(), layer._v_scale.numel()) > 1

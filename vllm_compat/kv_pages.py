@@ -46,12 +46,12 @@ class PagePool:
         return self.block_pool.null_block
 
     def find(self, page_hash: Any, group: int = 0) -> Page | None:
-        """The page of a KV cache group that is cached under this hash; None: there is none."""
+        """Return the page of a KV cache group that is cached under this hash, or None if there is none."""
         found = self.block_pool.get_cached_block(page_hash, [group])
         return None if found is None else found[0]
 
     def are_cached(self, page_hashes: Iterable[Any], group: int = 0) -> list[bool]:
-        """Whether a page of a KV cache group is cached under each hash.
+        """Return, for each hash, whether a page of a KV cache group is cached under it.
 
         Any thread may call this while the engine makes steps: each answer is one look into a dict. ``find`` is for the
         scheduler's thread alone. Goes when the pool can be asked for a hash without a page.
@@ -60,11 +60,11 @@ class PagePool:
         return [make_block_hash_with_group_id(page_hash, group) in cache for page_hash in page_hashes]
 
     def holds(self, page: Page, page_hash: Any, group: int = 0) -> bool:
-        """Whether a page has the content of this hash."""
+        """Return whether a page has the content of this hash."""
         return bool(page.block_hash == make_block_hash_with_group_id(page_hash, group))
 
     def find_run(self, page_hashes: Iterable[Any], group: int = 0) -> list[Page]:
-        """The pages cached under these hashes, up to the first hash that has none."""
+        """Return the pages cached under these hashes, up to the first hash that has none."""
         found = []
         for page_hash in page_hashes:
             page = self.find(page_hash, group)
@@ -95,7 +95,7 @@ class PagePool:
             self.block_pool._insert_block_hash(key, page, num_tokens=tokens)
 
     def cached_free_pages(self) -> Iterator[int]:
-        """Of each free page that has content, the number of its KV cache group. Walks the whole pool."""
+        """Yield the KV cache group of each free page that has content. Walks the whole pool."""
         for page in self.block_pool.blocks:
             if page.ref_cnt == 0 and not page.is_null and page.block_hash is not None:
                 yield get_group_id(page.block_hash)
@@ -128,18 +128,18 @@ class CacheGroup:
         return self.manager.kv_cache_group_id
 
     def pages(self, request_id: str) -> Sequence[Page]:
-        """What a request holds, in the order of its tokens; the null page where it holds none."""
+        """Return the pages that a request holds, in the order of its tokens, with the null page where it holds none."""
         return self.manager.req_to_blocks.get(request_id, ())
 
     def num_pages(self, request_id: str) -> int:
-        """How many pages a request holds, null pages left out."""
+        """Return the number of pages that a request holds, null pages left out."""
         return sum(not page.is_null for page in self.pages(request_id))
 
     def num_held_pages(self) -> int:
-        """How many pages all requests hold; a page that several hold counts once."""
+        """Return the number of pages that all requests hold; a page that several hold counts once."""
         held = self.manager.req_to_blocks.values()
         return len({page.block_id for pages in held for page in pages if not page.is_null})
 
     def num_hashed_pages(self, request_id: str) -> int | None:
-        """How many of a request's leading pages are in the prefix cache; None: the request has had no page yet."""
+        """Return the number of a request's leading pages in the prefix cache, or None if it has had no page yet."""
         return self.manager.num_cached_block.get(request_id)

@@ -1,4 +1,4 @@
-"""What vLLM logs and a user of Starling's commands does not see."""
+"""Filtering of vLLM's logs for users of Starling's commands."""
 
 from __future__ import annotations
 

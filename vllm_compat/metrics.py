@@ -109,7 +109,7 @@ class DirectoryCollector(Collector):
         return []
 
     def collect(self) -> Iterable:
-        """The metrics; none where the directory is gone, so that /metrics still shows those of this process."""
+        """Yield the metrics; none where the directory is gone, so that /metrics still shows those of this process."""
         try:
             return MultiProcessCollector(None, self.directory).collect()
         except (ValueError, OSError) as error:  # some systems clear old files from their temporary directory

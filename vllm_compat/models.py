@@ -47,7 +47,7 @@ def register_layer(vllm_config: Any, name: str, layer: Any) -> None:
 
 
 def attention_spec(attention: Any, vllm_config: Any) -> Any:
-    """The KV cache spec of an Attention layer as the model runner will see it, its backend's packing included.
+    """Return the KV cache spec of an Attention layer as the model runner will see it, its backend's packing included.
 
     Goes when a backend makes the whole spec, as vLLM plans to.
     """
@@ -56,7 +56,7 @@ def attention_spec(attention: Any, vllm_config: Any) -> Any:
 
 @touches("vllm.v1.kv_cache_interface.MambaSpec.{num_prefill_checkpoint_blocks, prefill_checkpoint_alignment}")
 def without_prefill_checkpoints(specs: dict[str, Any]) -> dict[str, Any]:
-    """The KV cache specs of a worker's layers, of which those with a state keep it at the ends of chunks only. For CPU.
+    """Return a CPU worker's KV cache specs, changed so that layers with a state keep it at the ends of chunks only.
 
     With prefix caching, vLLM keeps the state of a Mamba-2 layer at the last whole page of a prompt without ending a
     chunk there. Its CPU op returns no such state, and a Triton kernel would store it: a CPU engine ends with the first
@@ -100,7 +100,7 @@ def register_op(name: str, function: Callable[..., None], mutates: tuple[str, ..
 
 @functools.cache
 def break_point(function: Callable[..., None]) -> Callable[..., None]:
-    """The function of an op as a break point of breakable CUDA graphs, like vLLM's attention ops.
+    """Return an op's function as a break point of breakable CUDA graphs, like vLLM's attention ops.
 
     The V1 runner captures these graphs without metadata, so a captured op would never read its cache. vLLM 0.32 decides
     at the call of ``eager_break_during_capture`` whether breakable graphs are on. VllmConfig may turn them on after the

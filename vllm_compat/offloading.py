@@ -105,16 +105,16 @@ class PageOffloading(OffloadingConnectorScheduler):
             acquire()
 
     def knows(self, request: Any) -> bool:
-        """Whether vLLM has told of a request that has not ended."""
+        """Return whether vLLM has announced a request that has not ended."""
         return request.request_id in self._req_status
 
     def keys_of(self, request: Any) -> list[OffloadKey]:
-        """The keys of a request's pages; none of a request that vLLM has not told of."""
+        """Return the keys of a request's pages; none for a request that vLLM has not announced."""
         status = self._req_status.get(request.request_id)
         return [] if status is None else [key for group in status.group_states for key in group.offload_keys]
 
     def keys_between(self, request: Any, ranges: Sequence[tuple[int, int]]) -> set[OffloadKey]:
-        """The keys of a request's pages that start in one of these ranges of its tokens."""
+        """Return the keys of a request's pages that start in one of these ranges of its tokens."""
         status = self._req_status.get(request.request_id)
         return set() if status is None else self._keys_between(status, ranges)
 
@@ -128,7 +128,7 @@ class PageOffloading(OffloadingConnectorScheduler):
         }
 
     def lookup(self, request: Any, page_hash: bytes, group: int) -> LookupResult:
-        """Where a page is: HIT in host memory, MISS nowhere, else on its way there, or not known yet."""
+        """Look up a page: HIT in host memory, MISS nowhere, else on its way there, or not known yet."""
         key = make_offload_key(page_hash, group)
         return self.manager.lookup(key, self._req_status[request.request_id].req_context)
 
@@ -268,11 +268,11 @@ class FileTier:
         return self._use_o_direct
 
     def chunks_as_bytes(self) -> memoryview:
-        """The library's host memory, one chunk after another."""
+        """Return the library's host memory, one chunk after another."""
         return self._primary_kv_view.cast("B")
 
     def is_idle_within(self, seconds: float) -> bool:
-        """Whether all reads and writes that were asked for end within so many seconds."""
+        """Return whether all reads and writes that were asked for end within ``seconds``."""
         return ends_within(self._pool.wait_idle, seconds)
 
     def submit_store(self, job_metadata: Any) -> None:
@@ -305,12 +305,12 @@ class FileTier:
     "vllm.v1.kv_offload.cpu.manager.CPUOffloadingManager._num_chunks",
 )
 def tiers_of(manager: Any) -> list[Any]:
-    """The tiers beyond host memory; none for a manager of host memory alone."""
+    """Return the tiers beyond host memory; none for a manager of host memory alone."""
     return getattr(manager, "secondary_tiers", [])
 
 
 def chunks_of(manager: Any) -> int:
-    """How many chunks host memory has."""
+    """Return the number of chunks of host memory."""
     return getattr(manager, "primary_tier", manager)._num_chunks
 
 
@@ -335,13 +335,13 @@ def page_ids(place: Any, pages: torch.Tensor) -> np.ndarray:
 
 @touches("vllm.v1.kv_offload.tiering.spec.TieringOffloadingSpec._scheduler_mmap")
 def region_of(spec: Any) -> Any:
-    """The memory in /dev/shm that a spec's manager has mapped."""
+    """Return the memory in /dev/shm that a spec's manager has mapped."""
     return spec._scheduler_mmap
 
 
 @touches("vllm.v1.kv_offload.cpu.gpu_worker.CPUOffloadingWorker._mmap_region")
 def worker_region_of(worker: Any) -> Any:
-    """The memory in /dev/shm that vLLM's worker on a GPU has mapped."""
+    """Return the memory in /dev/shm that vLLM's worker on a GPU has mapped."""
     return worker._mmap_region
 
 

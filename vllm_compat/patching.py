@@ -1,4 +1,4 @@
-"""How Starling marks and changes vLLM's code: at run time, once, without copying any of it."""
+"""Marking and changing of vLLM's code by Starling: at run time, once, without copying any of it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def wrap(owner: type | ModuleType, name: str) -> Callable[[T], T]:
 
 
 def first_found(*names: str) -> Any:
-    """The first of these objects that the installed vLLM has: releases have it at different places, or add it.
+    """Return the first of these objects that the installed vLLM has: releases have it at different places, or add it.
 
     names.py reads the calls, and lists those of the names that a vLLM has.
 

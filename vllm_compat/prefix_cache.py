@@ -44,7 +44,8 @@ def add_page_keys(page_keys: PageKeys) -> None:
 
 
 def extra_page_keys(request: Any, start: int, end: int) -> Any:
-    """vLLM's extra keys (LoRA, salt, images) of a request's page over positions ``[start, end)``, and those added."""
+    """Return the extra keys of a request's page over positions ``[start, end)``: vLLM's (LoRA, salt, images) and ours.
+    """
     return kv_cache_utils.generate_block_hash_extra_keys(request, start, end, 0)[0]
 
 
@@ -54,12 +55,12 @@ def without_salt(extra_keys: Any) -> Any:
 
 
 def hash_page(hash_function: HashFunction, parent: Any, token_ids: Any, extra_keys: Any) -> Any:
-    """vLLM's hash of a page of tokens that follows the page whose hash is ``parent``."""
+    """Return vLLM's hash of a page of tokens that follows the page whose hash is ``parent``."""
     return kv_cache_utils.hash_block_tokens(hash_function, parent, token_ids, extra_keys)
 
 
 def plain_request_hasher(page_size: int, hash_function: HashFunction) -> Hasher:
-    """vLLM's own hasher: from a request to the hashes of its pages that were completed since the last call."""
+    """Return vLLM's own hasher: from a request to the hashes of its pages that were completed since the last call."""
     return kv_cache_utils.get_request_block_hasher(page_size, hash_function)
 
 

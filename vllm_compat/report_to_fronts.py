@@ -1,4 +1,4 @@
-"""What an engine core tells its fronts when it has started: what it alone knows, and a front needs to plan requests.
+"""Reports of a started engine core to its fronts: facts that it alone knows, and a front needs to plan requests.
 
 A report is a dict of msgpack's types. It goes out with what vLLM's engine core sends each front by itself, which has no
 field of a plugin's own. All of this goes when it has one.
@@ -22,7 +22,7 @@ REPORTS = "starling_reports"
 
 
 def engine_reports(vllm_config: Any) -> list[Report]:
-    """The reports of an engine's cores, one for each replica; none before they have started."""
+    """Return the reports of an engine's cores, one for each replica; none before they have started."""
     return list(getattr(vllm_config, REPORTS, ()))
 
 
@@ -66,7 +66,7 @@ def receive_reports() -> None:
 
 
 def _with_report(response: Any, report: Report) -> Any:
-    """vLLM's ready response with one more field, which vLLM's own decoder leaves out."""
+    """Return vLLM's ready response with one more field, which vLLM's own decoder leaves out."""
     base = type(response)
     with_field = make_dataclass(base.__name__, [(FIELD, dict)], bases=(base,), kw_only=True)
     return with_field(**vars(response), **{FIELD: report})

@@ -59,11 +59,12 @@ class AttentionBlock:
 
     @property
     def rotary(self) -> Any | None:
-        """The rotary embedding, which vLLM's models keep beside the attention layer; None: there is none."""
+        """Return the rotary embedding, which vLLM's models keep beside the attention layer, or None if there is none.
+        """
         return getattr(self.module, "rotary_emb", None)
 
     def queries_and_keys(self, positions: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The (T, heads, head size) queries and keys with which the attention is called for T tokens.
+        """Return the (T, heads, head size) queries and keys with which the attention is called for T tokens.
 
         Args:
             positions: (T,) int64.
@@ -94,8 +95,9 @@ class AttentionBlock:
 
 @touches("vllm.model_executor.layers.attention.Attention.layer_name")
 def attention_blocks(model: torch.nn.Module) -> dict[str, AttentionBlock]:
-    """Layer name -> its block, for the attention layers of a loaded model. Goes when vLLM's layers know their rotary
-    embedding.
+    """Return layer name -> its block, for the attention layers of a loaded model.
+
+    Goes when vLLM's layers know their rotary embedding.
     """
     modules: dict[str, Any] = dict(model.named_modules())
     names = [name for name, module in modules.items() if isinstance(module, Attention)]
@@ -105,7 +107,7 @@ def attention_blocks(model: torch.nn.Module) -> dict[str, AttentionBlock]:
 
 @touches("vllm.model_executor.layers.rotary_embedding.RotaryEmbedding._compute_cos_sin_cache")
 def angle_table(rotary: Any, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, (num_positions, rotary dimensions / 2) float32, of the angles of each position.
+    """Return cos and sin, (num_positions, rotary dimensions / 2) float32, of the angles of each position.
 
     ``rotary`` holds them in the model's dtype, and YaRN's are scaled. Goes when vLLM has them in float32.
     """

@@ -1,4 +1,4 @@
-"""What Starling reads and changes of a vLLM scheduler: requests, their pages and hits, queues, steps.
+"""View of a vLLM scheduler, which Starling reads and changes: requests, their pages and hits, queues, steps.
 
 All of this goes when vLLM has a scheduler API for plugins.
 """
@@ -73,7 +73,7 @@ class SchedulerView:
 
     @property
     def has_one_pool(self) -> bool:
-        """Whether the pages of all groups are of one pool, so that a number names one page."""
+        """Return whether the pages of all groups are of one pool, so that a number names one page."""
         return all(group.manager.block_pool is self.pool.block_pool for group in self.groups)
 
     @property
@@ -94,7 +94,7 @@ class SchedulerView:
     # The prefix cache.
 
     def may_hit(self, request: Any) -> bool:
-        """Whether a request may read any cached page of its prompt.
+        """Return whether a request may read any cached page of its prompt.
 
         Since vLLM 0.34, a request for the log-probabilities of its prompt may be bounded to the pages before the first
         one that is scored: it reads the prefix that vLLM finds, and nothing behind it.
@@ -107,7 +107,7 @@ class SchedulerView:
         self.manager.evict_blocks(page_ids)
 
     def is_at_page_border(self, group: CacheGroup, request: Any) -> bool:
-        """Whether a request holds exactly the pages of its computed tokens, all of them full and hashed."""
+        """Return whether a request holds exactly the pages of its computed tokens, all of them full and hashed."""
         num_pages = request.num_computed_tokens // group.page_size  # with a page begun it would hold one more
         held = len(group.pages(request.request_id))
         return held == group.num_hashed_pages(request.request_id) == num_pages
@@ -197,17 +197,17 @@ class SchedulerView:
 
     @property
     def by_priority(self) -> bool:
-        """Whether requests are scheduled by their priority."""
+        """Return whether requests are scheduled by their priority."""
         return self.scheduler.policy == SchedulingPolicy.PRIORITY
 
     @property
     def admits_requests(self) -> bool:
-        """Whether waiting requests may be scheduled, as far as a pause and the number of active ones go."""
+        """Return whether waiting requests may be scheduled, as far as a pause and the number of active ones go."""
         return not self.pauses_new_requests and self.num_free_seats > 0
 
     @property
     def num_free_seats(self) -> int:
-        """How many more requests may be active; those that run are, and sessions that wait for input."""
+        """Return how many more requests may be active; those that run are, and sessions that wait for input."""
         scheduler = self.scheduler
         active = len(scheduler.running) + scheduler.num_waiting_for_streaming_input
         return scheduler.max_num_active_reqs - active
@@ -221,12 +221,12 @@ class SchedulerView:
 
     @property
     def pauses_new_requests(self) -> bool:
-        """Whether waiting requests stay waiting, as in each kind of pause."""
+        """Return whether waiting requests stay waiting, as in each kind of pause."""
         return self.scheduler.pause_state != PauseState.UNPAUSED
 
     @property
     def is_paused(self) -> bool:
-        """Whether nothing is scheduled, running requests included."""
+        """Return whether nothing is scheduled, running requests included."""
         return self.scheduler.pause_state == PauseState.PAUSED_ALL
 
     @property
@@ -245,12 +245,12 @@ class SchedulerView:
 
     @property
     def has_v2_runner(self) -> bool:
-        """Whether workers run model runner V2, as all of them do since vLLM 0.34."""
+        """Return whether workers run model runner V2, as all of them do since vLLM 0.34."""
         return getattr(self.scheduler, "use_v2_model_runner", True)
 
     @cached_property
     def has_decode_graphs(self) -> bool:
-        """Whether batches of decodes replay full CUDA graphs."""
+        """Return whether batches of decodes replay full CUDA graphs."""
         mode: Any = self.scheduler.vllm_config.compilation_config.cudagraph_mode
         return bool(mode.has_full_cudagraphs())
 
@@ -284,11 +284,11 @@ class SchedulerView:
 
     @property
     def nothing_runs(self) -> bool:
-        """Whether no request runs, and none that waits holds pages, as one whose pages are being fetched."""
+        """Return whether no request runs, and no waiting one holds pages, as one whose pages are being fetched does."""
         return not (self.scheduler.running or self.scheduler.kv_holding_waiting)
 
     def all_waiting(self) -> list[Any]:
-        """The requests that wait, those that hold pages already first.
+        """Return the requests that wait, those that hold pages already first.
 
         Since vLLM 0.34, requests that a connector of the user's loads have a queue of their own.
         """

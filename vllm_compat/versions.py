@@ -1,4 +1,4 @@
-"""Which vLLM is installed, and whether Starling can extend it."""
+"""Version of the installed vLLM, and the check that Starling can extend it."""
 
 from __future__ import annotations
 

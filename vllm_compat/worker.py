@@ -161,7 +161,7 @@ def unlink_shared_memory(rank: int) -> None:
 @touches("vllm.v1.worker.gpu_model_runner.GPUModelRunner.attn_groups", before="0.34")
 @touches("vllm.v1.worker.gpu.model_runner.GPUModelRunner.attn_groups")
 def attention_groups(runner: Any) -> list[Any]:
-    """The attention groups of a model runner, V1 or V2. Goes with a public accessor."""
+    """Return the attention groups of a model runner, V1 or V2. Goes with a public accessor."""
     return [group for groups in runner.attn_groups for group in groups]
 
 
@@ -176,7 +176,7 @@ def attention_backends(worker: Any) -> list[str]:
 
 
 def kv_connector() -> Any:
-    """This worker's KV connector. Goes when workers are handed theirs."""
+    """Return this worker's KV connector. Goes when workers are handed theirs."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     return get_kv_transfer_group()

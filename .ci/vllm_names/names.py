@@ -2,7 +2,7 @@
 
 There is a table for each supported release of vLLM, such as names-0.32.json.
 
-With PYTHONPATH=.ci:proto, as `make names` and `make check-vllm` set it:
+With PYTHONPATH=.ci:., as `make names` and `make check-vllm` set it:
 
     python -m vllm_names.names          compares the table of the installed vLLM's release with that vLLM
     python -m vllm_names.names PATH     compares the table of the nearest release with another vLLM: a folder or a wheel

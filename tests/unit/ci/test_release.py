@@ -30,7 +30,7 @@ def release():
 
 @pytest.fixture
 def tracked(release) -> list[str]:
-    return ["engine_ext/serving/http/live_page.html", "proto/starling/py.typed", "config/scheduling.py"]
+    return ["engine_ext/serving/http/live_page.html", "starling/py.typed", "config/scheduling.py"]
 
 
 @pytest.fixture
@@ -82,13 +82,13 @@ def test_the_self_test_has_the_options_of_the_release(release):
 
 def test_every_folder_of_the_checkout_with_modules_of_starling_is_in_the_package(release):
     tracked = call_git("ls-files", "--", "*/__init__.py")
-    folders = {path.split("/")[0] for path in tracked} - {"proto", "tests", "benchmarks", "examples"}
-    assert folders == release.PACKAGES.keys() - {"proto/starling"}
+    folders = {path.split("/")[0] for path in tracked} - {"tests", "benchmarks", "examples"}
+    assert folders == {name.partition("/")[0] for name in release.PACKAGES}
 
 
 def test_hatch_puts_one_folder_into_the_wheel():
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert wheel == {"packages": ["proto/starling"]}
+    assert wheel == {"packages": ["starling"]}
 
 
 def test_a_python_that_does_not_run_is_not_found(release, tmp_path):

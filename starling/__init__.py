@@ -1,6 +1,7 @@
 """Starling extends vLLM: ``from starling import LLM, StarOptions``. ``starling.client`` is a client that needs no vLLM.
 
-The package imports nothing of itself: LLM, which needs vLLM, and StarOptions are loaded where they are asked for.
+The folders beside ``client/`` are links to those at the top of the repository (docs/architecture.md). The package
+imports nothing of itself: LLM, which needs vLLM, and StarOptions are loaded on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What Star Attention costs in answers: `python -m benchmarks.accuracy models/NAME --length 2048`.
+"""Cost of Star Attention in answers: `python -m benchmarks.accuracy models/NAME --length 2048`.
 
 Runs `starling eval` on one model and length: dense attention, the paper's star blocks (A = B), a small anchor with an
 overlap at the same number of keys, and half an anchor and half an overlap. Goes on where an earlier run of the same
@@ -35,7 +35,7 @@ ENGINE = ("--block-size", str(PAGE_SIZE), "--max-num-batched-tokens", "2048", "-
 
 
 def plans(length: int, parts: list[int]) -> list[str]:
-    """The plans with B = length / part, as `starling eval` takes them: for each part the paper's, and an overlap."""
+    """Return the plans with B = length / part, as `starling eval` takes them: the paper's, and an overlap each."""
     named = []
     for part in parts:
         block = length // part // PAGE_SIZE * PAGE_SIZE
@@ -46,7 +46,7 @@ def plans(length: int, parts: list[int]) -> list[str]:
 
 
 def half_anchor(name: str) -> str:
-    """The plan of that name, but with an anchor of half a block and an overlap of the other half."""
+    """Return the plan of that name, but with an anchor of half a block and an overlap of the other half."""
     block = int(parse_plan(name).options["star_block_size"])
     half = block // 2 // PAGE_SIZE * PAGE_SIZE
     return f"B={block},A={half},O={block - half},Q={QUERY_TOKENS}"
@@ -57,13 +57,13 @@ def has_own_positions(name: str) -> bool:
 
 
 def evaluation(results: dict[str, Any]) -> dict[str, Any]:
-    """The part of `starling eval`'s results that is kept: without answers, paths and the server's name."""
+    """Return the part of `starling eval`'s results that is kept: without answers, paths and the server's name."""
     kept = ("version", "created", "setup", "cells")
     return {name: results[name] for name in kept}
 
 
 def loss_ratios(answers: list[Answer], pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    """For each pair of plans, what the second loses over what the first loses: KL, and log-probability of the answer.
+    """Return, for each pair of plans, the second's loss over the first's: KL, and log-probability of the answer.
 
     The mean over prompts, of which each task has as many, and a 95 % bootstrap interval over prompts, fixed seed.
     """
@@ -90,7 +90,10 @@ def loss_ratios(answers: list[Answer], pairs: list[tuple[str, str]]) -> list[dic
 
 
 def answers_of(setup: dict[str, Any], answers: list[Answer]) -> list[Answer]:
-    """The answers that a run compared, of all that its folder has: earlier runs may have had more prompts and plans."""
+    """Return the answers that a run compared, of all that its folder has.
+
+    Earlier runs may have had more prompts and plans.
+    """
     prompts = {
         f"{task}/{length}/{index}"
         for task in setup["tasks"]
@@ -103,11 +106,13 @@ def answers_of(setup: dict[str, Any], answers: list[Answer]) -> list[Answer]:
 def run_eval(
     server: Sequence[str], plans: Sequence[str], tasks: str, length: int, prompts: int, folder: Path
 ) -> tuple[dict[str, Any], list[Answer]]:
-    """Run `starling eval`; its results, and the answers that it compared. Raises SystemExit with its code if it fails.
+    """Run `starling eval`, and return its results and the answers that it compared.
+
+    Raises SystemExit with its code if it fails.
 
     Args:
-        server: the arguments that name it: a model and options of `starling serve`, or --base-url.
-        prompts: of each task.
+        server: arguments that name the server: a model and options of `starling serve`, or --base-url.
+        prompts: number of prompts of each task.
     """
     command = [str(Path(sys.executable).with_name("starling")), "eval", *server, "--tasks", tasks]
     command += ["--lengths", str(length), "--prompts-per-cell", str(prompts), "--logprobs", str(LOGPROBS)]
@@ -119,20 +124,20 @@ def run_eval(
 
 
 def mean_kl(dense: Answer, other: Answer) -> float:
-    """The divergence of one prompt, the mean over the tokens of its answer."""
+    """Return the divergence of one prompt, the mean over the tokens of its answer."""
     scores = zip(dense.scores, other.scores, strict=True)
     return float(np.mean([kl_divergence(ours.top, theirs.top) for ours, theirs in scores]))
 
 
 def logprob_loss(dense: Answer, other: Answer) -> float:
-    """By how much the right answer's tokens are less probable than under dense, in nats, the mean over them."""
+    """Return the loss in log-probability of the right answer's tokens to dense, in nats, the mean over them."""
     return float(
         np.mean([ours.logprob - theirs.logprob for ours, theirs in zip(dense.scores, other.scores, strict=True)])
     )
 
 
 def described(name: str) -> str:
-    """A plan in words."""
+    """Return a plan in words."""
     if has_own_positions(name):
         return "positions of a block's own"
     options = parse_plan(name).options
@@ -143,7 +148,7 @@ def described(name: str) -> str:
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
-    """The table of docs/star-accuracy.md: a row for each model, length and plan, over all tasks."""
+    """Return the table of docs/star-accuracy.md: a row for each model, length and plan, over all tasks."""
     rows = []
     for result in results:
         model, (tokens,) = Path(result["setup"]["model"]).name, result["setup"]["lengths"]

@@ -1,4 +1,4 @@
-"""What an adapter of `starling distil` leaves of the loss of documents: `python -m benchmarks.adapter MODEL ADAPTER`.
+"""Loss of documents that an adapter of `starling distil` leaves: `python -m benchmarks.adapter MODEL ADAPTER`.
 
 On prompts of documents, in Transformers, with the pass that `starling distil` trains with: documents, documents with
 the adapter, and dense attention with the adapter, each as KL from the model's dense attention at the answer's tokens,
@@ -41,7 +41,7 @@ DENSE, DOCUMENTS, ADAPTER, DENSE_ADAPTER = "dense", "documents", "documents, ada
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one prompt and way: mean KL from dense at the answer, mean log-probability of the right one, whether right."""
+    """Result of one prompt and way: mean KL from dense at the answer, mean log-probability of the right one."""
 
     kl: float
     logprob: float
@@ -49,7 +49,7 @@ class Outcome:
 
 
 def text_prompts(encoder: Encoder, texts: Sequence[str], count: int) -> Iterator[DocumentPrompt]:
-    """Prompts of passages, one of which has to be repeated."""
+    """Yield prompts of passages, one of which has to be repeated."""
     style = Style()
     head = encoder.encode(encoder.layout(style).head)
     for number in range(count):
@@ -64,7 +64,7 @@ def text_prompts(encoder: Encoder, texts: Sequence[str], count: int) -> Iterator
 
 
 def prose() -> list[str]:
-    """Passages of the descriptions of installed packages."""
+    """Return passages of the descriptions of installed packages."""
     texts = []
     for package in sorted(importlib.metadata.distributions(), key=lambda each: each.metadata["Name"].lower()):
         body = package.metadata.json.get("description", "")
@@ -73,7 +73,7 @@ def prose() -> list[str]:
 
 
 def headers() -> list[str]:
-    """Passages of torch's C++ headers."""
+    """Return passages of torch's C++ headers."""
     files = sorted((Path(torch.__file__).parent / "include" / "ATen").glob("*.h"))[:200]
     parts = [part for path in files for part in path.read_text(errors="replace").split("\n\n")]
     return [part for part in parts if len(part.split()) > 40]
@@ -98,7 +98,7 @@ def kinds(encoder: Encoder, count: int) -> dict[str, list[DocumentPrompt]]:
 
 @torch.inference_mode()
 def outcomes(model: AdaptedModel, prompt: DocumentPrompt) -> dict[str, Outcome]:
-    """Each way's outcome for a prompt's first question."""
+    """Return each way's outcome for a prompt's first question."""
     asked = prompt.asked[0]
     tail, answer = [*asked.question, *asked.answer[:-1]], torch.tensor(asked.answer)
     plan = document_plan(prompt)
@@ -119,7 +119,7 @@ def outcomes(model: AdaptedModel, prompt: DocumentPrompt) -> dict[str, Outcome]:
 
 
 def row_of(kind: str, prompts: Sequence[DocumentPrompt], found: Sequence[dict[str, Outcome]]) -> dict[str, Any]:
-    """A kind's means; what the adapter leaves of the divergence of documents, with an interval; KL by task."""
+    """Return a kind's means; what the adapter leaves of the divergence of documents, with an interval; KL by task."""
     kl = {name: np.array([each[name].kl for each in found]) for name in found[0]}
     tasks = np.array([prompt.task for prompt in prompts])
     by_task = {

@@ -1,4 +1,4 @@
-"""What a token costs with an adapter: `python -m benchmarks.adapter_cost MODEL ADAPTER`.
+"""Cost of a token with an adapter: `python -m benchmarks.adapter_cost MODEL ADAPTER`.
 
 Two servers, one with --star-adapter and one without, are asked in turns about the same documents, of which nothing is
 cached: with the adapter; on that server without it, where vLLM has LoRA in its layers too; and on the other server.
@@ -29,13 +29,13 @@ DOCUMENTS, CHARACTERS, TOKENS = 8, 1000, 65
 
 
 def prompt_of(number: int) -> tuple[list[str], str]:
-    """Documents, in another order each time, and a question."""
+    """Return documents, in another order each time, and a question."""
     documents = make_documents(CHARACTERS)[number * DOCUMENTS : (number + 1) * DOCUMENTS]
     return documents, "Which functions do the documents describe?"
 
 
 def ask(client: Completions, number: int, star: dict[str, Any], salt: str) -> tuple[float, float]:
-    """(seconds to the first token, from each token to the next)."""
+    """Return (seconds to the first token, from each token to the next)."""
     documents, question = prompt_of(number)
     head = "You answer from documents, and say nothing else. " * 6
     pieces = [client.tokenize(text) for text in (head, *documents, question)]

@@ -1,4 +1,4 @@
-"""How an adapter depends on the options of `starling distil`: `python -m benchmarks.adapter_options MODEL`.
+"""Effect of the options of `starling distil` on an adapter: `python -m benchmarks.adapter_options MODEL`.
 
 Trains an adapter with each set of options, on as many prompts, and measures what is left of the loss on the same
 held-out prompts: of trained tasks, of text, and of tasks that no set trains on. Writes
@@ -48,7 +48,7 @@ SETS: dict[str, dict[str, Any]] = {
 
 
 def train(model: AdaptedModel, encoder: Encoder, options: DistilOptions, prompts: int, name: str) -> Training:
-    """Train on so many prompts; the model has the average of the last steps then."""
+    """Train on ``prompts`` prompts; the model has the average of the last steps then."""
     make, _ = task_cases(options, encoder)
     steps = prompts // options.batch
     training = Training(model, make, [], [], steps, options.batch, options.learning_rate)
@@ -60,7 +60,7 @@ def train(model: AdaptedModel, encoder: Encoder, options: DistilOptions, prompts
 
 @torch.no_grad()
 def losses_of(model: AdaptedModel, held: HeldOut, *, adapter: bool) -> np.ndarray:
-    """(prompts,) the KL from dense at the answers."""
+    """Return (prompts,) KL from dense at the answers."""
     found = [losses(model, prompt, plan, adapter=adapter).answers.mean() for prompt, plan in held.cases]
     return torch.stack(found).cpu().numpy()
 

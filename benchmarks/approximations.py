@@ -1,4 +1,4 @@
-"""What else a user could pick, at the same number of keys: `python -m benchmarks.approximations MODEL`.
+"""Other approximations at the same number of keys: `python -m benchmarks.approximations MODEL`.
 
 A document of 2,048 tokens (--tokens) hides passcodes, and things whose place takes two facts to find. The document is
 prefilled once with each approximation: with the model in Transformers and an explicit mask for each layer. Then each
@@ -28,9 +28,9 @@ from transformers import AutoTokenizer, DynamicCache
 
 from benchmarks.chosen_blocks import CHUNK, antidiagonals, attention, mask_of
 from benchmarks.report import markdown_table, numbers_table, saved_figure, write_json
+from starling.attention_backends.star.model_heads import KNOWN
 from starling.attention_backends.star.reference import star_mask
 from starling.config.head_scores import read_scores
-from starling.features.dense_heads.model_heads import KNOWN
 from starling.lab.evaluation.tasks.base import hide
 from starling.lab.evaluation.tasks.needles import NEEDLE
 from starling.lab.evaluation.tasks.words import PLACES, distinct, number, prose, pseudo_words
@@ -52,7 +52,7 @@ class MaskedAttention:
     """Attention by a mask for each layer while a document is prefilled, and dense attention otherwise.
 
     Attributes:
-        mask: of the document that is prefilled; None: dense.
+        mask: mask of the document that is prefilled, or None for dense attention.
         keys: the query-key pairs of each layer of the last document, as a mean over heads.
     """
 
@@ -89,7 +89,10 @@ def same_in_all_layers(mask: torch.Tensor) -> Mask:
 
 
 def with_dense_heads(model: str, budget: float, tokens: int) -> Mask:
-    """A tenth of the KV heads are dense; the blocks of the others are smaller, so that the keys are the budget's."""
+    """Return the mask with a tenth of the KV heads dense.
+
+    The blocks of the others are smaller, so that the keys are the budget's.
+    """
     scores = read_scores(str(KNOWN / f"{model}.json"))
     dense = set(scores.order[: scores.count(DENSE_HEADS)])
     causal = star_sizes(tokens, tokens, 0, tokens)
@@ -137,7 +140,7 @@ class Document:
 
 
 def make_document(rng: Random, tokenizer: Any, tokens: int = TOKENS) -> Document:
-    """Passcodes, and things that are carried to places, in prose that fills the document."""
+    """Return passcodes, and things that are carried to places, in prose that fills the document."""
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -168,12 +171,12 @@ def make_document(rng: Random, tokenizer: Any, tokens: int = TOKENS) -> Document
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model predicts at the tokens of a right answer.
+    """Predictions of a model at the tokens of a right answer.
 
     Attributes:
         predicted: (tokens, vocabulary) log-probabilities.
-        logprob: of the answer's tokens, the mean.
-        right: whether greedy decoding gives them.
+        logprob: mean log-probability of the answer's tokens.
+        right: True if greedy decoding gives them.
     """
 
     predicted: torch.Tensor
@@ -187,13 +190,13 @@ class Answer:
         return cls(predicted, float(logprob), bool((predicted.argmax(-1) == expected).all()))
 
     def compared(self, dense: Answer) -> tuple[float, bool, float]:
-        """The log-probability, whether it is right, and the divergence KL(dense || self) of a token in nats."""
+        """Return the log-probability, whether it is right, and the divergence KL(dense || self) of a token in nats."""
         return self.logprob, self.right, float(kl_at_each(dense.predicted, self.predicted).mean())
 
 
 @torch.inference_mode()
 def score_document(model: Any, attention: MaskedAttention, document: Document, mask: Mask) -> tuple[list[Answer], int]:
-    """The answers, and the query-key pairs of a layer, on average."""
+    """Return the answers, and the query-key pairs of a layer, on average."""
     attention.mask, attention.keys = mask, []
     cache = DynamicCache(config=model.config)
     model(torch.tensor([document.ids]), past_key_values=cache, logits_to_keep=1)
@@ -205,7 +208,7 @@ def score_document(model: Any, attention: MaskedAttention, document: Document, m
 def score_answers(
     model: Any, attention: MaskedAttention, cache: DynamicCache, questions: Sequence[tuple[list[int], list[int]]]
 ) -> list[Answer]:
-    """What the model predicts for each answer.
+    """Return what the model predicts for each answer.
 
     Each question stands behind the tokens of the cache and sees them all, and no other question. So one call of the
     model has all questions. The cache is used up.
@@ -227,20 +230,22 @@ def score_answers(
 
 
 def load(path: Path) -> tuple[Any, Any, MaskedAttention]:
-    """Model, tokenizer, and the model's attention."""
+    """Return model, tokenizer, and the model's attention."""
     attention = MaskedAttention()
     model = load_model(path, torch.device("cpu"), torch.bfloat16, "by_mask", attention)
     return model, AutoTokenizer.from_pretrained(path), attention
 
 
 def interval(differences: np.ndarray) -> list[float]:
-    """(mean, lower, upper) over documents: a 95 % bootstrap interval, fixed seed."""
+    """Return (mean, lower, upper) over documents: a 95 % bootstrap interval, fixed seed."""
     found = bootstrap([differences.tolist()])
     return [found.mean, found.low, found.high]
 
 
 def rows_of(answers: dict[str, np.ndarray], keys: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """Approximation -> keys over dense's, right answers in percent, and means over documents with their intervals.
+    """Return approximation -> keys over dense's, right answers in percent, and means over documents.
+
+    The means have intervals.
 
     Args:
         answers: approximation -> (documents, questions, 3), as ``Answer.compared`` gives them.
@@ -262,7 +267,7 @@ def rows_of(answers: dict[str, np.ndarray], keys: dict[str, int]) -> dict[str, d
 
 
 def cells_of(row: dict[str, Any]) -> list[str]:
-    """A row of ``rows_of`` as texts for COLUMNS."""
+    """Return a row of ``rows_of`` as texts for COLUMNS."""
     difference = "{:+.3f} [{:+.3f}, {:+.3f}]".format
     return [
         f"{100 * row['keys']:.0f} %",
@@ -274,7 +279,7 @@ def cells_of(row: dict[str, Any]) -> list[str]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A table for one model; docs/star-accuracy.md says what it shows."""
+    """Return a table for one model; docs/star-accuracy.md says what it shows."""
     title = f"{result['model']}, {result['tokens']:,} tokens, {result['documents']} documents"
     rows = [[name, *cells_of(row)] for name, row in result["rows"].items() if name != DENSE]
     return markdown_table([title, *COLUMNS], rows)

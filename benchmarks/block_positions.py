@@ -1,4 +1,4 @@
-"""What blocks with positions of their own cost and save: `python -m benchmarks.block_positions`.
+"""Cost and savings of documents: `python -m benchmarks.block_positions`.
 
 Three measurements on a random Llama, each beside dense attention with vLLM's prefix cache on the same engine:
 
@@ -34,7 +34,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {BLOCK: OWN, DENSE: {}, STAR: SIZES}
 
 
 def make_documents(number: int, total: int, tokens: random.Random) -> list[list[int]]:
-    """Documents of unequal length that have ``total`` tokens together."""
+    """Return documents of unequal length that have ``total`` tokens together."""
     weights = [tokens.uniform(0.3, 1.7) for _ in range(number)]
     lengths = [round(total * weight / sum(weights)) for weight in weights]
     lengths[-1] += total - sum(lengths)
@@ -42,7 +42,7 @@ def make_documents(number: int, total: int, tokens: random.Random) -> list[list[
 
 
 def options_of(name: str, ids: list[int]) -> dict[str, Any]:
-    """The options of a configuration, with where the documents of a prompt start."""
+    """Return the options of a configuration, with where the documents of a prompt start."""
     options = CONFIGURATIONS[name]
     starts = [place for place, token in enumerate(ids[: len(ids) - QUERY_TOKENS]) if token == MARK]
     return options | {"star_segments": starts} if options is OWN else options
@@ -69,7 +69,7 @@ class Measurement:
         return [self.tokens.randrange(MARK) for _ in range(QUERY_TOKENS)]
 
     def edit(self) -> dict[str, list[float]]:
-        """Configuration -> seconds to the first token after each edit."""
+        """Return configuration -> seconds to the first token after each edit."""
         seconds: dict[str, list[float]] = {name: [] for name in CONFIGURATIONS}
         middle = self.documents[DOCUMENTS // 2]
         for repeat in track(range(-1, self.repeats), description="a document grows by a token"):
@@ -82,7 +82,7 @@ class Measurement:
         return seconds
 
     def retrieval(self) -> dict[str, list[float]]:
-        """Configuration -> seconds to the first token of a prompt with 8 of the 100 documents."""
+        """Return configuration -> seconds to the first token of a prompt with 8 of the 100 documents."""
         library = make_documents(LIBRARY, LIBRARY * MEAN_TOKENS, self.tokens)
         for first in track(range(0, LIBRARY, RETRIEVED), description="computing 100 documents"):
             ids = prompt(self.head, library[first : first + RETRIEVED], self.question())
@@ -95,7 +95,7 @@ class Measurement:
         return seconds
 
     def decode(self) -> dict[str, list[float]]:
-        """Configuration -> seconds for each token behind the 16 documents."""
+        """Return configuration -> seconds for each token behind the 16 documents."""
         seconds: dict[str, list[float]] = {name: [] for name in CONFIGURATIONS}
         ids = prompt(self.head, self.documents, self.question())
         for repeat in track(range(-1, self.repeats), description="a token behind 16 documents"):

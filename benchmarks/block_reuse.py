@@ -35,7 +35,7 @@ def make_engine(model: Path, reuse: str) -> Engine:
 
 
 def make_documents(length: int) -> list[list[int]]:
-    """One document for each star block: its mark, and tokens that leave some room in the block.
+    """Return one document for each star block: its mark, and tokens that leave some room in the block.
 
     The last document also leaves room for the query.
     """
@@ -46,7 +46,7 @@ def make_documents(length: int) -> list[list[int]]:
 
 
 def measure(model: Path, length: int, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Kind of edit -> configuration -> seconds to the first token after each edit."""
+    """Return kind of edit -> configuration -> seconds to the first token after each edit."""
     sizes = {"star_block_size": length // BLOCKS, "star_overlap_size": 0}
     star = {"star": "on", "star_query_tokens": QUERY_TOKENS} | sizes
     query = [1] * QUERY_TOKENS

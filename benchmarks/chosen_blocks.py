@@ -20,7 +20,10 @@ Scores = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def antidiagonals(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """XAttention's scores: of each STRIDE x STRIDE square the sum of its antidiagonal, as a probability of its row."""
+    """Return XAttention's scores.
+
+    They are the sum of the antidiagonal of each STRIDE x STRIDE square, as a probability of its row.
+    """
     rows = query.unflatten(0, (-1, STRIDE)).flatten(1)
     columns = key.unflatten(0, (-1, STRIDE)).flip(1).flatten(1)
     sums = rows @ columns.T / (math.sqrt(query.shape[1]) * STRIDE)
@@ -29,7 +32,7 @@ def antidiagonals(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 
 def attention(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """The attention that the queries of a block pay to the keys of another one."""
+    """Return the attention that the queries of a block pay to the keys of another one."""
     sums = torch.zeros(len(query) // SIZE, len(key) // SIZE)
     for start in range(0, len(query), CHUNK):
         end = min(start + CHUNK, len(query))
@@ -40,12 +43,12 @@ def attention(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 
 def in_blocks(values: torch.Tensor, size: int) -> torch.Tensor:
-    """Sums of a matrix over squares of a size."""
+    """Sum a matrix over squares of a size."""
     return values.unflatten(1, (-1, size)).sum(2).unflatten(0, (-1, size)).sum(1)
 
 
 def choose(scores: torch.Tensor, budget: float) -> torch.Tensor:
-    """(blocks, blocks) bool: which blocks a head sees, with at most ``budget`` query-key pairs."""
+    """Return (blocks, blocks) bool: which blocks a head sees, with at most ``budget`` query-key pairs."""
     number = len(scores)
     seen = torch.eye(number, dtype=torch.bool)
     seen[:, 0] = True
@@ -58,7 +61,7 @@ def choose(scores: torch.Tensor, budget: float) -> torch.Tensor:
 
 
 def mask_of(score: Scores, budget: float) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """A mask of approximations.py: (layer, queries, keys) -> (H, n, n) bool."""
+    """Return a mask of approximations.py: (layer, queries, keys) -> (H, n, n) bool."""
 
     def mask(layer: int, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         groups = query.shape[1] // key.shape[1]

@@ -1,4 +1,4 @@
-"""What the default plan gains and costs on a real model: `python -m benchmarks.default_plan MODEL`.
+"""Gain and cost of the default plan on a real model: `python -m benchmarks.default_plan MODEL`.
 
 One server answers generated prompts (needles, variables, code) dense and with the default plan, as `starling eval`
 does. Then prompts are sent with nothing cached, in turns, for the time to their first token. Writes
@@ -32,14 +32,14 @@ PLAN = "default"
 
 
 def measure_answers(url: str, length: int, prompts: int, folder: Path) -> dict[str, Any]:
-    """The row of `starling eval` over all tasks for the default plan."""
+    """Return the row of `starling eval` over all tasks for the default plan."""
     results, _ = run_eval(["--base-url", url], [PLAN], TASKS, length, prompts, folder)
     (row,) = [cell for cell in results["cells"] if cell["plan"] == PLAN and cell["task"] == "all"]
     return row
 
 
 async def measure_times(url: str, length: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds to the first token of prompts of this length, dense and with the default plan, in turns."""
+    """Return the seconds to the first token of prompts of this length, dense and with the default plan, in turns."""
     times: dict[str, list[float]] = {"dense": [], PLAN: []}
     (task,) = choose_tasks([TIMED_TASK])
     async with Client(url) as client:

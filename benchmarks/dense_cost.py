@@ -39,7 +39,7 @@ WORKLOADS = {"prefill 4,096 tokens": (4096, 1), "decode 48 tokens": (256, 48)}
 
 
 def measure(starts: int, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Workload -> engine -> seconds of each round; ``rounds`` rounds after each of ``starts`` starts."""
+    """Return workload -> engine -> seconds of each round; ``rounds`` rounds after each of ``starts`` starts."""
     seconds: dict[str, dict[str, list[float]]] = {workload: {name: [] for name in ENGINES} for workload in WORKLOADS}
     names = list(ENGINES)
     with tempfile.TemporaryDirectory() as directory:

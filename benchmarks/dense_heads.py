@@ -1,4 +1,4 @@
-"""What dense heads leave of star's loss, and at how much work: `python -m benchmarks.dense_heads models/NAME`.
+"""Loss of star with dense heads, and its work: `python -m benchmarks.dense_heads models/NAME`.
 
 Runs `starling eval` on one model and length: the paper's star blocks (A = B) at n/8 and n/16, and the default anchor
 and overlap with shares of dense KV heads, whose scores the server knows or gets by --star-heads. Every loss is a ratio
@@ -38,7 +38,7 @@ FEW = {8: (0.0, 0.1), 16: (0.1, 0.2)}
 
 
 def named_plans(length: int, few: bool) -> list[str]:
-    """A = B at n/8 first, at n/16 too unless ``few``, and for each size of blocks the shares with an overlap."""
+    """Return A = B at n/8 first, at n/16 too unless ``few``, and for each size of blocks the shares with an overlap."""
     found, shares = plans(length, list(PARTS)), FEW if few else SHARES
     overlap = zip(PARTS, found[1::2], strict=True)
     return [
@@ -48,12 +48,12 @@ def named_plans(length: int, few: bool) -> list[str]:
 
 
 def with_and_without(names: list[str]) -> list[str]:
-    """Each plan without the server's adapter, then each with it."""
+    """Return each plan without the server's adapter, then each with it."""
     return [f"{name},L={use}" for use in ("off", "auto") for name in names]
 
 
 def rows_of(results: dict[str, Any], ratios: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Plan -> its work as a share of dense's, its loss over that of A = B at n/8, and the points that it costs."""
+    """Return plan -> its work as a share of dense's, its loss over that of A = B at n/8, and its cost in points."""
     cells = {cell["plan"]: cell for cell in results["cells"] if cell["task"] == ALL}
     return {
         ratio["other"]: {
@@ -69,14 +69,14 @@ def rows_of(results: dict[str, Any], ratios: list[dict[str, Any]]) -> dict[str, 
 
 
 def shown(name: str, length: int) -> tuple[str, str]:
-    """A plan as people write it: ("n/8", "A = B"), ("n/16", "H = 0.1, adapter")."""
+    """Return a plan as people write it: ("n/8", "A = B"), ("n/16", "H = 0.1, adapter")."""
     sizes = dict(part.split("=") for part in name.split(","))
     heads = f"H = {sizes['H']}" if "H" in sizes else "A = B"
     return f"n/{length // int(sizes['B'])}", f"{heads}{ADAPTER if sizes.get('L') == 'auto' else ''}"
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """A row for each plan, and for each result the plan's work, loss and points; docs/dense-heads.md has some."""
+    """Return a row for each plan, with its work, loss and points for each result; docs/dense-heads.md has some."""
     plans = sorted({shown(name, length_of(result)) for result in results for name in result["plans"]}, key=order)
     head, rows = ["plan"], [[", ".join(plan)] for plan in plans]
     for result in results:
@@ -98,7 +98,7 @@ def order(plan: tuple[str, str]) -> tuple[int, str]:
 
 
 def draw(axis: Any, result: dict[str, Any]) -> None:
-    """KL over work: a line for each size of blocks with an overlap, and the paper's plans as another."""
+    """Draw KL over work: a line for each size of blocks with an overlap, and the paper's plans as another."""
     axis.set_visible(True)
     length = result["setup"]["lengths"][0]
     lines: dict[str, dict[str, dict[str, Any]]] = {}
@@ -120,7 +120,7 @@ def draw(axis: Any, result: dict[str, Any]) -> None:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """A row for each length, a column for each model."""
+    """Draw a row for each length, a column for each model."""
     models, lengths = ({get(result): None for result in results} for get in (operator.itemgetter("model"), length_of))
     shape = {"rows": len(lengths), "columns": len(models), "squeeze": False, "sharex": True, "sharey": True}
     with saved_figure(path, **shape, figsize=(5.5 * len(models), 3.6 * len(lengths))) as (_, axes):

@@ -22,11 +22,11 @@ class Child:
     """A process that reads requests and writes responses, each as a line of JSON. It stops on exit.
 
     Args:
-        name: says in messages what runs in it.
-        options: of Popen.
+        name: name in messages of what runs in it.
+        options: options of Popen.
 
     Attributes:
-        ready: what it writes once it is ready.
+        ready: first line that it writes, once it is ready.
     """
 
     def __init__(self, name: str, command: Sequence[str], **options: Any) -> None:
@@ -43,7 +43,7 @@ class Child:
         self.child.wait(60)
 
     def ask(self, **fields: Any) -> dict[str, Any]:
-        """The response to a request (raises RuntimeError: the process ended)."""
+        """Return the response to a request (raises RuntimeError: the process ended)."""
         assert self.child.stdin is not None
         self.child.stdin.write(json.dumps(fields) + "\n")
         self.child.stdin.flush()
@@ -63,8 +63,8 @@ class Engine(Child):
     Args:
         model: path of the checkpoint.
         env: additional environment of the engine's process.
-        timed_attention: whether to time the attention layers too.
-        arguments: of vllm.LLM.
+        timed_attention: True to time the attention layers too.
+        arguments: arguments of vllm.LLM.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Engine(Child):
 
     @property
     def cache_tokens(self) -> int:
-        """How many tokens the KV cache holds, as vLLM reports it."""
+        """Return the number of tokens that the KV cache holds, as vLLM reports it."""
         return self.ready["cache_tokens"]
 
     def generate(
@@ -98,7 +98,8 @@ class Engine(Child):
         Args:
             ids: token ids of the prompt.
             extra_args: options of the request.
-            cpu_attention: the attention op to use from now on, a value of the option of that name; None: as before.
+            cpu_attention: the attention op to use from now on, a value of the option of that name, or None for the same
+                as before.
 
         Returns:
             {"seconds", "attention_seconds", "token_ids", "sources": where its documents came from}.
@@ -109,12 +110,12 @@ class Engine(Child):
         return self.ask(batch=[ids], extra_args=extra_args or None, max_tokens=max_tokens, cpu_attention=cpu_attention)
 
     def generate_batch(self, batch: list[list[int]], max_tokens: int) -> dict[str, Any]:
-        """As ``generate``, for prompts that arrive at once; ``token_ids`` are those of the first prompt."""
+        """Generate as ``generate``, for prompts that arrive at once; ``token_ids`` are those of the first prompt."""
         return self.ask(batch=batch, extra_args=None, max_tokens=max_tokens, cpu_attention=None)
 
 
 def time_attention(worker: Any) -> None:
-    """In a worker: sum up the time of the attention layers from now on."""
+    """Sum up the time of the attention layers from now on; runs in a worker."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     impl: Any = AttentionBackendEnum.CPU_ATTN.get_class().get_impl_cls()
@@ -131,13 +132,13 @@ def time_attention(worker: Any) -> None:
 
 
 def set_cpu_attention(worker: Any, setting: str) -> None:
-    """In a worker: use this attention op from now on."""
+    """Use this attention op from now on; runs in a worker."""
     for layer in worker.vllm_config.compilation_config.static_forward_context.values():
         layer.impl.setting = setting
 
 
 def take_attention_seconds(worker: Any) -> float:
-    """In a worker: the seconds of the attention layers since the last call."""
+    """Return the seconds of the attention layers since the last call; runs in a worker."""
     seconds, worker.attention_seconds = worker.attention_seconds, 0.0
     return seconds
 

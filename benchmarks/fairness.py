@@ -131,10 +131,10 @@ def time_beside_long_prompts(engine: Engine, length: int, count: int, options: d
 
 
 def summary(rounds: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
-    """The figures of all rounds together, and the throughput of the long prompts in each round.
+    """Return the figures of all rounds together, and the throughput of the long prompts in each round.
 
     Args:
-        tokens: of the long prompts of one round.
+        tokens: tokens of the long prompts of one round.
     """
     first_tokens = np.concatenate([run["short_ttft"] for run in rounds])
     pauses = np.concatenate([run["pauses"] for run in rounds])

@@ -53,7 +53,7 @@ class ServedEngine:
         self.addresses = {GRPC: grpc_address, HTTP: http_address}
 
     async def seconds(self, way: str, streams: int, tokens: int) -> float:
-        """Seconds until ``streams`` concurrent streams have returned ``tokens`` tokens each."""
+        """Return the seconds until ``streams`` concurrent streams have returned ``tokens`` tokens each."""
         if way == IN_PROCESS:
             return await self._in_process(streams, tokens)
         run = asyncio.get_running_loop().run_in_executor
@@ -74,7 +74,7 @@ class ServedEngine:
 
 
 async def measure(model: Path, loads: list[int], tokens: int, rounds: int) -> dict[int, dict[str, Times]]:
-    """Concurrent streams -> way -> its times."""
+    """Return concurrent streams -> way -> its times."""
     http, grpc = free_ports(0, 0)
     options = ["--dtype", "float32", "--enforce-eager", "--served-model-name", MODEL, "--disable-log-stats"]
     args, grpc_port = parse(
@@ -108,7 +108,7 @@ async def wait_until_ready(url: str) -> None:
 
 
 async def interleave(served: ServedEngine, streams: int, tokens: int, rounds: int) -> dict[str, Times]:
-    """Way -> its times over ``rounds`` rounds, after one round as a warm-up."""
+    """Return way -> its times over ``rounds`` rounds, after one round as a warm-up."""
     times: dict[str, Times] = {way: {WALL: [], CPU: []} for way in WAYS}
     for index in range(-1, rounds):
         turn = index % len(WAYS)

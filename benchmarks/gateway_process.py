@@ -25,12 +25,12 @@ START_SECONDS = 60.0
 
 
 def is_installed(gateway: str) -> bool:
-    """Whether the environment has a gateway; on some platforms there is no wheel of it."""
+    """Return whether the environment has a gateway; on some platforms there is no wheel of it."""
     return gateway not in MODULES or find_spec(MODULES[gateway]) is not None
 
 
 def command(gateway: str, servers: Sequence[Server], policy: str) -> list[str]:
-    """The command line of a gateway: SMG calls the servers over gRPC, and the others over HTTP."""
+    """Return the command line of a gateway: SMG calls the servers over gRPC, and the others over HTTP."""
     (port,) = free_ports(0)
     address = ["--host", "127.0.0.1", "--port", str(port)]
     urls = [server.http for server in servers]
@@ -48,13 +48,13 @@ def command(gateway: str, servers: Sequence[Server], policy: str) -> list[str]:
 
 @contextlib.contextmanager
 def gateway_before(gateway: str, servers: Sequence[Server], log: Path, policy: str = "round_robin") -> Iterator[str]:
-    """The address of a gateway, which runs for the duration of the block.
+    """Run a gateway for the duration of the block and yield its address.
 
     Args:
         gateway: SMG, VLLM_ROUTER or DOCUMENT_ROUTER.
-        servers: that run and are healthy.
+        servers: servers that run and are healthy.
         log: file for its output.
-        policy: of a gateway that has several.
+        policy: policy of a gateway that has several.
 
     Raises:
         RuntimeError: it ends, or does not answer within START_SECONDS.

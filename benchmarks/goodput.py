@@ -42,7 +42,7 @@ FIGURES = {
 
 
 def runs_of(rates: list[float], prompts: int) -> list[dict[str, Any]]:
-    """The parameters of each run of `vllm bench serve`, in the sweep's format. Runs have different prompts.
+    """Return the parameters of each run of `vllm bench serve`, in the sweep's format. Runs have different prompts.
 
     Answers are of letters. Other bytes may be parts of a character, whose text the server holds back until it is whole.
     """
@@ -82,7 +82,7 @@ def sweep(model: Path, folder: Path, args: argparse.Namespace) -> None:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """A row for each mode and request rate, with the figures of each run, of a sweep's folder."""
+    """Read a row for each mode and request rate, with the figures of each run, of a sweep's folder."""
     rows = []
     for path in folder.rglob("summary.json"):
         runs = json.loads(path.read_text())

@@ -26,7 +26,7 @@ LENGTH = 60  # tokens of a document, which end on no page
 
 
 def plan_of(documents: int, row: int) -> StarPlan:
-    """A head of two pages and documents of four pages; each row has its own plan."""
+    """Return a head of two pages and documents of four pages; each row has its own plan."""
     starts = [0, *(PAGE * (2 + 4 * number) for number in range(documents))]
     borders = ((0, 2 * PAGE), *((start, start + LENGTH - row % 8) for start in starts[1:]))
     end = starts[-1] + 4 * PAGE
@@ -34,12 +34,12 @@ def plan_of(documents: int, row: int) -> StarPlan:
 
 
 def measure(rows: int, documents: int, rounds: int) -> list[float]:
-    """Milliseconds of each of so many steps: one token a row."""
+    """Return the milliseconds of each of ``rounds`` steps: one token a row."""
     names = [str(number) for number in range(rows)]
     plans = {name: plan_of(documents, int(name)) for name in names}
     times = []
     for number in range(rounds):
-        step = StarStep(plans, dict.fromkeys(names, 1), lambda: names, lambda rows: None, [DocumentStep()])
+        step = StarStep(plans, dict.fromkeys(names, 1), lambda: names, lambda rows: None, DocumentStep())
         ends = torch.tensor([plan.num_prompt_tokens + 1 + number for plan in plans.values()])
         common: Any = SimpleNamespace(query_start_loc_cpu=torch.arange(rows + 1), seq_lens_cpu_upper_bound=ends)
         began = time.perf_counter()

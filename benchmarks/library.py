@@ -35,7 +35,7 @@ ENGINE_MEMORY, HOST_MEMORY, LITTLE_HOST_MEMORY = 192 << 20, "2GiB", "256MiB"
 
 
 def make_engine(model: Path, folder: Path | None, host: str = HOST_MEMORY) -> Engine:
-    """An engine whose own memory holds two to three prompts, with a library or without."""
+    """Make an engine whose own memory holds two to three prompts, with a library or without."""
     entry = {} if folder is None else {"star": "on", "star_library": f"{folder}:{host}", "star_segments": "auto"}
     arguments = ENGINE | {"additional_config": {"starling": entry}, "kv_cache_memory_bytes": ENGINE_MEMORY}
     return Engine(model, dtype="float32", enable_prefix_caching=True, max_model_len=20000, **arguments)
@@ -54,7 +54,7 @@ class Prompts:
         self.documents = make_documents(number, number * mean, self.tokens)
 
     def of(self, numbers: list[int]) -> tuple[list[int], dict[str, Any]]:
-        """The tokens of a prompt with these documents and a question of its own, and its options."""
+        """Return the tokens of a prompt with these documents and a question of its own, and its options."""
         question = [self.tokens.randrange(MARK) for _ in range(QUERY_TOKENS)]
         ids = prompt(self.head, [self.documents[number] for number in numbers], question)
         starts = [place for place, token in enumerate(ids[: len(ids) - QUERY_TOKENS]) if token == MARK]
@@ -75,7 +75,7 @@ def fill(model: Path, folder: Path, prompts: Prompts) -> float:
 
 
 def measure(model: Path, folder: Path, prompts: Prompts) -> tuple[dict[str, list[float]], dict[str, Counter[str]]]:
-    """Configuration -> seconds to the first token, and where the documents' tokens came from."""
+    """Return configuration -> seconds to the first token, and where the documents' tokens came from."""
     order = random.Random(1).sample(range(len(prompts.documents)), len(prompts.documents))
     groups = [order[start : start + RETRIEVED] for start in range(0, len(order) - RETRIEVED + 1, RETRIEVED)]
     seconds: dict[str, list[float]] = {name: [] for name in (DENSE, FILES, AGAIN, HOST, MEMORY)}

@@ -75,13 +75,13 @@ def write_retrieval(folder: Path, number: int) -> None:
 def harness_command(
     program: Path, base_url: str, model: str, plan: Plan, tasks: Sequence[str], length: int, limit: int, out: Path
 ) -> list[str]:
-    """One run of lm_eval: all tasks with one plan.
+    """Return the command of one run of lm_eval: all tasks with one plan.
 
     Args:
         model: a folder with a model, by the name that the server has for it.
-        tasks: of lm_eval.
-        length: tokens of a prompt and its answer, as lm_eval counts them.
-        limit: prompts of each task.
+        tasks: tasks of lm_eval.
+        length: number of tokens of a prompt and its answer, as lm_eval counts them.
+        limit: number of prompts of each task.
         out: the folder for the answers.
     """
     arguments = {
@@ -100,7 +100,7 @@ def harness_command(
 
 
 def star_requests(base_url: str) -> float:
-    """How many requests the server has run with Star Attention."""
+    """Return the number of requests that the server has run with Star Attention."""
     text = httpx.get(f"{base_url}/metrics", timeout=60).text
     return series_sum(text, 'starling:requests_total{[^}]*attention="star"[^}]*}')
 
@@ -121,7 +121,7 @@ def harness_version(out: Path) -> str:
 def make_cell(
     task: str, plan: str, dense: dict[str, tuple[float, str]], star: dict[str, tuple[float, str]]
 ) -> dict[str, Any]:
-    """A task under a plan beside dense, with the field names of `starling eval`'s cells.
+    """Make the cell of a task under a plan beside dense, with the field names of `starling eval`'s cells.
 
     Raises:
         ValueError: the two runs had different prompts.
@@ -141,7 +141,7 @@ def make_cell(
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
-    """The table of docs/star-accuracy.md: a row for each task and plan of each run."""
+    """Return the table of docs/star-accuracy.md: a row for each task and plan of each run."""
     rows = []
     for result in results:
         for cell in result["cells"]:
@@ -170,7 +170,7 @@ def measure(
     """Run all plans on one server.
 
     Args:
-        names: of the plans.
+        names: names of the plans.
 
     Raises:
         subprocess.CalledProcessError: lm_eval failed.
@@ -195,7 +195,7 @@ def measure(
 
 
 def result_of(model: str, tasks: Sequence[str], length: int, named: dict[str, Plan], folder: Path) -> dict[str, Any]:
-    """The stored result, from a folder that has lm_eval's output of each plan by name (raises ValueError)."""
+    """Return the stored result, from a folder that has lm_eval's output of each plan by name (raises ValueError)."""
     found = {name: {task: read_samples(folder_of(folder, name), task, length) for task in tasks} for name in named}
     dense = found.pop(DENSE.name)
     return {

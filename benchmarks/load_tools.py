@@ -43,7 +43,7 @@ PROGRAMS = {"GuideLLM": TOOLS / "guidellm" / "bin" / "guidellm", "AIPerf": TOOLS
 
 
 def make_documents() -> list[str]:
-    """Pieces of Python's library, of CHARACTERS each, from its longest files."""
+    """Return pieces of Python's library, of CHARACTERS each, from its longest files."""
     library = Path(sysconfig.get_paths()["stdlib"])
     text = "".join((library / f"{name}.py").read_text() for name in TEXTS)
     pieces = [text[start : start + CHARACTERS] for start in range(0, len(text), 4 * CHARACTERS)]
@@ -51,7 +51,7 @@ def make_documents() -> list[str]:
 
 
 def make_prompts(documents: Sequence[str], number: int, order: random.Random) -> list[str]:
-    """Questions, each behind RETRIEVED of the documents."""
+    """Return questions, each behind RETRIEVED of the documents."""
     return [
         "".join([*order.sample(documents, RETRIEVED), f"{SEPARATOR}What does function {question} return?\n"])
         for question in range(number)
@@ -59,7 +59,7 @@ def make_prompts(documents: Sequence[str], number: int, order: random.Random) ->
 
 
 def bench_serve(url: str, model: str, prompts: Sequence[str], body: dict[str, Any], folder: Path) -> list[float]:
-    """Milliseconds to the first token of each prompt, by `vllm bench serve`."""
+    """Return the milliseconds to the first token of each prompt, by `vllm bench serve`."""
     data = write_lines(folder, [{"prompt": prompt, "output_tokens": NEW_TOKENS} for prompt in prompts])
     run(
         [Path(sys.executable).with_name("vllm"), "bench", "serve", "--base-url", url, "--model", model],
@@ -72,7 +72,7 @@ def bench_serve(url: str, model: str, prompts: Sequence[str], body: dict[str, An
 
 
 def guidellm(url: str, model: str, prompts: Sequence[str], body: dict[str, Any], folder: Path) -> list[float]:
-    """Milliseconds to the first token of each prompt, by GuideLLM."""
+    """Return the milliseconds to the first token of each prompt, by GuideLLM."""
     data, out = write_lines(folder, [{"prompt": prompt} for prompt in prompts]), folder / "result.json"
     backend = {
         "kind": "openai_http",
@@ -93,7 +93,7 @@ def guidellm(url: str, model: str, prompts: Sequence[str], body: dict[str, Any],
 
 
 def aiperf(url: str, model: str, prompts: Sequence[str], body: dict[str, Any], folder: Path) -> list[float]:
-    """Milliseconds to the first token of each prompt, by AIPerf."""
+    """Return the milliseconds to the first token of each prompt, by AIPerf."""
     data = write_lines(folder, [{"text": prompt} for prompt in prompts])
     run(
         [PROGRAMS["AIPerf"], "profile", "--model", "model", "--url", url, "--tokenizer", model],
@@ -136,7 +136,7 @@ def run(*arguments: Sequence[object], without: Sequence[str] = ()) -> None:
 
 
 def measure(model: str, number: int, folder: Path) -> dict[str, dict[str, list[float]]]:
-    """Tool -> plan -> milliseconds to the first token of each of its prompts."""
+    """Return tool -> plan -> milliseconds to the first token of each of its prompts."""
     documents = make_documents()
     options = ["--served-model-name", "model", "--max-model-len", "8192", "--enforce-eager"]
     found: dict[str, dict[str, list[float]]] = {tool: {} for tool in MEASURES}

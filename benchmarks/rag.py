@@ -146,7 +146,7 @@ def main() -> None:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Two panels: the seconds to the first token, and of how many questions the answer is right."""
+    """Plot two panels: the seconds to the first token, and of how many questions the answer is right."""
     rows = {row["attention"]: row for row in result["rows"] if row["head"] == LONG}
     with saved_figure(path, 1, 2, figsize=(9, 2.4)) as (_, (left, right)):
         names = ["dense attention", "documents, the first time", "documents in another order"]
@@ -164,7 +164,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def pairs(right: dict[tuple[str, str], list[bool]], kind: str, head: str) -> Iterator[tuple[bool, bool]]:
-    """Of each question: whether dense attention has it right with this head, and whether this configuration has."""
+    """Yield, for each question, whether dense attention and this configuration have it right with this head."""
     return zip(right[DENSE, head], right[kind, head], strict=True)
 
 

@@ -61,7 +61,7 @@ class Question(NamedTuple):
 
 
 def make_questions(documents: list[str], modules: Sequence[str] = MODULES) -> Iterator[Question]:
-    """One for each function of the modules whose documentation begins with a sentence that does not name it."""
+    """Yield a question for each function of the modules whose documentation's first sentence does not name it."""
     for module in modules:
         for entry in entries(module):
             name = re.split(r"[(.]", entry.removeprefix(f"{module}."), maxsplit=1)[0]
@@ -73,14 +73,14 @@ def make_questions(documents: list[str], modules: Sequence[str] = MODULES) -> It
 
 
 def context_of(kind: str, examples: list[Question], found: list[str]) -> str:
-    """The text before the question: a head of this kind, and the documents."""
+    """Return the text before the question: a head of this kind, and the documents."""
     solved = map(EXAMPLE.format, examples)
     head = SYSTEM + ("".join(solved) if kind == LONG else "")
     return head + "".join(f"{MARK}{document}" for document in found)
 
 
 def question_of(asked: Question) -> str:
-    """The text behind the documents."""
+    """Return the text behind the documents."""
     return f"{MARK}\nQuestion: {asked.text}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -89,12 +89,12 @@ def prompt_of(kind: str, examples: list[Question], found: list[str], asked: Ques
 
 
 def retrieval_questions(index: Index, number: int) -> tuple[list[Question], list[tuple[Question, list[str]]]]:
-    """Two questions to be shown with their answers, and at most ``number`` others with the documents found for each.
+    """Return two questions to show with their answers, and at most ``number`` others, each with its found documents.
 
     Questions whose document is not found are left out.
 
     Args:
-        index: of the documents that are asked about.
+        index: index of the documents that are asked about.
     """
     made = list(make_questions(index.documents))
     Random(0).shuffle(made)
@@ -103,7 +103,7 @@ def retrieval_questions(index: Index, number: int) -> tuple[list[Question], list
 
 
 def training_prompts(rng: Random) -> Iterator[dict[str, str]]:
-    """Lines for `starling distil`: {"prompt": text, "answer": text}, about functions of OTHERS.
+    """Yield lines for `starling distil`: {"prompt": text, "answer": text}, about functions of OTHERS.
 
     All questions that a prompt's documents answer are asked, up to QUESTIONS, a line each. The answer is written as the
     model writes it: behind the name of the module, or as in the answered questions.
@@ -127,5 +127,5 @@ def training_prompts(rng: Random) -> Iterator[dict[str, str]]:
 
 
 def answer_of(asked: Question, kind: str, rng: Random) -> str:
-    """The name, as the model writes it."""
+    """Return the name, as the model writes it."""
     return asked.answer if kind == LONG or rng.random() > MODULE_SHARE else f"{asked.module}.{asked.answer}"

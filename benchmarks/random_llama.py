@@ -18,7 +18,7 @@ CHAT_TEMPLATE = (
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token for each byte of UTF-8, and the end token: 257 in all."""
+    """Return a tokenizer with one token for each byte of UTF-8, and the end token: 257 in all."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: index for index, character in enumerate(alphabet)} | {SPECIAL: len(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -58,7 +58,7 @@ def make_random_llama(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.f
 
 
 def make_tiny_llama(path: Path, **config: Any) -> Path:
-    """A random Llama that answers in milliseconds, for prompts of up to 8,192 tokens; ``config`` replaces fields."""
+    """Make a random Llama that answers in milliseconds, for up to 8,192 tokens; ``config`` replaces fields."""
     fields = {
         "hidden_size": 64,
         "intermediate_size": 128,

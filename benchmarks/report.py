@@ -32,7 +32,7 @@ ORIGIN = ("machine", "date", "note")
 
 
 def machine() -> dict[str, Any]:
-    """The processor, its family and model number, its cores, and the versions of Python, vLLM and torch."""
+    """Return the processor, its family and model number, its cores, and the versions of Python, vLLM and torch."""
     found = cpu_facts()
     return {
         "processor": found.get("model name", "unknown"),
@@ -45,14 +45,14 @@ def machine() -> dict[str, Any]:
 
 
 def origin() -> dict[str, Any]:
-    """The machine, the date (UTC), and the text of BENCHMARKS_NOTE where that is set."""
+    """Return the machine, the date (UTC), and the text of BENCHMARKS_NOTE where that is set."""
     found = {"machine": machine(), "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
     note = os.environ.get("BENCHMARKS_NOTE")
     return found | ({"note": note} if note else {})
 
 
 def ratios_over(times: Mapping[str, Sequence[float]], ours: str) -> dict[str, dict[str, float]]:
-    """Configuration -> ratio_interval over that of ``ours``, for all others; times are of interleaved runs."""
+    """Return configuration -> ratio_interval over that of ``ours``, for all others; times are of interleaved runs."""
     names = ("median", "low", "high")
     return {
         name: dict(zip(names, ratio_interval(times[ours], values), strict=True))
@@ -88,7 +88,7 @@ def report_medians(
     """Print, write and draw the median seconds of each configuration of several measurements, and ratios over ours.
 
     Args:
-        name: of the result.
+        name: name of the result.
         seconds: measurement -> configuration -> seconds of interleaved runs.
         ours: measurement -> the configuration that the others are divided by.
         titles: measurement -> its title.
@@ -122,7 +122,7 @@ def plot_ratios(axis: Any, ratios: Mapping[str, tuple[float, float, float]]) -> 
 
 
 def numbers_table(title: str, columns: Iterable[str]) -> Table:
-    """A table of numbers for the terminal."""
+    """Return a table of numbers for the terminal."""
     table = Table(title=title)
     for column in columns:
         table.add_column(column, justify="right")
@@ -135,12 +135,12 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def read_json(name: str) -> dict[str, Any]:
-    """A stored result without its origin; empty if there is none."""
+    """Return a stored result without its origin; empty if there is none."""
     return _stored(name)[0]
 
 
 def _stored(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A stored result without its origin, and its origin; both empty if there is none."""
+    """Return a stored result without its origin, and its origin; both empty if there is none."""
     path = OUT / f"{name}.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     before = {field: result.pop(field) for field in ORIGIN if field in result}
@@ -163,7 +163,7 @@ def write_row(
     The origin of the result is that of its last row. A row that was there before keeps its own.
 
     Args:
-        name: of the result.
+        name: name of the result.
         field: the field of the result that holds the rows.
         key: names of the row's values that identify it. The rows are sorted by these values.
         others: other fields of the result to set.

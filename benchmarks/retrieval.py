@@ -59,13 +59,13 @@ class Needle:
 
 
 def token_dimensions() -> torch.Tensor:
-    """(tokens that have a code,) the dimension of each token's code. RoPE pairs dimension i with 64 + i."""
+    """Return (tokens that have a code,) the dimension of each token's code. RoPE pairs dimension i with 64 + i."""
     fixed = torch.arange(ROTATED, PAIRS)
     return torch.cat((fixed, PAIRS + fixed))
 
 
 def model_tensors() -> dict[str, torch.Tensor]:
-    """The tensors of the LlamaForCausalLM checkpoint, by name.
+    """Return the tensors of the LlamaForCausalLM checkpoint, by name.
 
     The hidden state has three parts of 128 dimensions: the code of the token, of the token before, and of the answer.
     """
@@ -142,7 +142,7 @@ def make_retrieval_model(path: Path, max_tokens: int) -> Path:
 
 
 def make_context(num_tokens: int) -> tuple[list[int], list[Needle]]:
-    """A prompt of fillers with 40 needles, of which each has its own key.
+    """Make a prompt of fillers with 40 needles, of which each has its own key.
 
     32 lie within the 32nds of the prompt, and eight have their value at the start of a 16th.
     """
@@ -158,10 +158,10 @@ def make_context(num_tokens: int) -> tuple[list[int], list[Needle]]:
 
 
 def is_found(position: int, sizes: dict[str, Any] | None) -> bool:
-    """Whether the value at ``position`` sees the key before it: the definition of Star Attention.
+    """Return whether the value at ``position`` sees the key before it: the definition of Star Attention.
 
     Args:
-        sizes: block_size, anchor_size, overlap_size and context_end of the plan; None for dense attention.
+        sizes: block_size, anchor_size, overlap_size and context_end of the plan, or None for dense attention.
     """
     key = position - 1
     if sizes is None or position >= sizes["context_end"]:
@@ -171,7 +171,7 @@ def is_found(position: int, sizes: dict[str, Any] | None) -> bool:
 
 
 def make_plans(num_tokens: int) -> list[Plan]:
-    """Dense, Starling's default, and the paper's A = B with n/B of 4, 8 and 16."""
+    """Return the plans: dense, Starling's default, and the paper's A = B with n/B of 4, 8 and 16."""
     paper = {"star": "on", "star_overlap_size": 0}
     parts = (4, 8, 16)
     return [
@@ -209,7 +209,7 @@ async def measure(client: Client, num_tokens: int, plan: Plan) -> dict[str, Any]
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A table, whose right answers docs/star-accuracy.md has."""
+    """Return a table, whose right answers docs/star-accuracy.md has."""
     rows = []
     for row in result["rows"]:
         sizes = row["sizes"]
@@ -222,7 +222,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 async def measure_all(base_url: str, lengths: list[int]) -> list[dict[str, Any]]:
-    """A row for each length and plan."""
+    """Return a row for each length and plan."""
     rows = []
     async with Client(base_url, timeout=3600) as client:
         for length in lengths:

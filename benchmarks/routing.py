@@ -1,4 +1,4 @@
-"""Which server gets a prompt of documents, and what a gateway adds: `python -m benchmarks.routing`.
+"""Servers that get prompts of documents, and the cost of a gateway: `python -m benchmarks.routing`.
 
 Two servers, each with KV memory for half of 100 documents, get 200 prompts of eight of them, two at a time. The prompts
 go through vllm-router and SMG with their policies, and through examples/document_router.py. Each policy begins with
@@ -49,12 +49,12 @@ ANY, TOPIC = "any 8 of 100", "8 of a topic of 20"
 
 
 def text(name: str, tokens: int) -> str:
-    """A text of so many tokens, one for each character."""
+    """Return a text of ``tokens`` tokens, one for each character."""
     return hashlib.shake_256(name.encode()).hexdigest(tokens)[:tokens]
 
 
 def make_prompts(kind: str, number: int) -> list[tuple[list[int], str]]:
-    """(documents, prompt) of each request, with a question of its own."""
+    """Return (documents, prompt) of each request, with a question of its own."""
     draw, prompts = random.Random(0), []
     for index in range(number):
         first, size = (0, DOCUMENTS) if kind == ANY else (draw.randrange(TOPICS) * 20, 20)
@@ -97,7 +97,7 @@ def computed(servers: Sequence[Server]) -> float:
 
 
 def send(client: httpx.Client, prompt: str, headers: dict[str, str]) -> float:
-    """Seconds until the first token of a prompt."""
+    """Return the seconds until the first token of a prompt."""
     body = {"model": "random", "prompt": prompt, "max_tokens": 1, "temperature": 0, "ignore_eos": True}
     started = time.perf_counter()
     client.post("/v1/completions", json=body, headers=headers).raise_for_status()
@@ -120,7 +120,7 @@ def run_policy(url: str, servers: Sequence[Server], prompts: list[tuple[list[int
 
 
 def policies() -> list[tuple[str, str, str]]:
-    """(name, gateway, policy) of each way to choose a server."""
+    """Return (name, gateway, policy) of each way to choose a server."""
     ways = [("round robin", VLLM_ROUTER, "round_robin"), ("prefix (cache_aware)", VLLM_ROUTER, "cache_aware")]
     ways += [("consistent hash of the set", VLLM_ROUTER, "consistent_hash")]
     ways += [("prefix, KV events (cache_aware)", SMG, "cache_aware"), ("documents", DOCUMENT_ROUTER, "")]
@@ -128,7 +128,7 @@ def policies() -> list[tuple[str, str, str]]:
 
 
 def measure_routing(folder: Path, servers: Sequence[Server], number: int) -> dict[str, dict[str, Any]]:
-    """Kind of prompts -> policy -> its result."""
+    """Return kind of prompts -> policy -> its result."""
     result: dict[str, dict[str, Any]] = {}
     for kind in (ANY, TOPIC):
         prompts = make_prompts(kind, number)
@@ -141,7 +141,7 @@ def measure_routing(folder: Path, servers: Sequence[Server], number: int) -> dic
 
 
 def measure_overhead(folder: Path, servers: Sequence[Server], rounds: int) -> dict[str, list[float]]:
-    """Way -> seconds of short prompts, sent in turns."""
+    """Return way -> seconds of short prompts, sent in turns."""
     first = servers[:1]
     with ExitStack() as stack:
         urls = {DIRECT: first[0].http}

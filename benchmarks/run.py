@@ -93,11 +93,11 @@ NEEDS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a benchmark.
+    """Outcome of a benchmark.
 
     Attributes:
         state: "done", "failed (exit code N)", or why it was left out.
-        files: the files that it wrote, relative to the folder of the run.
+        files: files that it wrote, relative to the folder of the run.
     """
 
     name: str
@@ -111,14 +111,14 @@ class Outcome:
 
 
 def changed(folder: Path, before: Mapping[Path, int]) -> tuple[str, ...]:
-    """The files of a folder, except logs, that are new or that were written since ``before``."""
+    """Return the files of a folder, except logs, that are new or that were written since ``before``."""
     after = times(folder)
     found = [path for path, written in after.items() if before.get(path) != written and path.suffix != ".log"]
     return tuple(sorted(path.relative_to(folder).as_posix() for path in found))
 
 
 def times(folder: Path) -> dict[Path, int]:
-    """When each file of a folder was written, in nanoseconds."""
+    """Return when each file of a folder was written, in nanoseconds."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 

@@ -19,9 +19,9 @@ from rich.progress import track
 from benchmarks.engine import ROOT, Engine
 from benchmarks.random_llama import make_random_llama
 from benchmarks.report import numbers_table, saved_figure, write_json
+from starling.attention_backends.star.model_heads import KNOWN
 from starling.config.head_scores import HeadScores
 from starling.config.star import StarOptions, parse_options
-from starling.features.dense_heads.model_heads import KNOWN
 from starling.lab.statistics import median_ratio
 from starling.scheduler.star.counts import dense_keys, keys_attended
 from starling.scheduler.star.decide import decide
@@ -51,10 +51,10 @@ SCORES = HeadScores(scores=((1.0,) + (0.0,) * 7,) * 2)
 
 
 def configurations(fixed_block: int | None, heads: bool) -> dict[str, dict[str, Any]]:
-    """Name -> options of its requests.
+    """Return name -> options of its requests.
 
     Args:
-        heads: whether the engine can have dense heads.
+        heads: True if the engine can have dense heads.
     """
     star = {"star": "on", "star_query_tokens": QUERY_TOKENS, "star_overlap_size": 0}
     options: dict[str, dict[str, Any]] = {"dense": {}}

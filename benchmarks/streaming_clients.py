@@ -17,7 +17,7 @@ PROMPT = "a prompt of some forty characters, so. "
 
 
 async def stream_grpc(address: str, streams: int, tokens: int, model: str) -> list[int]:
-    """The number of tokens of each stream, counted event by event."""
+    """Return the number of tokens of each stream, counted event by event."""
     sampling = pb.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     async with grpc.aio.insecure_channel(address) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
@@ -32,7 +32,10 @@ async def stream_grpc(address: str, streams: int, tokens: int, model: str) -> li
 
 
 async def stream_http(address: str, streams: int, tokens: int, model: str) -> list[int]:
-    """As ``stream_grpc``, over completions of the OpenAI server. Parses the JSON of each event, as its clients do."""
+    """Return the same as ``stream_grpc``, over completions of the OpenAI server.
+
+    Parses the JSON of each event, as its clients do.
+    """
     body = {"model": model, "prompt": PROMPT, "temperature": 0, "max_tokens": tokens, "ignore_eos": True}
     body |= {"stream": True, "return_token_ids": True}
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
@@ -48,7 +51,7 @@ async def stream_http(address: str, streams: int, tokens: int, model: str) -> li
 
 
 async def events(lines: AsyncIterator[bytes]) -> AsyncIterator[dict]:
-    """The JSON of each server-sent event."""
+    """Yield the JSON of each server-sent event."""
     async for line in lines:
         if line.startswith(b"data: {"):
             yield json.loads(line[6:])
@@ -58,7 +61,9 @@ CLIENTS = {"gRPC": stream_grpc, "HTTP": stream_http}
 
 
 def time_streams(protocol: str, address: str, streams: int, tokens: int, model: str) -> float:
-    """Seconds until ``streams`` concurrent streams have returned ``tokens`` tokens each; runs in its own process.
+    """Measure the seconds until ``streams`` concurrent streams have returned ``tokens`` tokens each.
+
+    Runs in its own process.
 
     Raises:
         RuntimeError: a stream ended early.

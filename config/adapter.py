@@ -25,12 +25,12 @@ class AdapterError(ValueError):
 
 
 class Distilled(BaseModel):
-    """How an adapter was made, as its folder says it; what else the file has is for people.
+    """Description in an adapter's folder of how it was made; the file's other fields are for people.
 
     Attributes:
-        purposes: the plans that it was trained for.
-        model: the base model, as it was named.
-        checkpoint: a digest of the base model's weights; None: it had none.
+        purposes: plans that it was trained for.
+        model: name of the base model, as it was given.
+        checkpoint: digest of the base model's weights, or None if it had none.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -42,7 +42,7 @@ class Distilled(BaseModel):
 
 
 class PeftConfig(BaseModel):
-    """What is needed of PEFT's adapter_config.json."""
+    """The needed fields of PEFT's adapter_config.json."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -55,10 +55,10 @@ class StarAdapter(BaseModel):
     """An adapter for prompts with a star plan.
 
     Attributes:
-        folder: with its files, absolute.
-        rank: of its matrices.
+        folder: absolute path of the folder with its files.
+        rank: rank of its matrices.
         target_modules: names of the layers that it changes.
-        digest: of its weights and of how they are used.
+        digest: digest of its weights and of how they are used.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -71,7 +71,7 @@ class StarAdapter(BaseModel):
 
     @property
     def described(self) -> str:
-        """In a line."""
+        """Return the adapter in a line."""
         return f"{self.folder}, for {' and '.join(self.purposes)}, rank {self.rank}, of {self.distilled.model}"
 
     @property
@@ -81,7 +81,7 @@ class StarAdapter(BaseModel):
 
 @functools.cache
 def read_adapter(folder: str) -> StarAdapter:
-    """The adapter in a folder, as it is when a process first asks for it.
+    """Read the adapter in a folder, as it is when a process first asks for it.
 
     Raises:
         AdapterError: the folder has none, or one that `starling distil` has not made.

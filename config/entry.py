@@ -48,10 +48,10 @@ class StarlingConfig:
     """The parsed entry; the fields behind ``replicas`` are values of CHOICES.
 
     Attributes:
-        quality_sizes: word of ``star_quality`` -> the number of star blocks, 1: dense; None: those of the study.
-        star_heads: the file with the scores of the model's KV heads; None: those that Starling knows of the model.
-        star_adapter: the folder of the adapter for prompts with a star plan; None: none.
-        library: where pages go beside the engine's memory; None: nowhere.
+        quality_sizes: word of ``star_quality`` -> the number of star blocks, 1 for dense; or None for the study's.
+        star_heads: file with the scores of the model's KV heads, or None for those that Starling knows of the model.
+        star_adapter: folder of the adapter for prompts with a star plan, or None if there is none.
+        library: place of pages beside the engine's memory, or None if there is none.
     """
 
     star: StarOptions = field(default_factory=lambda: parse_options({}))
@@ -68,7 +68,7 @@ class StarlingConfig:
 
     @property
     def reads_all_caches(self) -> bool:
-        """Whether Starling's CPU attention has to read the cache of each full-attention layer.
+        """Return whether Starling's CPU attention has to read the cache of each full-attention layer.
 
         Where it has to, vLLM lays out keys for vectors on a processor with AMX tiles too, since the op does not read
         keys that are laid out for tiles.
@@ -113,12 +113,12 @@ _parsed: dict[str, StarlingConfig] = {}  # by the text of the entry: the last MA
 
 
 def config_of(vllm_config: Any) -> StarlingConfig | None:
-    """The options in an engine's configuration; None where Starling is not activated (raises OptionError)."""
+    """Return the options in an engine's configuration, or None if Starling is not activated (raises OptionError)."""
     return parse_config(vllm_config.additional_config)
 
 
 def parse_config(additional_config: Any) -> StarlingConfig | None:
-    """The parsed entry; None where Starling is not activated.
+    """Parse the entry; return None where Starling is not activated.
 
     Raises:
         OptionError: the entry holds something that is not allowed.

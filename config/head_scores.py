@@ -24,11 +24,11 @@ class HeadScores(BaseModel):
     """Scores of all KV heads of a model.
 
     Attributes:
-        scores: for each layer a score for each KV head; none for a layer that is not full attention.
+        scores: a score for each KV head of each layer; none for a layer that is not full attention.
         model: the model's name, for people.
-        checkpoint: a digest of the model's files; None: not known.
-        setup: how the scores were made.
-        curve: (share of heads that are dense, divergence from the dense model), as they were measured.
+        checkpoint: digest of the model's files, or None if it is not known.
+        setup: description of how the scores were made.
+        curve: measured (share of heads that are dense, divergence from the dense model).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,27 +45,33 @@ class HeadScores(BaseModel):
 
     @cached_property
     def order(self) -> tuple[tuple[int, int], ...]:
-        """All (layer, KV head)s, the highest score first; of equal scores the lower layer, then the lower head."""
+        """Return all (layer, KV head)s, the highest score first.
+
+        Of equal scores the lower layer comes first, then the lower head.
+        """
         heads = ((layer, head) for layer, scores in enumerate(self.scores) for head in range(len(scores)))
         return tuple(sorted(heads, key=lambda at: (-self.scores[at[0]][at[1]], at)))
 
     @cached_property
     def ranks(self) -> tuple[tuple[int, ...], ...]:
-        """For each layer the place of each of its KV heads in ``order``."""
+        """Return, for each layer, the place of each of its KV heads in ``order``."""
         place = {head: rank for rank, head in enumerate(self.order)}
         return tuple(tuple(place[layer, head] for head in range(len(row))) for layer, row in enumerate(self.scores))
 
     def count(self, share: float) -> int:
-        """How many heads a share of them is: at least one, unless the share is 0."""
+        """Return the number of heads for a share of them: at least one, unless the share is 0."""
         return max(1, round(share * self.num_heads)) if share else 0
 
     @cached_property
     def order_digest(self) -> str:
-        """The order of the heads: two processes with equal digests make the same heads dense, whatever their number."""
+        """Return a digest of the order of the heads.
+
+        Two processes with equal digests make the same heads dense, whatever their number.
+        """
         return hashlib.sha256(repr(self.order).encode()).hexdigest()[:DIGEST_LENGTH]
 
     def digest(self, count: int) -> str:
-        """Which heads the ``count`` highest are: equal digests, equal sets."""
+        """Return a digest of the set of the ``count`` highest heads: equal digests, equal sets."""
         return _digest(self.order, count)
 
 
@@ -76,7 +82,7 @@ def _digest(order: tuple[tuple[int, int], ...], count: int) -> str:
 
 @lru_cache(maxsize=16)
 def read_scores(path: str) -> HeadScores:
-    """The scores in a file.
+    """Read the scores in a file.
 
     Raises:
         ScoresError: it can't be read, or holds something else.

@@ -25,13 +25,13 @@ SHARED_MEMORY = Path("/dev/shm")
 
 @dataclass(frozen=True)
 class LibraryOptions:
-    """Where pages go that leave the engine's own memory, or might.
+    """Place and size of the library, for pages that leave the engine's own memory, or might.
 
     Attributes:
-        folder: for files; None: pages stay in host memory.
+        folder: folder for files, or None if pages stay in host memory.
         host_bytes: host memory of each engine.
-        file_bytes: the files of all servers with this folder, at most: as much as the memory where the option has one
-            size. 0 without a folder.
+        file_bytes: maximum size of the files of all servers with this folder: as much as the memory where the option
+            has one size. 0 without a folder.
     """
 
     folder: Path | None
@@ -40,14 +40,14 @@ class LibraryOptions:
 
     @property
     def described(self) -> str:
-        """Both bounds, for the log."""
+        """Return both bounds, for the log."""
         memory = f"{human(self.host_bytes)} of host memory for each engine"
         files = "" if self.folder is None else f", and up to {human(self.file_bytes)} of files in {self.folder}"
         return memory + files
 
 
 def human(num_bytes: int) -> str:
-    """A size in words, such as 4.0GiB."""
+    """Return a size in words, such as 4.0GiB."""
     return ByteSize(num_bytes).human_readable()
 
 
@@ -68,7 +68,7 @@ def parse_library(value: Any, name: str) -> LibraryOptions:
 
 
 def parse_size(size: str, value: str, name: str) -> int:
-    """The bytes of one size of the option (raises OptionError)."""
+    """Return the bytes of one size of the option (raises OptionError)."""
     try:
         num_bytes = int(TypeAdapter(ByteSize).validate_python(size))
     except ValidationError:
@@ -79,7 +79,7 @@ def parse_size(size: str, value: str, name: str) -> int:
 
 
 def why_not_private(folder: Path) -> str | None:
-    """Return why others could choose what the files of a folder hold; None: they can't (raises OSError)."""
+    """Return why others could choose what a folder's files hold, or None if they can't (raises OSError)."""
     state, user = folder.stat(), os.geteuid()
     if state.st_uid != user:
         return f"{folder} belongs to the user {state.st_uid}, and the server runs as {user}"
@@ -93,7 +93,7 @@ def check_place(options: LibraryOptions, value: Any, name: str) -> None:
     """Check that this machine has the memory and the folder for a library; makes the folder.
 
     Args:
-        value: of the option, and ``name`` its name, for messages.
+        value: value of the option, and ``name`` its name, for messages.
 
     Raises:
         OptionError: there is not so much memory or disk, files can't be written, or others can write them.

@@ -1,4 +1,4 @@
-"""How every section of options is read: unknown names, wrong types and wrong values get one kind of error."""
+"""Reading of the sections of options: unknown names, wrong types and wrong values get one kind of error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ MULTIPLES = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
 
 
 def read_number(value: Any) -> Any:
-    """The number of a text: "256", or "16k" and "16K" with vLLM's multiples, 1,000 and 1,024. Else the value itself."""
+    """Return the number of a text: "256", or "16k" and "16K" with vLLM's multiples, 1,000 and 1,024.
+
+    Any other value is returned as it is.
+    """
     found = NUMBER.fullmatch(value.strip()) if isinstance(value, str) and len(value) < 32 else None
     if found is None:
         return value
@@ -28,7 +31,10 @@ def read_number(value: Any) -> Any:
 
 
 def read_switch(value: Any) -> Any:
-    """`on` or `off` for a JSON boolean, of which vLLM makes 1 or 0, and words in any case. Else the value itself."""
+    """Return `on` or `off` for a JSON boolean, of which vLLM makes 1 or 0, and words in any case.
+
+    Any other value is returned as it is.
+    """
     if isinstance(value, (bool, int, float)) and value in (0, 1):
         return "on" if value else "off"
     if isinstance(value, str) and value.strip().lower() in ("true", "false"):
@@ -37,12 +43,12 @@ def read_switch(value: Any) -> Any:
 
 
 def read_word(value: Any) -> Any:
-    """A word in any case. Else the value itself."""
+    """Return a word in lower case; any other value is returned as it is."""
     return value.strip().lower() if isinstance(value, str) else value
 
 
 def read_share(value: Any) -> Any:
-    """The number of a text, "0.1" or "10%". Else the value itself."""
+    """Return the number of a text, "0.1" or "10%"; any other value is returned as it is."""
     found = SHARE_TEXT.fullmatch(value.strip()) if isinstance(value, str) and len(value) < 32 else None
     return value if found is None else float(found[1]) / (100 if found[2] else 1)
 
@@ -71,16 +77,16 @@ SHOWN.maxdict = 16
 
 
 def shown(value: object) -> str:
-    """A value in a message, of MAX_SHOWN characters at most: of a list the start, of a long text the ends."""
+    """Return a value for a message, in MAX_SHOWN characters at most: a list's start, a long text's ends."""
     text = SHOWN.repr(value)
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2 - 3]}...{text[-MAX_SHOWN // 2 :]}"
 
 
 def meant(name: str, names: Iterable[str], *, misspelled: bool = True) -> str:
-    """ ", did you mean ..." where one of ``names`` has all words of a name, or is nearly the name; else nothing.
+    """Return ", did you mean ..." where one of ``names`` has all words of a name, or is nearly the name; else nothing.
 
     Args:
-        misspelled: whether the name may be a misspelled one.
+        misspelled: True if the name may be a misspelled one.
     """
     words, names = set(re.split("[-_]", name[:64])), list(names)
     close = [each for each in names if words <= set(re.split("[-_]", each))]
@@ -90,7 +96,7 @@ def meant(name: str, names: Iterable[str], *, misspelled: bool = True) -> str:
 
 
 def words_of(annotation: Any) -> list[str]:
-    """The words that a type allows by a Literal."""
+    """Return the words that a type allows by a Literal."""
     if get_origin(annotation) is Literal:
         return [word for word in get_args(annotation) if isinstance(word, str)]
     return [word for part in get_args(annotation) for word in words_of(part)]
@@ -106,15 +112,15 @@ def parse_fields(
     names: Mapping[str, str] | None = None,
     prefix: str = "",
 ) -> M:
-    """A model made of options.
+    """Make a model of options.
 
     Args:
         values: option -> its value.
-        kind: "star", "scheduler", ...: what the options are for, in messages.
+        kind: name of the kind of options in messages: "star", "scheduler", ...
         expected: field -> what a value must be, for "it must be ...".
         allowed: field -> what is allowed; by default what is expected.
         names: option -> the model's field; by default the options have the names of the fields.
-        prefix: put before an option's name in messages.
+        prefix: text before an option's name in messages.
 
     Raises:
         OptionError: an unknown name, or a value that the model does not take.

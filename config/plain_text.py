@@ -21,7 +21,7 @@ TABLE = {code: " " if chr(code).isspace() else "" for codes in REMOVED for code 
 
 
 def plain(text: str) -> str:
-    """A text without escape sequences, controls, lone surrogates and changes of direction.
+    """Return a text without escape sequences, controls, lone surrogates and changes of direction.
 
     Line feeds and tabs stay. Other controls that are white space become a space.
     """
@@ -29,7 +29,7 @@ def plain(text: str) -> str:
 
 
 def plain_json(value: Any) -> Any:
-    """A value of JSON, each text of which is plain, names too (raises RecursionError for one that is too deep)."""
+    """Make each text in a value of JSON plain, names too (raises RecursionError for one that is too deep)."""
     if isinstance(value, str):
         return plain(value)
     if isinstance(value, list):

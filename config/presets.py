@@ -13,12 +13,12 @@ PRESET = "preset"
 
 @dataclass(frozen=True)
 class Preset:
-    """A set of options; what a user gives besides replaces single ones.
+    """A set of options; a user's other options replace single ones.
 
     Attributes:
-        meaning: for the help.
+        meaning: description for the help.
         entry: values of the `starling` entry.
-        cpu_page: vLLM's --block-size on CPUs, where its default of 128 tokens is too large; None: vLLM's default.
+        cpu_page: vLLM's --block-size on CPUs, where its default of 128 tokens is too large, or None for vLLM's default.
     """
 
     meaning: str
@@ -46,10 +46,10 @@ PRESETS = {
 
 
 def preset_of(entry: Mapping[str, Any], name: str) -> Preset | None:
-    """The preset that an entry names; None: it names none.
+    """Return the preset that an entry names, or None if it names none.
 
     Args:
-        name: of the option, for messages.
+        name: name of the option, for messages.
 
     Raises:
         OptionError: there is no such preset.
@@ -64,7 +64,7 @@ def preset_of(entry: Mapping[str, Any], name: str) -> Preset | None:
 
 
 def with_preset(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """An entry with the options of its preset below its own (raises OptionError: there is no such preset)."""
+    """Return an entry with the options of its preset below its own (raises OptionError: there is no such preset)."""
     preset = preset_of(entry, name)
     own = {key: value for key, value in entry.items() if key != PRESET}
     return {**({} if preset is None else preset.entry), **own}

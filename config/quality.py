@@ -1,4 +1,4 @@
-"""What the words of `star_quality` stand for on a server, where its model's losses were measured."""
+"""Sizes that the words of `star_quality` stand for on a server, where its model's losses were measured."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ ALLOWED = (
 
 
 def parse_quality_sizes(value: Any, name: str) -> dict[str, int]:
-    """Word -> into how many equal star blocks a prompt is cut; 1 is dense.
+    """Return word -> the number of equal star blocks of a prompt; 1 is dense.
 
     Args:
         value: ``{"fast": "n/16", "balanced": "n/8", "careful": "dense"}``, or the same as a text of WORD=SIZE with
             commas between them.
-        name: of the option, for messages.
+        name: name of the option, for messages.
 
     Raises:
         OptionError: a word is missing, unknown or given twice; a size is none; a more careful word has smaller blocks.
@@ -61,17 +61,20 @@ def parse_quality_sizes(value: Any, name: str) -> dict[str, int]:
 
 
 def size_text(num_blocks: int) -> str:
-    """``n/8`` of 8, ``dense`` of 1."""
+    """Return a size as text: ``n/8`` of 8, ``dense`` of 1."""
     return f"n/{num_blocks}" if num_blocks > 1 else DENSE
 
 
 def size_texts(sizes: Mapping[str, int]) -> dict[str, str]:
-    """The sizes as a server's options give them."""
+    """Return the sizes as a server's options give them."""
     return {word: size_text(number) for word, number in sizes.items()}
 
 
 def _pairs(text: str) -> list[tuple[str, Any]]:
-    """The words and sizes of a text: WORD=SIZE with commas, or an object of JSON, which vLLM makes of one in YAML."""
+    """Return the words and sizes of a text.
+
+    The text is WORD=SIZE with commas, or an object of JSON, which vLLM makes of one in YAML.
+    """
     if text.lstrip().startswith("{"):
         with contextlib.suppress(json.JSONDecodeError):
             return list(json.loads(text).items())

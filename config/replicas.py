@@ -1,4 +1,4 @@
-"""What a server's operator can set about its replicas: the `replicas` section of the `starling` entry."""
+"""Options of a server's replicas: the `replicas` section of the `starling` entry."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXPECTED = {"timeout": "a number above 0 (seconds)"}
 
 
 class ReplicaOptions(BaseModel):
-    """How the replicas of one server work together."""
+    """Options for how the replicas of one server work together."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 

@@ -1,4 +1,4 @@
-"""What a server's operator can set about scheduling: the `scheduler` section of the `starling` entry."""
+"""Options of a server's scheduling: the `scheduler` section of the `starling` entry."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from starling.config.parsing import Count, Share, Switch, parse_fields, read_num
 
 SECTION = "scheduler"
 MIN_CHUNK = 2
-"""Tokens: a star chunk of one token can't always run (features/star/core.py)."""
+"""Tokens: a star chunk of one token can't always run (scheduler/star_scheduler.py)."""
 
 
 class SchedulingOptions(BaseModel):
-    """How prompts share the engine's steps, and what stays in the prefix cache and is taken from it.
+    """Options for how prompts share the engine's steps, and for what the prefix cache keeps and prompts take from it.
 
     A step is max_num_batched_tokens. A request that is alone on the engine is never held back.
     """

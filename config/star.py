@@ -37,7 +37,7 @@ MAX_SEGMENT_TEXT = 256
 
 
 def read_block_size(value: Any) -> Any:
-    """Tokens, or "n/8": a share of the prompt."""
+    """Return a number of tokens, or "n/8": a share of the prompt."""
     text = value.strip().replace(" ", "").lower() if isinstance(value, str) else ""
     return text if SHARE.fullmatch(text) else read_number(value)
 
@@ -71,7 +71,7 @@ class StarOptions(BaseModel):
     if not TYPE_CHECKING:  # a type checker knows the fields by pydantic
 
         def __init__(self, **values: Any) -> None:
-            """Raises OptionError: there is no such option or value."""
+            """Make options of these values (raises OptionError: there is no such option or value)."""
             parse_options(values, flat=False)
             super().__init__(**values)
 
@@ -173,7 +173,7 @@ ALLOWED = EXPECTED | {
 
 
 def flat_name(field: str) -> str:
-    """The flat name of an option: ``mode`` -> ``star``, ``block_size`` -> ``star_block_size``."""
+    """Return the flat name of an option: ``mode`` -> ``star``, ``block_size`` -> ``star_block_size``."""
     return PREFIX if field == "mode" else f"{PREFIX}_{field}"
 
 
@@ -183,12 +183,14 @@ SHARED = {name: field for name, field in FIELD_OF.items() if name not in (STAR_A
 
 
 def is_star_key(key: str) -> bool:
-    """Whether a per-request key is Starling's to accept or refuse."""
+    """Return whether a per-request key is Starling's to accept or refuse."""
     return key == PREFIX or key.startswith(f"{PREFIX}_")
 
 
 def flat_options(star: Star) -> dict[str, Any]:
-    """Star options by their flat names, unchecked: of a word, of a mapping with either kind of names, of StarOptions.
+    """Return star options by their flat names, unchecked.
+
+    They are given as a word, as a mapping with either kind of names, or as StarOptions.
 
     A StarOptions gives those that it was made with.
     """
@@ -238,7 +240,7 @@ def _check_offsets(name: str, offsets: tuple[int, ...]) -> None:
 
 
 def summary(options: StarOptions) -> str:
-    """A server's options in a line for its log: the mode, and what else was given."""
+    """Return a server's options in a line for its log: the mode, and what else was given."""
     meaning = {
         "off": "Star Attention for requests that turn it on",
         "on": "Star Attention for all prompts",
@@ -250,12 +252,12 @@ def summary(options: StarOptions) -> str:
 
 
 def num_blocks(options: StarOptions) -> int | None:
-    """Into how many equal blocks a prompt is cut where B is a share of it; None: B is no share."""
+    """Return the number of equal blocks of a prompt where B is a share of it, or None if B is no share."""
     return int(options.block_size.removeprefix("n/")) if isinstance(options.block_size, str) else None
 
 
 def merge(defaults: StarOptions, request: StarOptions | None) -> StarOptions:
-    """A request's options over the server's: what the request gives replaces the default.
+    """Merge a request's options over the server's: what the request gives replaces the default.
 
     A quality and a block size say the same, so that each of them replaces the other.
     """

@@ -23,7 +23,7 @@ FORMS = "auto (messages of a chat), the text of the token that starts each docum
 
 
 def documents_of(document: Any, has_head: bool) -> list[Any]:
-    """The documents of a prompt that computes one.
+    """Return the documents of a prompt that computes one.
 
     Without a head the document is in it twice: a prompt of one block would be dense, and its pages no document's.
     """
@@ -35,14 +35,14 @@ def message(role: str, content: str) -> dict[str, Any]:
 
 
 def joined_text(separator: str, head: str, documents: Sequence[str], question: str) -> str:
-    """A prompt of text, with a token before each document and the question."""
+    """Return a prompt of text, with a token before each document and the question."""
     return head + "".join(separator + text for text in (*documents, question))
 
 
 def joined_tokens(
     head: Sequence[int], documents: Sequence[Sequence[int]], question: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """A prompt of texts that were tokenised one by one, and where its documents and its question start."""
+    """Return a prompt of texts that were tokenised one by one, and where its documents and its question start."""
     tokens, starts = list(head), []
     for part in (*documents, question):
         starts.append(len(tokens))
@@ -51,10 +51,10 @@ def joined_tokens(
 
 
 def tokens_found(answer: dict[str, Any]) -> int:
-    """The tokens of a document, all of which a prompt of it and OTHER_DOCUMENT finds.
+    """Return the number of tokens of a document, all of which a prompt of it and OTHER_DOCUMENT finds.
 
     Args:
-        answer: of a look-up: ``plan``, and for each replica ``documents`` (features/reuse/cached_tokens.py).
+        answer: response of a look-up: ``plan``, and for each replica ``documents`` (features/reuse/cached_tokens.py).
 
     Raises:
         ValueError: it does not find them, and why.
@@ -71,7 +71,7 @@ def tokens_found(answer: dict[str, Any]) -> int:
 
 
 async def in_parallel(work: Callable[[], Coroutine[Any, Any, None]], concurrency: int) -> None:
-    """Run so many of these at once; where one fails, all end (raises its exception)."""
+    """Run ``concurrency`` of these at once; where one fails, all end (raises its exception)."""
     try:
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):

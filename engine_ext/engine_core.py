@@ -6,17 +6,16 @@ from typing import Any
 
 from vllm.logger import init_logger
 
+from starling.attention_backends.star.refusals import SPLIT, STAR, star_refusals
 from starling.config.entry import config_of
 from starling.engine_ext.engine_report import engine_report
 from starling.engine_ext.start import plugin
-from starling.features.report_fields import SPLIT, STAR
 from starling.features.schedulers import (
     AsyncDiffusionStarScheduler,
     AsyncStarScheduler,
     DiffusionStarScheduler,
     StarScheduler,
 )
-from starling.features.star.rules import star_refusals
 from starling.scheduler.star.request_metadata import REPLICA_CONNECTORS
 from starling.vllm_compat.report_to_fronts import send_report
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from starling.features.report_fields import BLOCK_POSITIONS, SPLIT, STAR
+from starling.attention_backends.star.refusals import BLOCK_POSITIONS, SPLIT, STAR
 from starling.vllm_compat.scheduler_view import SchedulerView
 
 

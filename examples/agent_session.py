@@ -83,7 +83,7 @@ class Session:
             self.log[oldest] = "The output of this command was cleared."
 
     def prompts(self, turns: int) -> Iterator[tuple[str, str, str]]:
-        """(event, prompt without its end, end of the prompt: the user's message) of each turn."""
+        """Yield (event, prompt without its end, end of the prompt: the user's message) of each turn."""
         for turn in range(1, turns + 1):
             event = "the first prompt" if turn == 1 else EVENTS[(turn - 2) % len(EVENTS)]
             if turn == turns // 2 // len(EVENTS) * len(EVENTS) + 4:  # one of the turns with a question alone

@@ -84,7 +84,10 @@ class AttambaConfig:
 
 
 def chunk_offset(layer: int, num_layers: int, chunk_size: int) -> int:
-    """Tokens by which a layer's boundaries come earlier than P - 1, 2 P - 1, ...: "cyclic" in the paper's code."""
+    """Return the tokens by which a layer's boundaries come earlier than P - 1, 2 P - 1, ...
+
+    "cyclic" in the paper's code.
+    """
     return min(chunk_size - 1, layer * (chunk_size // num_layers))
 
 
@@ -106,7 +109,7 @@ def join_chunks(rows: Tensor, length: int, offset: int) -> Tensor:
 
 
 def visible_mask(length: int, chunk_size: int, window: int, offset: int) -> Tensor:
-    """(T, T) bool, T = `length`: True where token t (row) sees token s (column)."""
+    """Return (T, T) bool, T = `length`: True where token t (row) sees token s (column)."""
     t, s = torch.arange(length)[:, None], torch.arange(length)[None, :]
     boundary = (s == 0) | ((s + 1 + offset) % chunk_size == 0)
     return (boundary & (s < t)) | ((t - window <= s) & (s <= t))
@@ -114,7 +117,7 @@ def visible_mask(length: int, chunk_size: int, window: int, offset: int) -> Tens
 
 @functools.cache
 def visible_blocks(length: int, chunk_size: int, window: int, offset: int) -> list[tuple[slice, Tensor, Tensor]]:
-    """The rows of `visible_mask`, in blocks, without the columns that no row of a block sees.
+    """Return the rows of `visible_mask`, in blocks, without the columns that no row of a block sees.
 
     Returns:
         For each block its rows, its columns (C,), and its part of the mask (rows, C).
@@ -129,7 +132,7 @@ def visible_blocks(length: int, chunk_size: int, window: int, offset: int) -> li
 
 
 def attend_visible(q: Tensor, k: Tensor, v: Tensor, blocks: list[tuple[slice, Tensor, Tensor]]) -> Tensor:
-    """Attention under a mask given by `visible_blocks`; q, k, v and the result are (B, heads, T, head_dim)."""
+    """Compute attention under a mask given by `visible_blocks`; q, k, v and output are (B, heads, T, head_dim)."""
     parts = [
         F.scaled_dot_product_attention(
             q[:, :, rows], k.index_select(2, columns), v.index_select(2, columns), attn_mask=mask
@@ -140,7 +143,7 @@ def attend_visible(q: Tensor, k: Tensor, v: Tensor, blocks: list[tuple[slice, Te
 
 
 def rotate(x: Tensor, theta: float) -> Tensor:
-    """Interleaved RoPE at positions 0, 1, ... of (B, heads, T, head_dim), computed in float32 or float64."""
+    """Apply interleaved RoPE at positions 0, 1, ... of (B, heads, T, head_dim), computed in float32 or float64."""
     length, size = x.shape[-2:]
     frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
@@ -200,7 +203,7 @@ class Mixer(nn.Module):
             self.A_log.uniform_(0.01, 2.0).log_()  # the released configurations' range of -A
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, P, dim) -> (B, N, P, dim)."""
+        """Map (B, N, P, dim) to (B, N, P, dim)."""
         z, mixed, dt = self.in_proj(x).split([self.inner, self.inner + 2 * self.state, self.heads], dim=-1)
         u, b, c = F.silu(CausalConv.apply(mixed, self.conv_weight)).split([self.inner, self.state, self.state], dim=-1)
         u = u.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # (B, N, heads, P, size)
@@ -243,7 +246,7 @@ class Layer(nn.Module):
     """
 
     def attend(self, x: Tensor) -> Tensor:
-        """Attention on normed inputs (B, T, hidden_size)."""
+        """Compute attention on normed inputs (B, T, hidden_size)."""
         raise NotImplementedError
 
     def forward(self, h: Tensor) -> Tensor:
@@ -269,7 +272,7 @@ class LanguageModel(nn.Module):
         initialise(self)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Next-token logits: (B, T) int64 -> (B, T, vocab_size)."""
+        """Return the next-token logits: (B, T) int64 -> (B, T, vocab_size)."""
         h = self.tok_embeddings(tokens)
         for layer in self.layers:
             h = layer(h)

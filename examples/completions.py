@@ -12,10 +12,10 @@ from openai import OpenAI
 
 @dataclass
 class Answer:
-    """What a request gave.
+    """Answer to a request.
 
     Attributes:
-        seconds: from the request to the first token.
+        seconds: time from the request to the first token.
         cached_tokens: None from a server without --star-segments or --enable-prompt-tokens-details.
         plan: the response's x-starling-plan; empty from a server without Starling.
     """
@@ -28,7 +28,7 @@ class Answer:
 
     @property
     def computed(self) -> int | None:
-        """Prompt tokens that were not cached."""
+        """Return the prompt tokens that were not cached."""
         return None if self.cached_tokens is None else self.prompt_tokens - self.cached_tokens
 
 
@@ -41,7 +41,7 @@ class Completions:
         self.model = self.client.models.list().data[0].id
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text without the tokens that a model adds in front."""
+        """Return the token ids of a text without the tokens that a model adds in front."""
         response = httpx.post(f"{self.url}/tokenize", json={"prompt": text, "add_special_tokens": False}, timeout=60)
         response.raise_for_status()
         return response.json()["tokens"]

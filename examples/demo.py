@@ -50,19 +50,19 @@ Message = dict[str, str]
 
 
 def document(module: str) -> str:
-    """The documentation of a module as pydoc renders it, without the file's path."""
+    """Return the documentation of a module as pydoc renders it, without the file's path."""
     text = pydoc.render_doc(importlib.import_module(module), renderer=pydoc.plaintext)
     return re.sub(".\b", "", text).split("\nFILE\n")[0][:CHARACTERS]
 
 
 def chat(documents: list[str], question: str) -> list[Message]:
-    """A chat of a head, documents and a question: with the preset rag, each message behind the head is a document."""
+    """Return a chat of a head, documents and a question; with the preset rag, each later message is a document."""
     contents = [*documents, question]
     return [{"role": "system", "content": HEAD}, *({"role": "user", "content": text} for text in contents)]
 
 
 def over_http(server: Server, messages: list[Message], options: dict[str, object]) -> Iterator[str]:
-    """The texts of an answer of /v1/chat/completions."""
+    """Yield the texts of an answer of /v1/chat/completions."""
     stream = OpenAI(base_url=f"{server.http}/v1", api_key="none").chat.completions.create(
         model=MODEL.name, messages=messages, stream=True, extra_body={"vllm_xargs": options}, **SAMPLING
     )
@@ -71,7 +71,7 @@ def over_http(server: Server, messages: list[Message], options: dict[str, object
 
 
 def over_grpc(server: Server, messages: list[Message], options: dict[str, object]) -> Iterator[str]:
-    """The texts of an answer of starling.v1, of whose prompt nothing is cached."""
+    """Yield the texts of an answer of starling.v1, of whose prompt nothing is cached."""
     with Client(server.grpc) as client:
         for event in client.stream(messages=messages, cache_salt=uuid.uuid4().hex, **options, **SAMPLING):
             yield getattr(event, "text", "")
@@ -101,7 +101,7 @@ def stream_answer(step: str, way: str, texts: Iterator[str]) -> Answered:
 
 
 def picture(answers: list[Answered]) -> Table:
-    """A bar with the seconds to the first token of each answer, all of the same scale."""
+    """Return a bar with the seconds to the first token of each answer, all of the same scale."""
     table = Table("", "", "time to the first token", "", box=None)
     longest = max(answer.seconds for answer in answers)
     before = ""
@@ -113,7 +113,7 @@ def picture(answers: list[Answered]) -> Table:
 
 
 def ask_all(server: Server) -> Iterator[Answered]:
-    """All questions, each dense first."""
+    """Ask all questions, each dense first."""
     documents = [document(module) for module in MODULES]
     edited = [documents[0], documents[1] + EDIT, *documents[2:]]
     others = [*reversed(documents)]

@@ -60,7 +60,7 @@ class Server:
 
 
 def passed_on(headers: Headers) -> Headers:
-    """The headers of a request or response without those of its connection."""
+    """Return the headers of a request or response without those of its connection."""
     values = [value for name, value in headers if name.lower() == b"connection"]
     left_out = OF_CONNECTION.union(name.strip() for name in b",".join(values).lower().split(b","))
     return [(name.lower(), value) for name, value in headers if name.lower() not in left_out]
@@ -80,7 +80,7 @@ class Router:
         self.warned: set[tuple[str, int]] = set()
 
     async def to_compute(self, server: Server, path: str, headers: Headers, body: bytes) -> int | None:
-        """The tokens of a prompt that a server has not cached; None: it does not say."""
+        """Return the tokens of a prompt that a server has not cached, or None if it does not say."""
         url = f"{server.url}/starling/cached{path}"
         with contextlib.suppress(httpx.HTTPError, LookupError, TypeError, ValueError):
             answer = await self.client.post(url, content=body, headers=passed_on(headers), timeout=ASK_SECONDS)
@@ -99,7 +99,7 @@ class Router:
     async def ranked(
         self, servers: Iterable[Server], path: str, headers: Headers, body: bytes
     ) -> list[tuple[int, Server]]:
-        """The servers, the best for a prompt first, and how many tokens each has to compute.
+        """Return the servers, the best for a prompt first, and how many tokens each has to compute.
 
         Those that do not say come last. They count as the worst that says; if none does, a token for 4 bytes.
         """
@@ -131,7 +131,7 @@ class Router:
             sending.cancel()
 
     async def send(self, request: Request, body: bytes) -> Response:
-        """The response of the best server that takes a request."""
+        """Return the response of the best server that takes a request."""
         refused: Response = JSONResponse({"error": "no server answers"}, 503)
         for tokens, server in await self.ranked(self.servers, request.url.path, request.headers.raw, body):
             with contextlib.ExitStack() as computing:
@@ -153,7 +153,7 @@ class Router:
         return refused
 
     def answer(self, response: httpx.Response, computing: contextlib.ExitStack) -> Response:
-        """A server's response as it comes in; with its first bytes the prompt has begun to be answered."""
+        """Return a server's response as it comes in; with its first bytes the prompt has begun to be answered."""
 
         async def content() -> AsyncGenerator[bytes, None]:
             try:
@@ -174,7 +174,7 @@ async def health(request: Request) -> Response:
 
 
 def application(urls: list[str]) -> Starlette:
-    """The router as an ASGI application."""
+    """Return the router as an ASGI application."""
     router = Router(urls)
     routes = [Route(path, router.forward, methods=["POST"]) for path in PATHS]
     return Starlette(routes=[*routes, Route("/health", health)])

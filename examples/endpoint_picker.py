@@ -77,9 +77,9 @@ class Request:
     """A client's request, as its messages come in.
 
     Attributes:
-        streamed: the gateway holds the request until all its messages are answered; False: it waits for an answer to
-            the headers, and then sends the body as one message.
-        subset: the endpoints of which one may be chosen; None: any.
+        streamed: True if the gateway holds the request until all its messages are answered; False if it waits for an
+            answer to the headers, and then sends the body as one message.
+        subset: the endpoints of which one may be chosen, or None for any.
     """
 
     headers: Headers = field(default_factory=list)
@@ -111,7 +111,7 @@ class Request:
 
 
 def subset_of(metadata: Mapping[str, Struct]) -> frozenset[str] | None:
-    """The endpoints that a gateway allows (None: all), from the metadata of its request."""
+    """Return the endpoints that a gateway allows, from the metadata of its request, or None for all."""
     if SUBSET_METADATA not in metadata:
         return None
     allowed: Any = metadata[SUBSET_METADATA].to_dict().get(SUBSET)
@@ -125,8 +125,8 @@ class EndpointPicker:
 
     Args:
         names: HOST:PORT of servers.
-        endpoints: how many endpoints an answer has, the best first; the gateway tries the others if it retries.
-        shed: tokens that wait at every server from which on requests are refused; None: none is.
+        endpoints: number of endpoints of an answer, the best first; the gateway tries the others if it retries.
+        shed: number of tokens waiting at every server from which on requests are refused, or None to refuse none.
     """
 
     def __init__(self, names: Iterable[str], endpoints: int = 1, shed: int | None = None) -> None:
@@ -150,7 +150,7 @@ class EndpointPicker:
         self.servers = {each: self.servers.get(each) or Server(f"http://{each}") for each in found}
 
     async def pick(self, request: Request) -> tuple[list[str], Server, int]:
-        """The endpoints of a request, the best first; the best one's server, and the tokens that it has to compute.
+        """Return the endpoints of a request, the best first; the best one's server; and the tokens that it computes.
 
         Raises:
             Refusal: no server may get it.
@@ -220,12 +220,12 @@ class EndpointPicker:
     async def send(
         self, request: Request, computing: contextlib.ExitStack, has_body: bool = True, ends: bool = True
     ) -> list[ProcessingResponse]:
-        """What lets a request go on to its server.
+        """Return the responses that let a request go on to its server.
 
         Args:
             computing: closed once the server has begun to answer, or the request has ended.
-            has_body: the gateway waits for a body.
-            ends: no trailers come.
+            has_body: True if the gateway waits for a body.
+            ends: True if no trailers come.
         """
         names, server, tokens = await self.pick(request)
         computing.enter_context(server.computing(tokens))
@@ -277,7 +277,7 @@ class EndpointPicker:
 
 
 def pieces(body: bytes, ends: bool) -> Iterator[BodyResponse]:
-    """A body as answers that pass it on."""
+    """Yield a body as answers that pass it on."""
     starts = range(0, len(body), PIECE) or range(1)
     for start in starts:
         is_last = ends and start == starts[-1]

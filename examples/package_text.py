@@ -46,7 +46,7 @@ MARK = "\ue000"
 
 
 def distinct_files(package: str, seen: set[int]) -> Iterator[bytes]:
-    """The sources of a package by name, without the files most of whose longer lines are in ``seen``, which grows."""
+    """Yield a package's sources by name, without files most of whose longer lines are in ``seen``, which grows."""
     root = Path(sysconfig.get_paths()["purelib"]) / package
     for path in sorted(root.rglob("*.py"), key=Path.as_posix):
         if EXCLUDED & set(path.relative_to(root).parts) or not 200 <= path.stat().st_size <= LONGEST:
@@ -63,7 +63,7 @@ def hash_of(line: bytes) -> int:
 
 
 def read_packages(packages: tuple[str, ...], seen: set[int], most: int | None = None) -> list[str]:
-    """The files of the packages, of each package the first ``most`` bytes.
+    """Read the files of the packages, of each package the first ``most`` bytes.
 
     Raises:
         FileNotFoundError: a package is not installed.
@@ -83,7 +83,7 @@ def read_packages(packages: tuple[str, ...], seen: set[int], most: int | None = 
 
 
 def without_strings(source: str) -> str | None:
-    """The source without comments, docstrings and the contents of strings; None if it is not Python."""
+    """Return the source without comments, docstrings and the contents of strings, or None if it is not Python."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
@@ -98,19 +98,19 @@ def without_strings(source: str) -> str | None:
 
 
 def names_in(text: str) -> list[str]:
-    """The identifiers of a text, each occurrence."""
+    """Return the identifiers of a text, each occurrence."""
     return [name for name in NAME.findall(text) if name not in KEPT]
 
 
 def marked(text: str) -> str:
-    """The text with MARK for each identifier."""
+    """Return the text with MARK for each identifier."""
     return NAME.sub(lambda match: match[0] if match[0] in KEPT else MARK, text)
 
 
 def train_tokenizer(
     texts: list[str], vocabulary: int = VOCABULARY, syllables: int = SYLLABLES
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of what lies between names, with SPECIAL, the end of a file, as token 0.
+    """Train a byte-level BPE tokenizer of what lies between names, with SPECIAL, the end of a file, as token 0.
 
     Its last ``syllables`` tokens are those of names.
 
@@ -137,7 +137,7 @@ def train_tokenizer(
 
 
 def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast, names: dict[str, int]) -> Tensor:
-    """One stream of int32 tokens: each text, and the token that ends it.
+    """Return one stream of int32 tokens: each text, and the token that ends it.
 
     Args:
         names: the number of each known identifier, which grows. Its token is the size of the vocabulary plus this
@@ -178,7 +178,7 @@ def rename(tokens: Tensor, text: Text, seed: int) -> Tensor:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """(vocabulary,) int64: bytes of text that each token stands for; the end of a file counts as one."""
+    """Return (vocabulary,) int64: bytes of text that each token stands for; the end of a file counts as one."""
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     return torch.tensor([1 if piece == SPECIAL else len(piece) for piece in pieces])
 

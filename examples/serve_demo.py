@@ -25,7 +25,7 @@ LONG_PROMPT = f"""import json; print(json.dumps({{"model": "{MODEL.name}", "max_
 
 
 def commands(server: Server) -> dict[str, str]:
-    """Command lines to try, by description. They work unchanged from the current directory."""
+    """Return the command lines to try, by description. They work unchanged from the current directory."""
     chat = {
         "model": MODEL.name,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],

@@ -36,8 +36,8 @@ class Server:
         """Wait until the server answers.
 
         Args:
-            seconds: how long to wait.
-            on_message: called with the last message of the log, several times a second.
+            seconds: maximum time to wait.
+            on_message: function called with the last message of the log, several times a second.
 
         Raises:
             RuntimeError: the server ends, or does not answer in time.
@@ -79,7 +79,7 @@ def end_on_signals() -> None:
 
 
 def free_ports(*preferred: int) -> list[int]:
-    """For each preferred loopback port, that port if nothing listens on it, otherwise a free one; no two are the same.
+    """Return each preferred loopback port if nothing listens on it, otherwise a free one; no two are the same.
 
     A free port lies below Linux's ephemeral ports (32768 and up), so that no outgoing connection takes it before the
     server does. 0 means any free port.
@@ -98,7 +98,7 @@ def free_ports(*preferred: int) -> list[int]:
 
 
 def last_message(log: Path) -> str:
-    """The last line of a server's log, without the prefix of process, time and source line."""
+    """Return the last line of a server's log, without the prefix of process, time and source line."""
     lines = log.read_text(errors="replace").splitlines() or [""]
     return re.sub(r"^(\(.*?\) )?([A-Z]+ [\d-]+ [\d:]+ \[.*?\] )?", "", lines[-1])
 
@@ -120,10 +120,10 @@ def serving(
     Args:
         model: name or path of the model.
         options: further options of `starling serve`.
-        program: `vllm` serves without gRPC and without Starling's options.
+        program: program to run; `vllm` serves without gRPC and without Starling's options.
         log: file for the output of the server.
-        port, grpc_port: preferred ports, see ``free_ports``. With ``grpc_port`` None the server does not serve gRPC.
-        seconds: how long the start may take.
+        port, grpc_port: preferred ports, see ``free_ports``; ``grpc_port`` may be None for a server without gRPC.
+        seconds: maximum time of the start.
         on_message: called with the last message of the log, several times a second while the server starts.
         prefix: a command that runs the server's command, such as `nsenter`, in its own process.
 

@@ -15,7 +15,7 @@ MODULES = (
 
 
 def entries(module: str) -> Iterator[str]:
-    """The functions of a module: name, signature and documentation."""
+    """Yield the functions of a module: name, signature and documentation."""
     members = vars(importlib.import_module(module))
     for name, member in sorted(members.items()):
         documentation = inspect.getdoc(member)
@@ -31,7 +31,7 @@ def entries(module: str) -> Iterator[str]:
 
 
 def make_documents(characters: int, modules: Sequence[str] = MODULES) -> list[str]:
-    """The documents: as many functions of one module as have about so many characters."""
+    """Make the documents: as many functions of one module as have about ``characters`` characters."""
     documents = []
     for module in modules:
         document = ""
@@ -65,7 +65,7 @@ class Index:
         return {word: value / norm for word, value in values.items()} if norm else {}
 
     def search(self, question: str, number: int) -> list[str]:
-        """The best documents, the best one last: near the question."""
+        """Return the best documents, the best one last: near the question."""
         query = self.vector(question)
         scores = [sum(value * vector.get(word, 0.0) for word, value in query.items()) for vector in self.vectors]
         best = sorted(range(len(scores)), key=scores.__getitem__)[-number:]

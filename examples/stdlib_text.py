@@ -52,7 +52,7 @@ class Text:
 
 
 def byte_ids() -> Tensor:
-    """(256,) int16, the token id of each byte in `byte_tokenizer`.
+    """Return (256,) int16, the token id of each byte in `byte_tokenizer`.
 
     A byte-level vocabulary represents each byte by a character: printable bytes of Latin-1 by themselves, the others by
     the characters from U+0100 on. The ids follow the order of these characters.
@@ -65,7 +65,7 @@ def byte_ids() -> Tensor:
 
 
 def sources() -> list[Path]:
-    """The files, relative to the standard library's folder, sorted by name."""
+    """Return the files, relative to the standard library's folder, sorted by name."""
     root = Path(sysconfig.get_paths()["stdlib"])
     names = (path.relative_to(root) for path in root.rglob("*.py") if path.stat().st_size)
     kept = (name for name in names if not EXCLUDED & set(name.parts) and not name.parts[0].startswith(GENERATED))
@@ -89,7 +89,7 @@ def load_text() -> Text:
 
 
 def batch(stream: Tensor, size: int, length: int, *, seed: int, step: int) -> Tensor:
-    """(size, length + 1) int64 tokens: inputs without the last column, targets without the first column.
+    """Return (size, length + 1) int64 tokens: inputs without the last column, targets without the first column.
 
     The result depends only on the stream, the sizes, the seed and the step.
     """
@@ -99,6 +99,6 @@ def batch(stream: Tensor, size: int, length: int, *, seed: int, step: int) -> Te
 
 
 def windows(stream: Tensor, count: int, length: int) -> Tensor:
-    """(count, length + 1) int64: windows at equal distances over the stream, the same at each call."""
+    """Return (count, length + 1) int64: windows at equal distances over the stream, the same at each call."""
     starts = torch.linspace(0, len(stream) - length - 1, count).long()
     return stream[starts[:, None] + torch.arange(length + 1)].long()

@@ -76,7 +76,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def make_model(args: argparse.Namespace, vocabulary: int = END + 1) -> Attamba | Transformer:
-    """The model that the arguments describe, with weights drawn from the seed.
+    """Make the model that the arguments describe, with weights drawn from the seed.
 
     Raises:
         ValueError: sizes that do not fit one another.
@@ -115,7 +115,7 @@ def make_model(args: argparse.Namespace, vocabulary: int = END + 1) -> Attamba |
 
 
 def kv_bytes(model: Attamba | Transformer) -> tuple[float, int]:
-    """Bytes of the bf16 KV cache: (bytes per token of a long sequence, constant bytes per sequence).
+    """Return bytes of the bf16 KV cache: (bytes per token of a long sequence, constant bytes per sequence).
 
     Attamba adds one K|V row per chunk. Its constant part, at any length, is the K|V rows of the last L tokens and of
     token 0, and the x rows of the open chunk.
@@ -131,30 +131,30 @@ def kv_bytes(model: Attamba | Transformer) -> tuple[float, int]:
 
 
 def mean_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of (B, T + 1) tokens."""
+    """Return the mean cross-entropy in nats of (B, T + 1) tokens."""
     return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
 
 @torch.inference_mode()
 def bits_per_byte(model: nn.Module, tokens: Tensor, token_bytes: Tensor, size: int = 8) -> float:
-    """Mean bits per byte of (N, T + 1) tokens, in batches of ``size``. The end of a file counts as a byte."""
+    """Return mean bits per byte of (N, T + 1) tokens, in batches of ``size``. The end of a file counts as a byte."""
     losses = [mean_loss(model, part).item() * len(part) for part in tokens.split(size)]
     return sum(losses) / len(tokens) / math.log(2) / token_bytes[tokens[:, 1:]].double().mean().item()
 
 
 def training_batch(args: argparse.Namespace, text: Text, step: int) -> Tensor:
-    """(batch, length + 1) int64 tokens of a step."""
+    """Return (batch, length + 1) int64 tokens of a step."""
     tokens = batch(text.train, args.batch, args.length, seed=args.seed, step=step)
     return rename(tokens, text, args.seed * 1_000_003 + step)
 
 
 def validation_windows(text: Text, count: int, length: int) -> Tensor:
-    """(count, length + 1) int64 tokens, the same at each call."""
+    """Return (count, length + 1) int64 tokens, the same at each call."""
     return rename(windows(text.validation, count, length), text, seed=0)
 
 
 def make_optimiser(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
+    """Return AdamW with weight decay on matrices only."""
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
     others = [weight for weight in model.parameters() if weight.dim() < 2]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
@@ -162,7 +162,7 @@ def make_optimiser(model: nn.Module, lr: float) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """The learning rate of a step: linear warm-up, then cosine decay to zero."""
+    """Return the learning rate of a step: linear warm-up, then cosine decay to zero."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
@@ -184,7 +184,7 @@ def train_step(
 
 
 def settings(args: argparse.Namespace, text: Text) -> dict[str, Any]:
-    """The settings that a run's weights depend on. A saved step with other settings is not resumed."""
+    """Return the settings that a run's weights depend on. A saved step with other settings is not resumed."""
     excluded = ("out", "threads", "dtype")
     return {name: value for name, value in vars(args).items() if name not in excluded} | {"text": text.digest}
 
@@ -271,9 +271,9 @@ def train(args: argparse.Namespace, text: Text, *, start: dict[str, Tensor] | No
     """Train from the last saved step, or from the start, and return the model.
 
     Args:
-        args: of `parse`.
-        text: to train and validate on.
-        start: weights of the first step; None to draw them from the seed.
+        args: result of `parse`.
+        text: text to train and validate on.
+        start: weights of the first step, or None to draw them from the seed.
 
     Raises:
         SystemExit: the saved step has other settings.

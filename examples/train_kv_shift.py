@@ -60,13 +60,13 @@ class Attention(nn.Module):
 
 
 def shift(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """``previous * x_{i-1} + current * x_i`` with x_{-1} = 0, for x (batch, heads, tokens, size)."""
+    """Compute ``previous * x_{i-1} + current * x_i`` with x_{-1} = 0, for x (batch, heads, tokens, size)."""
     previous, current = weights[:, 0].unbind(-1)
     return previous[..., None] * F.pad(x, (0, 0, 1, 0))[:, :, :-1] + current[..., None] * x
 
 
 def rotate(x: torch.Tensor) -> torch.Tensor:
-    """NeoX RoPE of (batch, heads, tokens, size)."""
+    """Apply NeoX RoPE to (batch, heads, tokens, size)."""
     half = x.shape[-1] // 2
     angles = torch.arange(x.shape[-2])[:, None] * THETA ** (-torch.arange(half) / half)
     low, high = x[..., :half], x[..., half:]
@@ -100,7 +100,7 @@ class Model(nn.Module):
         self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """(batch, tokens) token ids -> (batch, tokens, VOCABULARY) logits."""
+        """Map (batch, tokens) token ids to (batch, tokens, VOCABULARY) logits."""
         x = self.embed_tokens(ids)
         for layer in self.layers:
             x = layer(x)
@@ -108,19 +108,22 @@ class Model(nn.Module):
 
 
 def sequences(batch: int, period: int) -> torch.Tensor:
-    """(batch, TOKENS) token ids: ``period`` distinct random ids, repeated."""
+    """Return (batch, TOKENS) token ids: ``period`` distinct random ids, repeated."""
     segment = torch.rand(batch, VOCABULARY).argsort(-1)[:, :period]
     return segment.repeat(1, -(-TOKENS // period))[:, :TOKENS]
 
 
 def predict(model: Model, ids: torch.Tensor, period: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (rows, VOCABULARY) and targets (rows,) of the predictable tokens: those after the first repeated token."""
+    """Return logits (rows, VOCABULARY) and targets (rows,) of the predictable tokens.
+
+    Those are the tokens after the first repeated one.
+    """
     return model(ids)[:, period:-1].flatten(0, 1), ids[:, period + 1 :].flatten()
 
 
 @torch.no_grad()
 def accuracy(model: Model) -> float:
-    """Accuracy of the most probable token, over sequences of every fourth period."""
+    """Return the accuracy of the most probable token, over sequences of every fourth period."""
     hits = []
     for period in range(*PERIODS, 4):
         logits, targets = predict(model, sequences(100, period), period)
@@ -129,7 +132,7 @@ def accuracy(model: Model) -> float:
 
 
 def train(name: str, steps: int, every: int, seed: int) -> tuple[Model, dict[int, float]]:
-    """The trained model, and its accuracy by step, measured every ``every`` steps."""
+    """Return the trained model, and its accuracy by step, measured every ``every`` steps."""
     torch.manual_seed(seed)
     layers, shifted = SERIES[name]
     model = Model(layers, shifted)

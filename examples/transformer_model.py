@@ -35,7 +35,9 @@ class TransformerConfig:
 
 
 def cut_heads(heads: int, head_dim: int, cut: int) -> tuple[int, int, int]:
-    """(query heads, KV heads, head size) for K and V of 1 / cut of the width; the width of the queries is unchanged.
+    """Return (query heads, KV heads, head size) for K and V of 1 / cut of the width.
+
+    The width of the queries is unchanged.
 
     Raises:
         ValueError: the heads can't be cut that way.
@@ -93,7 +95,7 @@ LLAMA_NAMES = {
 
 
 def llama_weights(model: Transformer) -> dict[str, Tensor]:
-    """The model's weights under Llama's names and in Llama's row order.
+    """Return the model's weights under Llama's names and in Llama's row order.
 
     Llama rotates the two halves of a head, this model rotates neighbouring pairs: the rows of a Q or K head have the
     order `[size / 2, 2]` in this model and `[2, size / 2]` in Llama.

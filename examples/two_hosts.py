@@ -78,14 +78,14 @@ class Host:
         """Limit the rate at which this host sends.
 
         Args:
-            rate: in the notation of `tc`, such as ``3mbit``; None removes the limit.
+            rate: rate in the notation of `tc`, such as ``3mbit``, or None to remove the limit.
         """
         shape = "del dev {} root" if rate is None else f"replace dev {{}} root tbf rate {rate} burst 32kb latency 400ms"
         command = ["tc", "-n", self.name, "qdisc", *shape.format(self.device).split()]
         subprocess.run(command, check=True, capture_output=True, text=True)
 
     def received(self) -> int:
-        """Bytes received over the link so far."""
+        """Return the bytes received over the link so far."""
         (status,) = json.loads(ip("-n", self.name, "-s", "-j", "link", "show", "dev", self.device))
         count: int = status["stats64"]["rx"]["bytes"]
         return count
@@ -101,7 +101,7 @@ def ip(*arguments: str) -> str:
 
 
 def available() -> bool:
-    """Whether this process may make network namespaces."""
+    """Return whether this process may make network namespaces."""
     name = f"st{os.getpid()}-try"
     try:
         ip("netns", "add", name)
@@ -113,7 +113,7 @@ def available() -> bool:
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Two hosts that reach one another and no other network."""
+    """Yield two hosts that reach one another and no other network."""
     cores = sorted(os.sched_getaffinity(0))
     hosts = (
         Host(f"st{os.getpid()}a", "10.77.0.1", cores[0]),
@@ -151,11 +151,11 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 def serving_on_both(
     hosts: tuple[Host, Host], model: Path, *options: str, folder: Path, seconds: float = 600
 ) -> Iterator[httpx.Client]:
-    """Serve a model over both hosts; yields an HTTP client, which need not run in a namespace.
+    """Serve a model over both hosts and yield an HTTP client, which need not run in a namespace.
 
     Args:
-        folder: gets the servers' logs.
-        seconds: how long the start may take.
+        folder: folder for the servers' logs.
+        seconds: maximum time of the start.
 
     Raises:
         RuntimeError: a server ended while it started, or did not respond in time.
@@ -166,7 +166,7 @@ def serving_on_both(
 
 
 def client_of(socket: Path, timeout: float = 300) -> httpx.Client:
-    """An HTTP client of the server that listens on a Unix socket."""
+    """Return an HTTP client of the server that listens on a Unix socket."""
     # The server closes a connection that is idle for some seconds; a request sent at that moment would get a reset.
     transport = httpx.HTTPTransport(uds=str(socket), limits=httpx.Limits(max_keepalive_connections=0))
     return httpx.Client(transport=transport, base_url="http://server", timeout=timeout)
@@ -176,9 +176,9 @@ def client_of(socket: Path, timeout: float = 300) -> httpx.Client:
 def started_on_both(
     hosts: tuple[Host, Host], model: Path, *options: str, folder: Path, seconds: float = 600, front: Sequence[str] = ()
 ) -> Iterator[tuple[Path, list[subprocess.Popen]]]:
-    """Serve a model over both hosts; yields the Unix socket of the HTTP server, and the processes of the two hosts.
+    """Serve a model over both hosts and yield the Unix socket of the HTTP server, and the processes of the two hosts.
 
-    Args, Raises: as ``serving_on_both``.
+    Args, Raises: the same as ``serving_on_both``.
         front: further options of the first host, which has the front.
     """
     here, there = hosts
@@ -229,7 +229,7 @@ def wait_for(client: httpx.Client, processes: list[subprocess.Popen], deadline: 
 
 
 def counts(client: httpx.Client) -> dict[str, float]:
-    """Starling's series on the server's /metrics, by name and labels."""
+    """Return Starling's series on the server's /metrics, by name and labels."""
     lines = [line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if line.startswith("starling:")]
     return {name: float(value) for name, value in lines}
 

@@ -6,14 +6,14 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.diffusion_scheduler import DiffusionAsyncScheduler, DiffusionScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from starling.features import parts_of
+from starling.features import parts_of_core
 from starling.scheduler.star_scheduler import StarMixin
 
 
 class FeatureMixin(StarMixin):
     """Mixed into a vLLM scheduler class, before it."""
 
-    feature_parts = parts_of("core")
+    feature_parts = parts_of_core()
 
 
 class StarScheduler(FeatureMixin, Scheduler):

@@ -1,4 +1,4 @@
-"""What the commands of the laboratory have in common: options, progress, interruption and exit codes."""
+"""Common parts of the laboratory's commands: options, progress, interruption and exit codes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ METAVARS = {int: "N", float: "X", Path: "PATH"}
 
 
 class CommandFailed(Exception):
-    """What a command needs beside its arguments, such as a server, has failed."""
+    """Failure of something that a command needs beside its arguments, such as a server."""
 
 
 def run_command(
@@ -45,9 +45,9 @@ def run_command(
     """Run a command, and say on standard error why it ends early.
 
     Args:
-        name: such as ``starling eval``.
-        run: returns the exit code; raises ``unusable`` for arguments, and CommandFailed or OSError.
-        resume: how a command that failed or was interrupted goes on.
+        name: name of the command, such as ``starling eval``.
+        run: function that returns the exit code; raises ``unusable`` for arguments, and CommandFailed or OSError.
+        resume: text that says how a command that failed or was interrupted goes on.
 
     Returns:
         The exit code of ``run``, FAILED, UNUSABLE or INTERRUPTED.
@@ -68,7 +68,7 @@ def run_command(
 
 @contextlib.contextmanager
 def signals_as_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a command as Ctrl-C does, so that its server is stopped.
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that its server is stopped.
 
     Under nohup, SIGHUP is ignored, and stays so. What SIGINT does here makes no difference: a background job of a
     script ignores it.
@@ -97,14 +97,14 @@ def signals_as_interrupt() -> Iterator[None]:
 
 
 def comma(text: str) -> tuple[str, ...]:
-    """The parts of a list with commas."""
+    """Return the parts of a list with commas."""
     return tuple(part.strip() for part in text.split(","))
 
 
 def add_options(
     parser: argparse.ArgumentParser, model: type[BaseModel], without: Collection[str] = (), **changed: dict[str, Any]
 ) -> None:
-    """An option for each field of a command's options. What is not given is not in the result.
+    """Add an option for each field of a command's options. What is not given is not in the result.
 
     Args:
         without: fields that have no option.
@@ -130,12 +130,15 @@ def add_options(
 
 
 def given_options(args: argparse.Namespace, model: type[BaseModel]) -> dict[str, Any]:
-    """The options of ``add_options`` that a command line gives."""
+    """Return the options of ``add_options`` that a command line gives."""
     return {name: value for name, value in vars(args).items() if name in model.model_fields}
 
 
 def make_console() -> Console:
-    """Standard output. A file or a pipe is wide: rich would take 80 columns, in which tables can't be read."""
+    """Make the console of standard output.
+
+    A file or a pipe is wide: rich would take 80 columns, in which tables can't be read.
+    """
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, WIDE)
@@ -158,7 +161,7 @@ class ProgressLines(Progress):
 
 
 def progress_bars(console: Console) -> Progress:
-    """Bars with counts and the time left, or lines where standard output is no terminal."""
+    """Return bars with counts and the time left, or lines where standard output is no terminal."""
     columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     columns += [TimeRemainingColumn(), TextColumn("left")]
     if not console.is_terminal:

@@ -22,14 +22,14 @@ SECONDS = 20.0
 
 
 def has_gpu() -> bool:
-    """Whether there is an NVIDIA GPU that torch can use."""
+    """Return whether there is an NVIDIA GPU that torch can use."""
     import torch
 
     return torch.cuda.is_available() and torch.version.cuda is not None
 
 
 def describe_machine() -> dict[str, Any]:
-    """Cards, driver, processor and versions; None for a package that is not installed."""
+    """Return cards, driver, processor and versions, with None for a package that is not installed."""
     import torch
 
     return {
@@ -50,7 +50,7 @@ def _card(index: int) -> str:
 
 
 def _driver() -> str | None:
-    """NVIDIA's driver, from the first line of its file in /proc; None where there is none."""
+    """Return NVIDIA's driver, from the first line of its file in /proc, or None where there is none."""
     try:
         line = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
     except OSError:
@@ -59,7 +59,7 @@ def _driver() -> str | None:
 
 
 def cpu_facts() -> dict[str, str]:
-    """What /proc/cpuinfo says of the last core; empty where there is no such file."""
+    """Return what /proc/cpuinfo says of the last core; empty where there is no such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -75,7 +75,7 @@ def _version(distribution: str) -> str | None:
 
 
 def describe_gpus() -> dict[str, Any]:
-    """GPUs, driver, memory and cores, without torch."""
+    """Return GPUs, driver, memory and cores, without torch."""
     gpus, driver = nvidia_gpus()
     memory = psutil.virtual_memory()
     return {
@@ -87,7 +87,7 @@ def describe_gpus() -> dict[str, Any]:
 
 
 def nvidia_gpus() -> tuple[list[str], str | None]:
-    """(a line for each GPU, the driver's version), by nvidia-smi; ([], None) where there is no GPU."""
+    """Return (a line for each GPU, the driver's version), by nvidia-smi; ([], None) where there is no GPU."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return [], None
@@ -105,10 +105,10 @@ def nvidia_gpus() -> tuple[list[str], str | None]:
 
 
 def mebibytes(cell: str) -> str:
-    """A cell of nvidia-smi in GiB; as it is where it is no number, as that of a GPU with shared memory."""
+    """Return a cell of nvidia-smi in GiB; as it is where it is no number, as that of a GPU with shared memory."""
     return gib(int(cell) << 20) if cell.isdecimal() else cell
 
 
 def gib(num_bytes: int) -> str:
-    """Bytes in GiB."""
+    """Return bytes in GiB."""
     return f"{num_bytes / 2**30:.1f} GiB"

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.masking_utils import sdpa_mask
 
-from starling.features.dense_heads.model_heads import checkpoint_folder
+from starling.attention_backends.star.model_heads import checkpoint_folder
 from starling.scheduler.star.plan import StarPlan
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -25,7 +25,7 @@ class ModelError(ValueError):
 
 
 def find_model(name: str, hint: str = "") -> Path:
-    """The folder of a model, which is a folder or a name in the hub's cache (raises ModelError)."""
+    """Return the folder of a model, which is a folder or a name in the hub's cache (raises ModelError)."""
     folder = checkpoint_folder(name, None)
     if folder is None:
         raise ModelError(f"MODEL={name!r} is refused: it is no folder, and the hub's cache has no such model{hint}")
@@ -33,10 +33,10 @@ def find_model(name: str, hint: str = "") -> Path:
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype, name: str, attend: Callable[..., Any]) -> Any:
-    """A causal model with frozen weights.
+    """Load a causal model with frozen weights.
 
     Args:
-        name: of its attention, by which Transformers knows it.
+        name: name of its attention, by which Transformers knows it.
         attend: that attention, as a function of Transformers' AttentionInterface.
 
     Raises:
@@ -54,14 +54,14 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype, name: str
 
 
 def kl_at_each(dense: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """(places,) KL(dense, other) in nats, of (places, vocabulary) log-probabilities."""
+    """Return (places,) KL(dense, other) in nats, of (places, vocabulary) log-probabilities."""
     return (dense.exp() * (dense - other)).sum(-1)
 
 
 def attention_by_plan(
     attend: Attend, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: StarPlan
 ) -> torch.Tensor:
-    """Attention of a prompt by its plan, block by block; what is behind blocks of one size sees everything.
+    """Compute attention of a prompt by its plan, block by block; what is behind blocks of one size sees everything.
 
     Args:
         query: (1, heads, tokens, head size); ``key`` and ``value`` have KV heads.
@@ -76,7 +76,10 @@ def attention_by_plan(
 
 
 def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer that keeps its inputs alone for the backward pass, so that memory grows by a layer and not by a model."""
+    """Return a layer that keeps its inputs alone for the backward pass.
+
+    Memory then grows by a layer and not by a model.
+    """
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

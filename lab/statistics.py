@@ -35,7 +35,7 @@ def mean_of_means(groups: Sequence[Sequence[float]]) -> float:
 
 
 def bootstrap(groups: Sequence[Sequence[float]]) -> Interval:
-    """The mean over groups of each group's mean, with its 95 % percentile interval; the random numbers are fixed.
+    """Return the mean over groups of each group's mean, with its 95 % percentile interval; random numbers are fixed.
 
     The mean lies within the interval: without the last line, rounding can put it outside by 1e-17.
 
@@ -54,12 +54,15 @@ def bootstrap(groups: Sequence[Sequence[float]]) -> Interval:
 
 
 def median_ratio(baseline: Sequence[float], other: Sequence[float]) -> float:
-    """Median of baseline / other over pairs of adjacent runs."""
+    """Return the median of baseline / other over pairs of adjacent runs."""
     return statistics.median(first / second for first, second in zip(baseline, other, strict=True))
 
 
 def ratio_interval(baseline: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
-    """(median, lower, upper) of other / baseline over interleaved pairs: a 95 % bootstrap interval, fixed seed."""
+    """Return (median, lower, upper) of other / baseline over interleaved pairs.
+
+    The interval is a 95 % bootstrap interval with a fixed seed.
+    """
     ratios = np.asarray(other) / np.asarray(baseline)
     drawn = np.random.default_rng(0).choice(ratios, (DRAWS, len(ratios)))
     lower, upper = np.quantile(np.median(drawn, axis=1), TAILS)
@@ -67,14 +70,14 @@ def ratio_interval(baseline: Sequence[float], other: Sequence[float]) -> tuple[f
 
 
 def mean_ratio(values: np.ndarray, baseline: np.ndarray) -> list[float]:
-    """[ratio, lower, upper] of the means of paired values: a 95 % bootstrap interval over pairs, fixed seed."""
+    """Return [ratio, lower, upper] of the means of paired values: a 95 % bootstrap interval over pairs, fixed seed."""
     drawn = np.random.default_rng(0).integers(0, len(baseline), (DRAWS, len(baseline)))
     ratios = values[drawn].mean(1) / baseline[drawn].mean(1)
     return [float(values.mean() / baseline.mean()), *(float(bound) for bound in np.quantile(ratios, TAILS))]
 
 
 def kl_divergence(dense: dict[int, float], other: dict[int, float]) -> float:
-    """KL(dense || other) in nats, of two distributions of which only the most probable tokens are known.
+    """Return KL(dense || other) in nats, of two distributions of which only the most probable tokens are known.
 
     All tokens that are not in both lists count as one. The result is at least 0, and at most the exact divergence.
 
@@ -89,27 +92,27 @@ def kl_divergence(dense: dict[int, float], other: dict[int, float]) -> float:
 
 
 def upper_bound(losses: Sequence[float], worst: float) -> float:
-    """What the mean loss does not exceed, with a confidence of 95 %.
+    """Return what the mean loss does not exceed, with a confidence of 95 %.
 
     Args:
-        losses: of prompts, not empty.
+        losses: losses of prompts, not empty.
         worst: the loss of the prompt that is added.
     """
     return _upper(losses, worst, len(losses))
 
 
 def lower_bound(losses: Sequence[float], best: float) -> float:
-    """What the mean loss does not fall below, with a confidence of 95 %.
+    """Return what the mean loss does not fall below, with a confidence of 95 %.
 
     Args:
-        losses: of prompts, not empty.
+        losses: losses of prompts, not empty.
         best: the loss of the prompt that is added.
     """
     return 0.0 - _upper([-loss for loss in losses], -best, len(losses))
 
 
 def _upper(losses: Sequence[float], added: float, number: int) -> float:
-    """The bound for ``number`` prompts that lose what ``losses`` are, in the same shares, and the added one."""
+    """Return the bound for ``number`` prompts that lose what ``losses`` are, in the same shares, and the added one."""
     values, counts = np.unique(np.asarray(losses, dtype=float), return_counts=True)
     shares = np.append(counts * number / len(losses), 1.0) / (number + 1)
     drawn = np.random.default_rng(0).multinomial(number + 1, shares, DRAWS)
@@ -118,10 +121,10 @@ def _upper(losses: Sequence[float], added: float, number: int) -> float:
 
 
 def prompts_needed(losses: Sequence[float], worst: float, budget: float) -> int | None:
-    """About how many prompts bring the upper bound within the budget, if they lose what these lose.
+    """Return about how many prompts bring the upper bound within the budget, if they lose what these lose.
 
     Args:
-        losses: of the prompts so far, not empty.
+        losses: losses of the prompts so far, not empty.
         worst: the loss of the prompt that is added.
 
     Returns:

@@ -13,6 +13,9 @@ from typing import Any
 from vllm.v1.kv_cache_interface import AttentionSpec, get_kv_cache_spec_kind
 from vllm.v1.request import RequestStatus
 
+from starling.config.entry import StarlingConfig
+from starling.scheduler.core_metrics import cache_metrics
+from starling.scheduler.part import CorePart
 from starling.scheduler.star.client_tokens import blocks_done, client_index
 from starling.scheduler.star.counts import num_client_tokens
 from starling.scheduler.star.request_metadata import metadata_of
@@ -177,3 +180,27 @@ def progress_of(request: Any) -> dict[str, int] | None:
         "star_blocks": len(plan.starts) if plan else 0,
         "part": int(part is not None),
     }
+
+
+class CompressedCache(CorePart):
+    """Series of a compressed KV cache: its size, and after each step the states that requests hold."""
+
+    def __init__(self, scheduler: Any, groups: Sequence[CacheGroup]) -> None:
+        self.scheduler = scheduler
+        self.groups = groups
+
+    @classmethod
+    def make(cls, scheduler: Any, config: StarlingConfig) -> CompressedCache | None:
+        groups = compressed_groups(scheduler)
+        if not groups:
+            return None
+        metrics = cache_metrics()
+        state = cache_state(scheduler, per_request=False)
+        for index, group in enumerate(state["groups"]):
+            metrics.bytes_per_token.labels(str(index), group["kind"]).set(group.get("bytes_per_token", 0))
+        for cache, field in (("compressed", "capacity_tokens"), ("uncompressed", "uncompressed_capacity_tokens")):
+            metrics.capacity.labels(cache).set(state.get(field, 0))
+        return cls(scheduler, groups)
+
+    def outputs(self, outputs: dict[int, Any]) -> None:
+        cache_metrics().states.set(sum(states_used(self.scheduler, group) for group in self.groups))

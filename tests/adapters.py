@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from starling.attention_backends.star.model_heads import checkpoint_digest
 from starling.config.adapter import DISTILLED, PEFT_CONFIG, WEIGHTS
-from starling.features.dense_heads.model_heads import checkpoint_digest
 
 ALPHA = 4
 

@@ -26,11 +26,11 @@ class Admission:
     """A request that is admitted, and that the engine gets later.
 
     Args:
-        num_requests: as how many requests it counts; a request with n > 1 counts as n.
+        num_requests: number of requests that it counts as; a request with n > 1 counts as n.
         num_tokens: tokens of its prompt.
 
     Attributes:
-        engine_request_id: the engine's own id of the request; None until the engine gets it.
+        engine_request_id: the engine's own id of the request, or None until the engine gets it.
     """
 
     def __init__(self, num_requests: int, num_tokens: int) -> None:
@@ -50,7 +50,7 @@ def admit(engine: Any, request_id: str, num_requests: int, num_tokens: int) -> A
 
     Raises:
         QueueOverflowError, MaxQueuedTokensError: the server's limits are reached.
-        Exception: as ``refuse_admission`` was told.
+        Exception: the one that ``refuse_admission`` was given.
     """
     engine.check_admission(num_requests, request_id)
     _count(engine.output_processor)
@@ -106,7 +106,7 @@ def hide_requests(output_processor: Any, engine_request_ids: Collection[str]) ->
     """Leave these requests out of vLLM's request statistics and of what admission counts.
 
     Args:
-        engine_request_ids: read at each look, so that its owner may add and remove ids.
+        engine_request_ids: ids that are read at each look, so that their owner may add and remove some.
     """
     _count(output_processor)
     _parts[output_processor] = engine_request_ids

@@ -17,7 +17,7 @@ def build_unsplit(backend: str, builder: Any, num_tokens: int, build: Callable[[
 
     vLLM leaves the number of splits of such a step to FlashAttention. FlashAttention 3 and 4 decide by the longest
     query and the most keys, as if one row had both, and keep splits x heads x tokens of the step x head size numbers in
-    float32. A dense step of so many tokens has a long row, and with it one split. Virtual rows are short, and one
+    float32. A dense step of as many tokens has a long row, and with it one split. Virtual rows are short, and one
     decode behind a long prompt gives them several splits: 0.5 GiB for 4 splits of 8,192 tokens and 32 heads of 128,
     which no memory profile has seen.
 
@@ -27,7 +27,7 @@ def build_unsplit(backend: str, builder: Any, num_tokens: int, build: Callable[[
     Args:
         backend: vLLM's name of the backend. Only FLASH_ATTN's kernels split so.
         builder: the metadata builder that ``build`` calls.
-        num_tokens: of the step.
+        num_tokens: number of tokens of the step.
     """
     if backend != "FLASH_ATTN" or num_tokens <= (builder.max_cudagraph_size or 0):
         return build()

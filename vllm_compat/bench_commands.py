@@ -7,8 +7,7 @@ from typing import Any
 
 
 def is_bench(argv: Sequence[str]) -> bool:
-    """Return whether a command line is `vllm bench ...`, by its first argument that is no option, as vLLM itself does.
-    """
+    """Return whether a command line is `vllm bench ...`, by its first argument that is no option, as vLLM does."""
     return next((argument for argument in argv[1:] if not argument.startswith("-")), None) == "bench"
 
 

@@ -122,7 +122,7 @@ def split_graph_at(vllm_config: Any, op: str) -> None:
 
 
 def kv_cache_capacity(vllm_config: Any, specs: dict[str, Any], available_bytes: int) -> int:
-    """Return the tokens that an engine would report as its "KV cache size", from its layers' specs, without starting it.
+    """Return the tokens that an engine would report as its "KV cache size", from its layers' specs; starts none.
 
     The number of requests of max_model_len that fit at once, times max_model_len. vLLM's own functions divide the
     bytes among groups, round to pages and reserve pages for tokens in flight. Goes when vLLM can say it without a
@@ -186,7 +186,7 @@ def model_runner(vllm_config: Any) -> str:
 
 @touches("vllm.config.cache.CacheConfig.user_specified_block_size")
 def page_size_before_start(vllm_config: Any) -> int:
-    """Tokens of a KV page, as far as it is known before the engine cores have started.
+    """Return the tokens of a KV page, as far as it is known before the engine cores have started.
 
     On CPU, vLLM 0.33 chooses the page size in the worker, when the model is loaded. Until then the configuration has
     the default of GPUs, where no user gave a size. Goes when the configuration has the size that will be used.
@@ -202,7 +202,7 @@ def page_size_before_start(vllm_config: Any) -> int:
 
 @touches("vllm.platforms.interface.Platform._align_hybrid_block_size")
 def hybrid_page_size(vllm_config: Any) -> int:
-    """Tokens of a full-attention page of a hybrid model before its engine cores have started.
+    """Return the tokens of a full-attention page of a hybrid model before its engine cores have started.
 
     vLLM enlarges the page when it loads the model, until it takes as much memory as a state. For the backends that
     Starling wraps, the result does not depend on which one runs, but for a few GPUs that need large pages. Goes when
@@ -249,7 +249,7 @@ def move_option(parser: Any, dest: str, group: Any, help_text: str) -> None:
     Args:
         parser: a FlexibleArgumentParser.
         dest: the option's name in the parsed namespace.
-        group: of the same parser.
+        group: a group of the same parser.
     """
     for other in parser._action_groups:
         for action in [action for action in other._group_actions if action.dest == dest]:

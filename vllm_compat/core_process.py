@@ -125,8 +125,7 @@ def end_children_with_parent() -> None:
 
 
 def run_engine_core(*args: Any, **kwargs: Any) -> None:
-    """Run vLLM's EngineCoreProc.run_engine_core; a module-level function, since a spawned process gets its name only.
-    """
+    """Run vLLM's EngineCoreProc.run_engine_core; a function of a module, since a spawned process gets its name only."""
     from vllm.v1.engine.core import EngineCoreProc
 
     _watch_parent()

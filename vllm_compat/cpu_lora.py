@@ -59,13 +59,13 @@ class MaskedLoRA(PunicaWrapperCPU):
 
     @property
     def slots(self) -> torch.Tensor:
-        """(n or more,) int64, the slot of each row; -1: none."""
+        """Return (n or more,) int64, the slot of each row, or -1 for none."""
         return self._token_lora_indices
 
     def add_shrink(
         self, y: Any, x: torch.Tensor, lora_a_stacked: Sequence[torch.Tensor], scale: float, **kwargs: Any
     ) -> None:
-        """``y[i] = scale * (x @ A[i])``; rows without an adapter are 0. Shapes as of vLLM's method."""
+        """Compute ``y[i] = scale * (x @ A[i])``; rows without an adapter are 0. Shapes as of vLLM's method."""
         x = x.view(-1, x.shape[-1])
         for out, weights in zip(y, lora_a_stacked, strict=True):
             out.view(-1, out.shape[-1]).copy_(masked_product(x, weights, self.slots) * scale)
@@ -80,7 +80,7 @@ class MaskedLoRA(PunicaWrapperCPU):
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        """``y[:, slice i] += x[i] @ B[i]``, or ``=`` without ``add_inputs``. Shapes as of vLLM's method."""
+        """Compute ``y[:, slice i] += x[i] @ B[i]``, or ``=`` without ``add_inputs``. Shapes as of vLLM's method."""
         y = y.view(-1, y.shape[-1])
         for rows, weights, size in zip(x, lora_b_stacked, output_slices, strict=True):
             out = y[:, offset_start : offset_start + size]
@@ -90,11 +90,11 @@ class MaskedLoRA(PunicaWrapperCPU):
     def add_lora_embedding(
         self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **kwargs: Any
     ) -> None:
-        """``y += x @ B``, or ``=`` without ``add_inputs``. Shapes as of vLLM's method."""
+        """Compute ``y += x @ B``, or ``=`` without ``add_inputs``. Shapes as of vLLM's method."""
         put(y, masked_product(x.to(y.dtype), lora_b_stacked, self.slots), self._rows(y), add_inputs)
 
     def _rows(self, y: torch.Tensor) -> torch.Tensor:
-        """(n, 1) the slot of each row; -1: none."""
+        """Return (n, 1) the slot of each row, or -1 for none."""
         return self.slots[: y.shape[0], None]
 
     def add_lora_logits(
@@ -106,7 +106,7 @@ class MaskedLoRA(PunicaWrapperCPU):
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """``y += scale * (x @ A) @ B``, for rows that are sampled. Shapes as of vLLM's method."""
+        """Compute ``y += scale * (x @ A) @ B`` for rows that are sampled. Shapes are those of vLLM's method."""
         x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         low = masked_product(x, lora_a_stacked, self._sampler_indices) * scale
         y.add_(masked_product(low.to(y.dtype), lora_b_stacked, self._sampler_indices))
@@ -122,7 +122,7 @@ def put(out: torch.Tensor, added: torch.Tensor, slots: torch.Tensor, add_inputs:
 
 
 def masked_product(x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """(n, out) each row by the matrix of its adapter; 0 for rows without one.
+    """Multiply each row by the matrix of its adapter, to (n, out); 0 for rows without one.
 
     Args:
         x: (n, in).

@@ -46,7 +46,7 @@ def count_graphs(engine: Any) -> Counter[str]:
 
 @touches("vllm.v1.worker.gpu_worker.Worker.{requested_memory, peak_activation_memory}")
 def gpu_memory(worker: Any) -> dict[str, int] | None:
-    """Bytes of a worker's GPU; None on a CPU. To be sent by ``collective_rpc``.
+    """Return the bytes of a worker's GPU, or None on a CPU. To be sent by ``collective_rpc``.
 
     vLLM logs what its profile found, and returns it nowhere. Goes when a worker has a method for it.
 

@@ -12,7 +12,7 @@ from starling.vllm_compat.patching import touches
 
 
 class Retention(IntEnum):
-    """When a free page makes room: before others, by its last use, or after others."""
+    """Time at which a free page makes room: before others, by its last use, or after others."""
 
     LOW, NORMAL, HIGH = range(3)
 
@@ -25,15 +25,15 @@ class Retention(IntEnum):
 class FreePages(FreeKVCacheBlockQueue):
     """vLLM's queue of free pages, with pages at its end that are retained, and make room after all others.
 
-    Pages are told apart when they become free: by ``retention`` of their number. A page that makes room is forgotten.
+    Pages are sorted by the ``retention`` of their number when they become free. A page that makes room is forgotten.
     Goes when vLLM's pool takes an eviction policy.
 
     Args:
-        pages: the free ones.
-        limit: how many free pages are retained at most. Above it, the one that became free first is retained no longer.
+        pages: the free pages.
+        limit: maximum number of retained free pages. Above it, the one that became free first is retained no longer.
 
     Attributes:
-        retention: of the pages that are not NORMAL, by their numbers.
+        retention: page number -> retention of the pages that are not NORMAL.
         retained: the pages at the end of the queue, in its order.
     """
 
@@ -105,7 +105,7 @@ class FreePages(FreeKVCacheBlockQueue):
             self.retention.pop(number, None)
 
     def _sorted(self, pages: Sequence[Page]) -> tuple[list[Page], list[Page], list[Page]]:
-        """Pages that make room before others, by their last use, and after others. A page without content has none."""
+        """Split pages into those with LOW, NORMAL and HIGH retention. A page without content is NORMAL."""
         groups: tuple[list[Page], list[Page], list[Page]] = [], [], []
         for page in pages:
             known = self.retention.get(page.block_id, Retention.NORMAL)

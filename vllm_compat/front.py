@@ -72,8 +72,8 @@ def abort_unsent_requests() -> None:
 def mark_beams() -> None:
     """Give the prompt of each beam the key IS_BEAM, in servers and in offline engines.
 
-    Beam search makes a new prompt of each beam and token, which can't be told from a client's prompt. Goes when vLLM
-    says so of the prompt or its sampling parameters.
+    Beam search makes a new prompt of each beam and token, which can't be distinguished from a client's prompt.
+    Goes when vLLM says so of the prompt or its sampling parameters.
     """
     from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence
 
@@ -179,7 +179,7 @@ def on_openai_request(check: Callable[[Any], None], check_unknown: Callable[[dic
 def on_beam_search(callback: Callable[[], None]) -> None:
     """Call ``callback()`` before a server searches beams of a prompt: once for each prompt of a request.
 
-    Goes when beams are told from prompts of clients (``mark_beams``).
+    Goes when beams are distinguished from prompts of clients (``mark_beams``).
     """
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 
@@ -479,7 +479,7 @@ def engine_request_ids(engine: Any, request_id: str) -> list[str]:
 
 @touches("vllm.v1.engine.output_processor.OutputProcessor.request_states")
 def unfinished_ids(engine: Any) -> tuple[list[str], list[str]]:
-    """(ids that fronts gave, the engine's own) of all requests of an AsyncLLM. Goes with a public list."""
+    """Return (ids that fronts gave, the engine's own) of all requests of an AsyncLLM. Goes with a public list."""
     return list(engine.output_processor.external_req_ids), list(engine.output_processor.request_states)
 
 

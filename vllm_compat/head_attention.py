@@ -15,7 +15,7 @@ T = TypeVar("T")
     ".{num_heads_q, num_heads_kv, use_full_cuda_graph}",
 )
 def _flash_attention(builder: Any, num_kv_heads: int) -> Any:
-    """Outside of full CUDA graphs a builder keeps no tensor from one build to the next."""
+    """Copy a builder; outside of full CUDA graphs it keeps no tensor from one build to the next."""
     made = copy.copy(builder)
     made.num_heads_q = builder.num_heads_q // builder.num_heads_kv * num_kv_heads
     made.num_heads_kv = num_kv_heads
@@ -96,7 +96,7 @@ def builder_of_other_rows(backend: str, builder: Any) -> Any:
 
 @touches("vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.{num_heads, num_kv_heads, sinks}")
 def impl_of_heads(impl: T, first: int, stop: int) -> T:
-    """Return an attention implementation like ``impl`` for its layer's KV heads ``[first, stop)`` and their query heads.
+    """Return an implementation like ``impl`` for its layer's KV heads ``[first, stop)`` and their query heads.
 
     Goes when an implementation takes the numbers of heads from its operands.
     """

@@ -37,12 +37,12 @@ class PagePool:
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that no request holds; some of them have content that a prompt can still hit."""
+        """Return the number of pages that no request holds; some have content that a prompt can still hit."""
         return self.block_pool.get_num_free_blocks()
 
     @property
     def null_page(self) -> Page:
-        """The page that stands where a request has none: it takes no memory, has no hash, and may be held for ever."""
+        """Return the page for where a request has none: it takes no memory, has no hash, and may be held for ever."""
         return self.block_pool.null_block
 
     def find(self, page_hash: Any, group: int = 0) -> Page | None:
@@ -89,7 +89,7 @@ class PagePool:
         return self.block_pool.get_new_blocks(number)
 
     def cache(self, page: Page, page_hash: Any, tokens: int, group: int = 0) -> None:
-        """Let prompts find a page of so many tokens that is held, unless they find another one under this hash."""
+        """Let prompts find a held page of ``tokens`` tokens, unless they find another one under this hash."""
         if self.find(page_hash, group) is None:
             key = make_block_hash_with_group_id(page_hash, group)
             self.block_pool._insert_block_hash(key, page, num_tokens=tokens)
@@ -120,7 +120,7 @@ class CacheGroup:
 
     @property
     def page_size(self) -> int:
-        """Tokens of a page."""
+        """Return the tokens of a page."""
         return self.manager.block_size
 
     @property

@@ -88,7 +88,7 @@ def use_multiprocess_values(directory: str) -> None:
 
 
 def report_to_front() -> None:
-    """In a process that an API server has started: let metrics made from now on reach its /metrics."""
+    """Let metrics made from now on reach the /metrics of the API server that has started this process."""
     directory = os.environ.get(MULTIPROCESS_ENV) or os.environ.get(DIRECTORY_ENV)
     if directory is None:
         return

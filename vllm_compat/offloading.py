@@ -31,7 +31,7 @@ from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 from starling.vllm_compat.patching import extends, touches
 
 KINDS = {"host": "host", "p2p": "peer"}
-"""vLLM's CacheHitSource -> a kind of features/documents/provenance.py; all others are files and object stores."""
+"""vLLM's CacheHitSource -> a kind of scheduler/provenance.py; all others are files and object stores."""
 
 
 @dataclass
@@ -39,12 +39,12 @@ class PageLoad:
     """Pages on their way into the cache, which no request holds.
 
     Attributes:
-        request: a vLLM Request: the first one that wants them.
+        request: the first vLLM Request that wants them.
         hashes: the pages' keys in the prefix cache.
-        page_ids: where they go.
-        kinds: where they are: host, peer or storage.
+        page_ids: ids of the pages that they are loaded into.
+        kinds: places where they are: host, peer or storage.
         pending: workers that have not said that they are through.
-        is_stale: the library was emptied meanwhile.
+        is_stale: True if the library was emptied meanwhile.
     """
 
     request: Any
@@ -99,7 +99,7 @@ class PageOffloading(OffloadingConnectorScheduler):
         scheduler.manager.prepare_store = prepare  # type: ignore[method-assign, assignment]
 
     def begin_step(self) -> None:
-        """To be called before pages are looked up in a step that is about to be scheduled."""
+        """Begin a step; to be called before pages are looked up in a step that is about to be scheduled."""
         acquire = getattr(self, "_acquire_step", None)  # vLLM 0.33: its lock, until build_connector_meta
         if acquire is not None:
             acquire()
@@ -235,7 +235,7 @@ def _is_no_io_error(record: logging.LogRecord) -> bool:
 
 
 def ends_within(work: Callable[[], object], seconds: float) -> bool:
-    """Run something in a thread of its own; whether it has ended after so many seconds."""
+    """Run something in a thread of its own; returns whether it has ended after ``seconds``."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)

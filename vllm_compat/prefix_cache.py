@@ -44,13 +44,12 @@ def add_page_keys(page_keys: PageKeys) -> None:
 
 
 def extra_page_keys(request: Any, start: int, end: int) -> Any:
-    """Return the extra keys of a request's page over positions ``[start, end)``: vLLM's (LoRA, salt, images) and ours.
-    """
+    """Return vLLM's extra keys (LoRA, salt, images) of a request's page over ``[start, end)``, and the added ones."""
     return kv_cache_utils.generate_block_hash_extra_keys(request, start, end, 0)[0]
 
 
 def without_salt(extra_keys: Any) -> Any:
-    """Extra keys of a page without the salt, which vLLM gives to a prompt's first page alone."""
+    """Return the extra keys of a page without the salt, which vLLM gives to a prompt's first page alone."""
     return tuple(key for key in extra_keys or () if key[0] != "cache_salt") or None
 
 

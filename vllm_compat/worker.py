@@ -58,8 +58,8 @@ def before_forward(runner: Any, take: Callable[[torch.Tensor], None]) -> None:
     (``support_torch_compile``) runs no hooks. Goes when the class of a model runner is an option.
 
     Args:
-        runner: V1 or V2, with its model.
-        take: gets (tokens,) int64, or one row for each kind of positions; in V2 also those of dummy runs.
+        runner: model runner V1 or V2, with its model.
+        take: function that gets (tokens,) int64, or one row for each kind of positions; in V2 also those of dummy runs.
     """
     if hasattr(runner, "_model_forward"):
         forward = runner._model_forward
@@ -92,7 +92,7 @@ def before_forward(runner: Any, take: Callable[[torch.Tensor], None]) -> None:
     "vllm.v1.worker.gpu.cudagraph_utils.CudaGraphManager.dispatch",
 )
 def without_full_graphs(runner: Any) -> Iterator[None]:
-    """While this holds, a model runner, V1 or V2, replays no full CUDA graph of decodes.
+    """Let a model runner, V1 or V2, replay no full CUDA graph of decodes for the duration of the block.
 
     Goes when a step can say so itself.
     """
@@ -119,7 +119,9 @@ def without_full_graphs(runner: Any) -> Iterator[None]:
 @contextlib.contextmanager
 @touches("vllm.v1.worker.gpu_model_runner.GPUModelRunner.discard_request_mask", before="0.34")
 def without_discarded_generators(runner: Any) -> Iterator[None]:
-    """While this holds, rows whose sample will be discarded (an unfinished prefill) have no generator of their own.
+    """Let rows whose sample will be discarded have no generator of their own for the duration of the block.
+
+    These are rows of an unfinished prefill.
 
     vLLM's V1 runner lets them sample and then rewinds their generators by offset, which a CPU generator refuses:
     one seeded request, prefilled in more than one step, ends a CPU engine. A generator that is left out needs no
@@ -147,7 +149,7 @@ def unlink_shared_memory(rank: int) -> None:
     of them. With its names, it stays for good where a rank is killed: 8 MiB for two ranks. Goes when vLLM unlinks them.
 
     Args:
-        rank: of the worker; groups without it may not be set up yet.
+        rank: rank of the worker; groups without it may not be set up yet.
     """
     own = os.environ.get("VLLM_DIST_IDENT")
     if own is None:  # not a CPU worker
@@ -166,12 +168,12 @@ def attention_groups(runner: Any) -> list[Any]:
 
 
 def metadata_builders(runner: Any) -> list[tuple[Any, list[str]]]:
-    """(metadata builder, its layers' names) of a model runner, V1 or V2."""
+    """Return (metadata builder, its layers' names) of a model runner, V1 or V2."""
     return [(group.get_metadata_builder(0), group.layer_names) for group in attention_groups(runner)]
 
 
 def attention_backends(worker: Any) -> list[str]:
-    """Names of the attention backends that a worker's layers run on. Goes when vLLM reports them."""
+    """Return the names of the attention backends that a worker's layers run on. Goes when vLLM reports them."""
     return sorted({group.backend.get_name() for group in attention_groups(worker.model_runner)})
 
 

@@ -97,7 +97,7 @@ def attend(
 
 
 def has_op_for(query: torch.Tensor, pages: KvPages) -> bool:
-    """Whether the C++ op can run the attention."""
+    """Return whether the C++ op can run the attention."""
     on_cpu = query.device.type == "cpu" and query.dtype in DTYPES and query.stride(-1) == 1
     return on_cpu and pages.key_rows.shape[-1] % VECTOR_SIZE == 0 and built_op() is not None
 

@@ -85,7 +85,7 @@ class AttambaMetadata:
         return tuple(async_tensor_h2d(tensor, self.block_table.device) for tensor in self.tokens.tensors[:3])
 
     def plan(self, chunk_size: int, offset: int, window: int) -> ChunkPlan:
-        """The plan of a layer, made once for all layers with the same offset; where there are ``tokens``."""
+        """Return the plan of a layer, made once for all layers with the same offset; needs ``tokens``."""
         assert self.tokens is not None
         key = (chunk_size, offset, window)
         if key not in self._plans:
@@ -102,7 +102,11 @@ def make_plan(tokens: StepTokens, chunk_size: int, offset: int, window: int) -> 
 
 
 def step_tokens(common: CommonAttentionMetadata) -> StepTokens:
-    """The tokens of a step under dense attention; raises RuntimeError, see ``AttambaMetadataBuilder.build``."""
+    """Return the tokens of a step under dense attention.
+
+    Raises:
+        RuntimeError: the model runner gives no host copy of the sequence lengths.
+    """
     if common.seq_lens_cpu_upper_bound is None:
         raise RuntimeError("the model runner gave no host copy of seq_lens, so chunks can't be planned")
     query_lens = common.query_start_loc_cpu.diff().numpy().astype(np.int64)
@@ -156,7 +160,7 @@ class AttambaMetadataBuilder(AttentionMetadataBuilder[AttambaMetadata]):
         return AttambaMetadata(common.num_actual_tokens, tokens, *tables, *lens, common.slot_mapping, decodes)
 
     def recount_pairs(self, virtual: VirtualRows, tokens: StepTokens) -> VirtualRows:
-        """The rows of the states with query-key pairs as Attamba attends to them, averaged over the model's layers."""
+        """Replace the query-key pairs of the states' rows by Attamba's, averaged over the model's layers."""
         config = self.vllm_config.model_config.hf_config
         chunk_size, window, layers = config.token_chunk, config.leading_tokens, config.num_hidden_layers
         offsets = Counter(layer_offset(layer, layers, chunk_size) for layer in range(layers))
@@ -178,7 +182,7 @@ class AttambaBackend(AttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> Any:
-        """Raises NotImplementedError: no attention implementation exists."""
+        """Raise NotImplementedError: no attention implementation exists."""
         raise NotImplementedError("Attamba has no attention implementation: the model's layers attend by themselves")
 
     @staticmethod

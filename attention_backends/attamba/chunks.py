@@ -59,12 +59,12 @@ class StepTokens:
         return tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
 
     def dense(self) -> StepTokens:
-        """The same tokens under dense attention: each token sees all tokens before it."""
+        """Return the same tokens under dense attention: each token sees all tokens before it."""
         return StepTokens(self.request, self.position, self.request, *np.zeros((2, len(self.request)), dtype=np.int64))
 
 
 def dense_tokens(query_lens: np.ndarray, seq_lens: np.ndarray) -> StepTokens:
-    """The tokens of a step under dense attention.
+    """Return the tokens of a step under dense attention.
 
     Args:
         query_lens: (R,) int64, tokens of each request in this step.
@@ -77,16 +77,16 @@ def dense_tokens(query_lens: np.ndarray, seq_lens: np.ndarray) -> StepTokens:
 
 
 def profiled_tokens(num_tokens: int, chunk_size: int, offset: int, window: int, max_rows: int) -> StepTokens:
-    """A step of ``num_tokens`` tokens that needs as much memory as any, for vLLM's memory profiling.
+    """Return a step of ``num_tokens`` tokens with the highest memory use, for vLLM's memory profiling.
 
-    The chunks have ``max_rows`` rows or more where ``num_tokens`` tokens can lie in so many. The first request has many
+    The chunks have ``max_rows`` rows or more if ``num_tokens`` tokens can lie in so many. The first request has many
     tokens. Each of the others has one, in the last place of a chunk: such a chunk has the most rows for a token. All
     tokens see the state of token 0.
 
     Args:
-        num_tokens: at least 1.
+        num_tokens: number of tokens, at least 1.
         chunk_size, offset, window: see ``plan_step``.
-        max_rows: of a group of chunks, see ``mix.GROUP_ROWS``.
+        max_rows: maximum rows of a group of chunks, see ``mix.GROUP_ROWS``.
     """
     others = min(num_tokens - 1, max(0, -(-(max_rows - num_tokens) // chunk_size)))
     query_lens = np.array([num_tokens - others] + [1] * others)
@@ -95,7 +95,7 @@ def profiled_tokens(num_tokens: int, chunk_size: int, offset: int, window: int, 
 
 
 def star_tokens(tokens: StepTokens, virtual: VirtualRows) -> StepTokens:
-    """The same tokens cut into pieces, one piece for each virtual row of the cache of states."""
+    """Cut the tokens into pieces, one for each virtual row of the cache of states."""
     piece = np.repeat(np.arange(len(virtual.source)), virtual.query_lens)
     end = tokens.position[np.cumsum(virtual.query_lens) - 1] + 1
     own = np.where(virtual.star, end - virtual.block_start, virtual.seq_lens)
@@ -139,17 +139,17 @@ class ChunkPlan:
 
     @property
     def of_mixers(self) -> tuple[torch.Tensor, ...]:
-        """What the C++ op of the mixers takes."""
+        """Return the arguments of the mixers' C++ op."""
         return self.chunk_request, self.chunk_start, self.chunk_rows, self.chunk_tokens
 
     @property
     def of_attention(self) -> tuple[torch.Tensor, ...]:
-        """What the C++ op of the attention takes."""
+        """Return the arguments of the attention's C++ op."""
         stairs = self.stair_starts, self.stair_piece, self.stair_states
         return self.ends, self.end_state, *stairs, self.token_0_seen
 
     def to(self, device: torch.device) -> OnDevice:
-        """The host's plan on a device, copied once for all layers with this plan."""
+        """Return the host's plan on a device, copied once for all layers with this plan."""
         if device not in self.copies:
             is_chunk = self.end_state >= 0  # selected on the host: a selection on a device waits for the device
             made = self.ends[is_chunk], self.end_state[is_chunk], self.ends[~is_chunk]

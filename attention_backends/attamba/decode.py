@@ -76,7 +76,7 @@ def mix_decode(
 
 
 def mix_blocks(sizes: MixerSizes, chunk_size: int) -> dict[str, int]:
-    """The block sizes of the scan: powers of 2."""
+    """Return the block sizes of the scan: powers of 2."""
     inner, state = triton.next_power_of_2(sizes.inner), triton.next_power_of_2(sizes.state)
     rows = min(MAX_ROWS, triton.next_power_of_2(chunk_size), max(1, MAX_VALUES // max(inner, state)))
     return {"BLOCK_R": rows, "BLOCK_I": inner, "BLOCK_S": state}

@@ -24,7 +24,7 @@ value (kernels/triton/attend.py).
 
 @triton.jit
 def _last_position(seq_lens, slots, request):
-    """The position of the request's token; -1 where there is no request."""
+    """Return the position of the request's token, or -1 if there is no request."""
     return tl.where(tl.load(slots + request) < 0, -1, tl.load(seq_lens + request) - 1)
 
 
@@ -144,14 +144,14 @@ def mix_kernel(
 
 @triton.jit
 def _load_pairs(at, mask):
-    """The even and the odd values of pairs, in float32."""
+    """Load the even and the odd values of pairs, in float32."""
     even, odd = tl.load(at, mask=mask, other=0.0), tl.load(at + 1, mask=mask, other=0.0)
     return even.to(tl.float32), odd.to(tl.float32)
 
 
 @triton.jit
 def _turn(even, odd, cos, sin):
-    """The rotary embedding of the pairs (even, odd)."""
+    """Apply the rotary embedding to the pairs (even, odd)."""
     return even * cos - odd * sin, odd * cos + even * sin
 
 

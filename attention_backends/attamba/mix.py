@@ -36,15 +36,15 @@ def mix(
     sizes: MixerSizes,
     eps: float,
 ) -> torch.Tensor:
-    """The outputs of all mixers before their output projections; stores the rows of the step's tokens.
+    """Return the outputs of all mixers before their output projections, and store the rows of the step's tokens.
 
     Args:
         projected: (T, mixers x [gate | u B C | dt]) of the tokens of the step.
         pages: (num_pages, rows, mixers x [u B C | dt]), the cache of the rows of open chunks.
         block_table: (R, columns) int32, of that cache.
-        plan: of the layer.
-        parameters, sizes: of the mixers.
-        eps: of the norm behind the gate.
+        plan: plan of the layer.
+        parameters, sizes: parameters and sizes of the mixers.
+        eps: epsilon of the norm after the gate.
 
     Returns:
         (mixers, T, inner) in the dtype of ``projected``.
@@ -94,7 +94,7 @@ def mix_in_torch(
 
 
 def places(plan: ChunkPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """The chunk (0 to N - 1) of each token of the step, and its index within the chunk: two tensors (T,) int64."""
+    """Return the chunk (0 to N - 1) of each token of the step and its index within the chunk: two (T,) int64."""
     counts = plan.chunk_tokens.diff()
     chunk = torch.repeat_interleave(counts, output_size=len(plan.token_0_seen))
     first = plan.chunk_tokens[:-1] - (plan.chunk_rows - counts)  # where the chunk's row 0 would be
@@ -102,7 +102,7 @@ def places(plan: ChunkPlan) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def groups(plan: ChunkPlan, max_rows: int) -> Iterator[tuple[slice, slice]]:
-    """The chunks in groups of at most ``max_rows`` rows (chunks x longest), or of one chunk; and the tokens of each."""
+    """Yield groups of one chunk or at most ``max_rows`` rows (chunks x longest), with the tokens of each group."""
     count = len(plan.chunk_rows)
     step = max(1, max_rows // int(plan.chunk_rows.max()))
     bounds = plan.chunk_tokens.tolist()

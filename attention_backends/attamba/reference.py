@@ -75,16 +75,16 @@ def attention_mask(num_tokens: int, ends: torch.Tensor, window: int) -> torch.Te
 def star_mask(
     num_tokens: int, ends: torch.Tensor, window: int, *, block_size: int, anchor_size: int, context_end: int
 ) -> torch.Tensor:
-    """The mask of ``attention_mask`` under Star Attention (arXiv 2411.17116, section 2).
+    """Return the mask of ``attention_mask`` under Star Attention (arXiv 2411.17116, section 2).
 
     Star Attention changes neither the chunks nor their states. A chunk belongs to the star block that its end lies in.
     A chunk that begins in the block before includes that block's last tokens. A query of the context sees
 
     - the ends of chunks in the anchor, the first ``anchor_size`` tokens, and in its own star block. Token 0 is such an
       end: without an anchor, only queries of block 0 see it;
-    - those of the ``window`` tokens before it, and of itself, that lie in its own star block.
+    - itself and those of the ``window`` tokens before it that lie in its own star block.
 
-    A query at ``context_end`` or later sees what it sees without Star Attention. Sizes are tokens.
+    A query at ``context_end`` or later sees the same keys as without Star Attention. Sizes are tokens.
     """
     query, key = torch.arange(num_tokens)[:, None], torch.arange(num_tokens)[None, :]
     everything = query >= context_end

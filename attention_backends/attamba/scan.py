@@ -40,14 +40,14 @@ def chunk_scan(
     chunk_index: torch.Tensor,
     index_in_chunk: torch.Tensor,
 ) -> torch.Tensor:
-    """Outputs of M mixers before their gates, in float32, for the T tokens of a step.
+    """Return the outputs of M mixers before their gates, in float32, for the T tokens of a step.
 
     y_t = C_t S_t + D u_t, S_t = exp(dt_t A) S_{t-1} + dt_t u_t B_t^T.
 
     Args:
         projected: (N, W, M, inner + 2 state + heads), [u B C | dt] of each chunk's tokens from its first token on.
             Values after a chunk's last token do not affect the result.
-        parameters, sizes: of the mixers.
+        parameters, sizes: parameters and sizes of the mixers.
         chunk_index: (T,) int64, chunk of each token; non-decreasing, with at least one token for each chunk.
         index_in_chunk: (T,) int64, index of each token in its chunk; consecutive within a chunk.
 

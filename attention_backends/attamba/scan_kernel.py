@@ -119,7 +119,7 @@ def chunk_scan(
 
 
 def tile(width: int, head_size: int) -> dict[str, int]:
-    """The block sizes of the kernel for chunks of ``width`` tokens; powers of 2, at least 16 for the tensor cores."""
+    """Return the block sizes for chunks of ``width`` tokens; powers of 2, at least 16 for the tensor cores."""
     block_w, block_d = (max(16, triton.next_power_of_2(size)) for size in (width, head_size))
     return {"BLOCK_W": block_w, "BLOCK_Q": BLOCK_Q, "BLOCK_S": BLOCK_S, "BLOCK_D": min(BLOCK_D, block_d)}
 

@@ -46,7 +46,7 @@ AMX = "amx"
 
 
 class Layout(StrEnum):
-    """How the memory of a page is ordered.
+    """Memory layout of a page.
 
     PAGES: keys (pages, page size, KV heads, D), values (pages, page size, KV heads, Dv), any strides: vLLM's GPU
         backends.
@@ -89,10 +89,10 @@ def page_views(key_cache: torch.Tensor, value_cache: torch.Tensor, layout: Layou
 def visible_keys(
     query: int, queries: int, keys: int, *, causal: bool, queries_per_key: int = 1, window: int | None
 ) -> tuple[int, int]:
-    """The range [first, end) of a row's keys that one of its queries sees; first == end where it sees none.
+    """Return the range [first, end) of a row's keys that a query of the row sees; first == end if it sees none.
 
     Args:
-        query: number of the query in its row, from 0.
+        query: index of the query in its row, from 0.
         queries: query tokens of the row.
         keys: keys of the row.
     """
@@ -120,28 +120,28 @@ class Sizes:
 
 @dataclass(frozen=True, eq=False)
 class Operands:
-    """The operands of one call. They are validated when the object is made.
+    """The operands of one call, validated when the object is made.
 
     The validation reads shapes, strides and dtypes, but no tensor's values, so a CUDA graph can capture a call.
 
     Args:
         query: (T, H, D) float. H is a multiple of the KV heads; head h reads KV head ``h // (H // KV heads)``.
-        key_cache, value_cache: as ``layout`` says, both in the query's dtype or both in one fp8 dtype (see ``as_fp8``).
+        key_cache, value_cache: caches in ``layout``, both in the query's dtype or both in fp8 (see ``as_fp8``).
             Their head sizes D and Dv may differ.
         block_table: (R, C) int32. Columns past a row's keys may hold anything, and so may the cache where no query of
             the row sees a key.
         query_start_loc: (R + 1,) int32, non-decreasing from 0 to T, or with ``row_heads`` to a multiple of T. It may
-            end before T: the tokens behind are padding, whose out is not written and whose lse may be anything.
+            end before T: the tokens after it are padding, whose out is not written and whose lse may be anything.
         seq_lens: (R,) int32, keys of each row, which may be 0. With ``causal`` they include the row's query tokens.
         scale: factor of the scores.
         causal: whether a query sees the keys up to its own position only.
         queries_per_key: n, at least 1. With ``causal``, the query j before the row's last sees ``j // n`` keys fewer.
-        window: the number of keys that a query sees at most, at least 1; None for all.
-        softcap: cap of the scores; 0 for none.
+        window: maximum number of keys that a query sees, at least 1, or None if it sees all.
+        softcap: cap of the scores, or 0 if there is none.
         k_scale, v_scale: scales of a quantised cache.
-        out: (T, H, Dv) in the query's dtype to write to; None to make a new one.
-        layout: of both caches.
-        row_heads: (R, KV heads) bool, contiguous, the heads that each row computes; None: each row computes all.
+        out: (T, H, Dv) in the query's dtype to write to, or None to make a new one.
+        layout: layout of both caches.
+        row_heads: (R, KV heads) bool, contiguous, the heads that each row computes, or None if each row computes all.
 
     Raises:
         ValueError: the operands do not fit one another, or a number is out of its range.
@@ -196,7 +196,7 @@ class Operands:
         return self.query.new_empty(self.sizes.tokens, self.sizes.heads, self.sizes.value_size)
 
     def make_lse(self) -> torch.Tensor:
-        """A new (T, H) tensor for the log-sum-exp: float32, or float64 where the query is float64."""
+        """Return a new (T, H) tensor for the log-sum-exp: float64 if the query is float64, else float32."""
         dtype = torch.promote_types(self.query.dtype, torch.float32)
         return self.query.new_empty(self.sizes.tokens, self.sizes.heads, dtype=dtype)
 

@@ -1,4 +1,4 @@
-"""Which implementation of a kernel is a device's."""
+"""Choice of a kernel's implementation by device."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def uses_triton(device: torch.device) -> bool:
-    """Whether tensors on a device are the work of Triton's kernels."""
+    """Return whether Triton's kernels compute tensors on a device."""
     return device.type != "cpu"

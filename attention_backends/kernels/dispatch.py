@@ -14,7 +14,7 @@ from starling.attention_backends.kernels.rotary import Rotation
 
 
 def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes the contract of contract.py on the device of the query.
+    """Compute the contract of contract.py on the device of the query.
 
     Raises:
         ValueError: the implementation for this device does not support the operands.

@@ -41,15 +41,15 @@ class TokenRanges:
     turn: np.ndarray
 
     def packed(self, tile_queries: int, max_places: int | None = None) -> np.ndarray:
-        """The numbers that the kernel reads, as int32: counts, places and ranges, one behind the other.
+        """Return the numbers that the kernel reads, as int32: counts, places and ranges, one after the other.
 
         A place is a tile of queries: its batch row, the tokens of the row from its first one on, the tiles of work
-        before it, and its ranges, from one number to another. Behind the last place are the tiles of all. A range is
-        first, stop, turn, and the tiles before it in its row. Counts are the places, and the tiles of all.
+        before it, and its ranges, from one number to another. After the last place is the number of tiles. A range is
+        first, stop, turn, and the tiles before it in its row. Counts are the number of places and the total of tiles.
 
         Args:
-            tile_queries: tokens of a place at most.
-            max_places: how many there is room for; None: as many as there are.
+            tile_queries: maximum tokens of a place.
+            max_places: number of places to leave room for, or None for no more than there are.
         """
         numbers = np.arange(len(self.rows))
         tiles = -(-(self.stop - self.first) // TILE_KEYS)
@@ -77,7 +77,7 @@ class TokenRanges:
 
 
 def packed_size(max_places: int, max_ranges: int) -> int:
-    """The numbers of a table with room for so many places and ranges."""
+    """Return the number of elements of a table with room for ``max_places`` places and ``max_ranges`` ranges."""
     return NUM_COUNTS + PLACE_FIELDS * (max_places + 1) + RANGE_FIELDS * max_ranges
 
 
@@ -103,7 +103,7 @@ class RangeTable:
 
     @property
     def offsets(self) -> tuple[int, int]:
-        """Where in ``numbers`` the places and the ranges begin."""
+        """Return the offsets of the places and of the ranges in ``numbers``."""
         return NUM_COUNTS, packed_size(self.max_places, 0)
 
 
@@ -114,7 +114,7 @@ def make_range_table(
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
 ) -> RangeTable:
-    """The table of one step, by one copy to the device."""
+    """Make the table of one step, with one copy to the device."""
     packed = ranges.packed(tile_queries)
     numbers = async_tensor_h2d(packed, block_table.device)
     return RangeTable(numbers, int(packed[0]), tile_queries, block_table, query_start_loc, seq_lens)

@@ -8,9 +8,9 @@ from starling.attention_backends.kernels.contract import Operands
 
 
 def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes the contract of contract.py in float64, whatever the operands' dtype.
+    """Compute the contract of contract.py in float64, whatever the operands' dtype.
 
-    A float64 query gives a float64 out and lse, which show all digits.
+    A float64 query gives a float64 out and lse, with all digits.
     """
     out, lse, page_size = operands.make_out(), operands.make_lse(), operands.sizes.page_size
     for row in range(operands.sizes.rows):
@@ -39,7 +39,7 @@ def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _heads_of(operands: Operands, row: int) -> torch.Tensor:
-    """The query heads that a row computes."""
+    """Return the query heads that a row computes."""
     heads = torch.arange(operands.sizes.heads)
     return heads if operands.row_heads is None else heads[operands.row_heads[row].cpu()[heads // operands.sizes.group]]
 
@@ -47,7 +47,10 @@ def _heads_of(operands: Operands, row: int) -> torch.Tensor:
 def visible_mask(
     queries: int, keys: int, *, causal: bool, queries_per_key: int = 1, window: int | None
 ) -> torch.Tensor:
-    """(queries, keys) bool: which keys each query of a row sees, one comparison for each rule of the contract."""
+    """Return a (queries, keys) bool mask of the keys that each query of a row sees.
+
+    It has one comparison for each rule of the contract.
+    """
     key = torch.arange(keys)[None, :]
     later = torch.arange(queries - 1, -1, -1)[:, None] if causal else torch.zeros(queries, 1, dtype=torch.int64)
     position = keys - 1 - later // queries_per_key
@@ -86,7 +89,7 @@ def masked_attention(
 
 
 def _gather(cache: torch.Tensor, page_ids: torch.Tensor) -> torch.Tensor:
-    """The tokens of n pages, (n * page size, KV heads, size), of a cache (pages, page size, KV heads, size)."""
+    """Gather the tokens of n pages, (n * page size, KV heads, size), of a cache (pages, page size, KV heads, size)."""
     if cache.element_size() == 1:  # torch can't index float8 on every device, so the bytes are gathered
         return cache.view(torch.uint8)[page_ids].flatten(0, 1).view(cache.dtype)
     return cache[page_ids].flatten(0, 1)

@@ -39,7 +39,7 @@ class TurnedQueries:
 
     @functools.cached_property
     def angles(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, (P, R / 2) float32 each."""
+        """Return the cosines and sines, (P, R / 2) float32 each."""
         return self.rotation.cos[self.turns], self.rotation.sin[self.turns]
 
 
@@ -71,6 +71,6 @@ def add_turned_attention(operands: Operands, turned: TurnedQueries, out: torch.T
 
 
 def _by_parts(operands: Operands, turned: TurnedQueries) -> tuple[torch.Tensor, torch.Tensor]:
-    """The attention (P, H, Dv) of the rows' query tokens and its log-sum-exp (P, H), by the operands' own kernel."""
+    """Return the attention (P, H, Dv) of the rows' queries and its log-sum-exp (P, H), by the operands' own kernel."""
     query = turn_back(operands.query[turned.tokens], *turned.angles, turned.rotation.is_neox_style)
     return paged_attention(dataclasses.replace(operands, query=query, causal=False, out=None))

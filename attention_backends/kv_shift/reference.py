@@ -58,7 +58,7 @@ def layer_heads(config: Mapping[str, Any], layer: int) -> tuple[int, int, int | 
 
 
 def project(tensors: Tensors, prefix: str, x: torch.Tensor) -> torch.Tensor:
-    """Queries, keys and values concatenated: (tokens, (query heads + 2 * KV heads) * head size)."""
+    """Return queries, keys and values concatenated: (tokens, (query heads + 2 * KV heads) * head size)."""
     if f"{prefix}.W_pack.weight" in tensors:
         return x @ tensors[f"{prefix}.W_pack.weight"].T
     return torch.cat([x @ tensors[f"{prefix}.{name}_proj.weight"].T for name in "qkv"], dim=-1)

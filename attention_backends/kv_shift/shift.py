@@ -52,7 +52,7 @@ def find_predecessors(
 
 
 def mix(previous: torch.Tensor, current: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The weighted sum of ``previous`` and ``current``, computed in float32 and rounded once to their dtype.
+    """Return the weighted sum of ``previous`` and ``current``, computed in float32 and rounded once to their dtype.
 
     Args:
         previous, current: (T, KV heads, head size).

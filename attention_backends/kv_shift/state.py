@@ -74,7 +74,7 @@ class ShiftStateBackend(AttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> Any:
-        """Raises NotImplementedError: no attention implementation exists."""
+        """Raise NotImplementedError: no attention implementation exists."""
         raise NotImplementedError("the state of KV shifting attention has no attention kernel")
 
     @staticmethod
@@ -88,11 +88,11 @@ class ShiftStateBackend(AttentionBackend):
 
 
 def state_spec(attention: AttentionSpec, dtype: torch.dtype) -> SlidingWindowSpec:
-    """The cache spec of the state, whose pages have as many bytes as those of the attention layer.
+    """Return the cache spec of the state, whose pages have as many bytes as those of the attention layer.
 
     Args:
         attention: the spec of the attention layer whose K and V are shifted.
-        dtype: of the raw K and V, the model's dtype: errors of a quantised state would spread to later tokens.
+        dtype: dtype of the raw K and V, the model's dtype: errors of a quantised state would spread to later tokens.
 
     Raises:
         ValueError: a page of the attention layer holds no whole fraction of its own tokens in ``dtype``.
@@ -152,7 +152,7 @@ class ShiftState(nn.Module, AttentionLayerBase):
         return ShiftStateBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> SlidingWindowSpec:
-        """The spec of the state; raises ValueError, see ``state_spec``."""
+        """Return the spec of the state; raises ValueError, see ``state_spec``."""
         return state_spec(attention_spec(self.attention[0], vllm_config), self.dtype)
 
 

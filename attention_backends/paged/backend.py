@@ -50,11 +50,11 @@ class PagedImpl(TritonAttentionImpl):
         self.window = None if before < 0 else before + 1
 
     def load_kernel(self) -> Kernel:
-        """The kernel, whose library is imported here."""
+        """Import the library of the kernel and return the kernel."""
         raise NotImplementedError
 
     def unsupported_reason(self) -> str | None:
-        """Why the kernel can't compute the layer; None: it can."""
+        """Return the reason why the kernel can't compute the layer, or None if it can."""
         if self.alibi_slopes is not None:
             return "a layer has ALiBi slopes"
         return "a layer looks back at chunks of tokens" if self.chunk_lookback >= 0 else None
@@ -109,7 +109,7 @@ class PagedImpl(TritonAttentionImpl):
 
 
 class TritonImpl(PagedImpl):
-    """By Starling's Triton kernels."""
+    """Implementation with Starling's Triton kernels."""
 
     def load_kernel(self) -> Kernel:
         from starling.attention_backends.kernels.triton.attention import paged_attention
@@ -128,7 +128,7 @@ class TritonImpl(PagedImpl):
 
 
 class XformersImpl(PagedImpl):
-    """By xformers' paged attention."""
+    """Implementation with xformers' paged attention."""
 
     def load_kernel(self) -> Kernel:
         from starling.attention_backends.kernels.xformers.attention import paged_attention
@@ -148,7 +148,7 @@ class XformersBuilder(TritonAttentionMetadataBuilder):
 
 
 class PagedBackend(TritonAttentionBackend):
-    """What both have: full causal attention and sliding windows of decoders, and nothing else."""
+    """Base of both backends: full causal attention and sliding windows of decoders, and nothing else."""
 
     @staticmethod
     def get_name() -> str:
@@ -221,5 +221,5 @@ class XformersBackend(PagedBackend):
 
     @classmethod
     def supports_combination(cls, *args: Any, **kwargs: Any) -> str | None:
-        """Why xformers can't be used on this machine; None: it can."""
+        """Return the reason why xformers can't be used on this machine, or None if it can."""
         return unavailable_reason(gather_facts())

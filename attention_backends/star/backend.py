@@ -26,11 +26,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from starling.attention_backends.kernels import devices
 from starling.attention_backends.kernels.contract import AMX, CPU_ISAS, Sizes
 from starling.attention_backends.paged.names import CLASSES, NAME
-from starling.attention_backends.star.document_step import DocumentStep
 from starling.attention_backends.star.gpu_impl import keep_for_capture, make_gpu_impl, turns_queries
 from starling.attention_backends.star.graph_ranges import GraphRanges
 from starling.attention_backends.star.head_calls import HeadBuilders
-from starling.attention_backends.star.head_step import HeadStep
 from starling.attention_backends.star.metadata import virtual_block_table, virtual_metadata
 from starling.attention_backends.star.step import current_step
 from starling.config.entry import config_of
@@ -46,7 +44,7 @@ BY_PARTS = "ByParts"
 
 
 def takes_star(spec: Any) -> bool:
-    """Whether the layers of a KV cache spec are full causal attention, the only kind star rows are right for."""
+    """Return whether the layers of a KV cache spec are full causal attention, the only kind that star rows support."""
     return (
         isinstance(spec, FullAttentionSpec)
         and spec.sliding_window is None
@@ -56,11 +54,11 @@ def takes_star(spec: Any) -> bool:
 
 
 def graph_support(own_positions: bool) -> AttentionCGSupport:
-    """The batches that full CUDA graphs may replay at most: decode batches that are never rewritten, not mixed ones.
+    """Return the batches that full CUDA graphs may replay at most: decode batches that are never rewritten.
 
     Args:
-        own_positions: whether the engine is made for blocks with positions of their own. Its graphs have the kernels of
-            graph_ranges.py, for rows of one token.
+        own_positions: whether the engine is made for documents. Its graphs have graph_ranges.py's kernels, for rows of
+            one token.
     """
     return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if own_positions else AttentionCGSupport.UNIFORM_BATCH
 
@@ -84,13 +82,13 @@ def virtual_bounds(scheduler_config: Any, max_model_len: int, page_size: int) ->
 
 
 def _config_for_virtual_rows(vllm_config: Any, page_size: int, sizes_by_pages: bool) -> Any:
-    """The configuration from which a builder makes its buffers large enough for virtual rows.
+    """Return the configuration from which a builder makes its buffers large enough for virtual rows.
 
     Builders size buffers by ``max_num_seqs``. FlashInfer's also has one of ``max_num_seqs`` times the pages of
     ``max_model_len``, which it reads for nothing else. Virtual rows do not all have that many pages. Therefore
-    ``max_model_len`` becomes what leaves room for their pages together. With S = 64, T = 8,192, P = 16 and 1M tokens
-    that buffer takes 50 MB instead of 185 MB, and with S = 1,024 0.81 GB instead of 0.94 GB. Without star it takes 17
-    MB and 0.27 GB.
+    ``max_model_len`` is lowered so that there is room for their pages together. With S = 64, T = 8,192, P = 16 and
+    1M tokens that buffer takes 50 MB instead of 185 MB, and with S = 1,024 0.81 GB instead of 0.94 GB. Without star it
+    takes 17 MB and 0.27 GB.
 
     Args:
         sizes_by_pages: whether the builder has a buffer of that kind.
@@ -158,7 +156,7 @@ class StarBuilder:
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        """What the base backend supports, within ``graph_support``."""
+        """Return the base backend's support, within ``graph_support``."""
         support = super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
         turns = cls.by_parts and any(map(turns_queries, layers_of(vllm_config).values()))
         return min(support, graph_support(turns), key=lambda level: level.value)
@@ -173,7 +171,7 @@ class StarBuilder:
         table = graph.fill(common_attn_metadata, rows, page_size) if graph is not None else None
         if step is not None and rows is not None:
             step.count(rows)
-            documents, heads = step.part(DocumentStep), step.part(HeadStep)
+            documents, heads = step.documents, step.heads
             is_whole = documents is not None and documents.keep_ranges(
                 rows, common_attn_metadata, page_size, table, self.tile_queries
             )
@@ -214,13 +212,13 @@ class StarBuilder:
 
 
 def layers_of(vllm_config: Any) -> dict[str, Any]:
-    """The engine's attention layers, by name, among others."""
+    """Return the engine's layers by name, its attention layers among them."""
     layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
     return layers
 
 
 def _make_builder(backend: type[AttentionBackend], by_parts: bool) -> Any:
-    """A subclass of a backend's builder that splits star rows."""
+    """Make a subclass of a backend's builder that splits star rows."""
     base: Any = backend.get_builder_cls()
     fields = {"backend": backend.get_name(), "base": base, "by_parts": by_parts}
     return type(_class_name(base.__name__, by_parts), (StarBuilder, base), fields)
@@ -228,10 +226,10 @@ def _make_builder(backend: type[AttentionBackend], by_parts: bool) -> Any:
 
 @functools.cache
 def make_star_backend(base: type[AttentionBackend], by_parts: bool = False) -> type[AttentionBackend]:
-    """A subclass of ``base`` whose layers run star rows.
+    """Make a subclass of ``base`` whose layers run star rows.
 
     Args:
-        by_parts: whether layers on a GPU attend by what the step has for documents or dense heads.
+        by_parts: whether layers on a GPU attend with the step's kernels for documents or dense heads.
     """
     builder = _make_builder(base, by_parts)
 
@@ -255,7 +253,7 @@ def make_star_backend(base: type[AttentionBackend], by_parts: bool = False) -> t
 
 
 def _class_name(base_name: str, by_parts: bool = False) -> str:
-    """The name of the star form of a class of vLLM's, under which this module has it where it is a backend."""
+    """Return the name of the star form of a class of vLLM's; a backend is found in this module under it."""
     return f"Star{base_name}{BY_PARTS if by_parts else ''}"
 
 

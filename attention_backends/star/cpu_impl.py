@@ -15,17 +15,14 @@ from starling.attention_backends.kernels.contract import CPU_ISAS, Layout, Opera
 from starling.attention_backends.kernels.cpu.attention import VECTOR_SIZE, built_op, paged_attention
 from starling.attention_backends.kernels.cpu.selection import Op, Processor, select_op
 from starling.attention_backends.kernels.rotary import Rotation
-from starling.attention_backends.star.document_step import DocumentStep
 from starling.attention_backends.star.head_calls import attend_by_heads
-from starling.attention_backends.star.head_step import HeadStep
-from starling.attention_backends.star.remote_step import RemoteStep
-from starling.attention_backends.star.step import current_part, current_step
+from starling.attention_backends.star.step import current_step
 from starling.config.entry import config_of
 from starling.vllm_compat.config import kv_scales
 
 
 def unsupported_reason(impl: CPUAttentionBackendImpl) -> str | None:
-    """The reason why Starling's op can't run a layer, whatever the batch; None where it can."""
+    """Return the reason why Starling's op can't run a layer, whatever the batch, or None if it can."""
     for refused, reason in (
         (impl.attn_type != AttentionType.DECODER, "its attention is not a decoder's"),
         (impl.alibi_slopes is not None, "it has ALiBi slopes"),
@@ -57,12 +54,12 @@ class CpuImpl(CPUAttentionBackendImpl):
         self.has_op = unsupported_reason(self) is None and self.setting != "vllm" and built_op() is not None
 
     def uses_op(self, query: torch.Tensor, layer: Any, metadata: Any) -> bool:
-        """Whether Starling's op runs a batch.
+        """Return whether Starling's op runs a batch.
 
         Args:
             query: (tokens, heads, head size).
             layer: vLLM's attention layer.
-            metadata: vLLM's attention metadata of the batch; None in warm-up runs.
+            metadata: vLLM's attention metadata of the batch, or None in warm-up runs.
         """
         if not self.has_op or self.setting == "vllm" or metadata is None or layer.isa not in CPU_ISAS:
             return False
@@ -99,9 +96,9 @@ class CpuImpl(CPUAttentionBackendImpl):
         call of Starling's op computes all of them, or a call of vLLM's each run of heads of one kind.
         """
         step = current_step()  # outside of one there may be no cache yet
-        elsewhere, documents, kinds = current_part(RemoteStep), current_part(DocumentStep), current_part(HeadStep)
-        remote = None if step is None or elsewhere is None else elsewhere.attention(step, kv_cache.shape[2])
-        turned = None if documents is None else documents.attention(kv_cache.shape[2])
+        page_size, kinds = kv_cache.shape[2], None if step is None else step.heads
+        remote = None if step is None else step.remote_attention(page_size)
+        turned = None if step is None or step.documents is None else step.documents.attention(page_size)
         if remote is None and turned is None and not self.uses_op(query, layer, attn_metadata):
             calls = None if kinds is None else kinds.calls(layer.layer_name)
             if step is None or calls is None:
@@ -138,7 +135,7 @@ class CpuImpl(CPUAttentionBackendImpl):
         return output
 
     def _caches(self, layer: Any, kv_cache: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]]:
-        """The caches of keys and of values as Starling's op takes them, and the numbers that it takes with them."""
+        """Return the caches of keys and of values for Starling's op, and its keyword arguments for them."""
         num_pages, kv_heads, page_size, _ = kv_cache.shape
         key_cache, value_cache = kv_cache.view(num_pages, kv_heads, 2 * page_size, -1).chunk(2, dim=2)
         options: dict[str, Any] = {"scale": self.scale, "softcap": self.logits_soft_cap}

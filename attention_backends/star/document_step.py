@@ -12,12 +12,11 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from starling.attention_backends.kernels import devices
 from starling.attention_backends.kernels.ranges import RangeTable
 from starling.attention_backends.star.range_attention import RangeAttention, make_range_attention
-from starling.attention_backends.star.rows import VirtualRows
-from starling.attention_backends.star.step_part import Batch, StepPart
+from starling.attention_backends.star.rows import Batch, VirtualRows
 from starling.attention_backends.star.turned_attention import TurnedAttention, make_turned_attention
 
 
-class DocumentStep(StepPart):
+class DocumentStep:
     """The documents of one step."""
 
     def __init__(self) -> None:
@@ -75,12 +74,12 @@ class DocumentStep(StepPart):
             self._attention[page_size] = make_turned_attention(rows, batch, virtual, page_size)
 
     def attention(self, page_size: int) -> Any | None:
-        """By which layers with pages of this size attend to such blocks; None: no row has keys there.
+        """Return the document attention of layers with this page size, or None if no row sees a document.
 
         It is a RangeAttention on a GPU, and a TurnedAttention on a CPU.
 
         Raises:
-            RuntimeError: rows have keys there, but none are noted for this page size.
+            RuntimeError: rows see documents, but nothing is noted for this page size.
         """
         if not self._attention:
             return None

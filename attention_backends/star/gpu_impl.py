@@ -15,21 +15,19 @@ from vllm.v1.attention.backend import AttentionImpl
 
 from starling.attention_backends.kernels.ranges import RangeTable
 from starling.attention_backends.kernels.rotary import Rotation
-from starling.attention_backends.star.document_step import DocumentStep
 from starling.attention_backends.star.head_calls import attend_by_heads
-from starling.attention_backends.star.head_step import HeadStep
 from starling.attention_backends.star.range_attention import RangeAttention
-from starling.attention_backends.star.step import current_part, current_step
+from starling.attention_backends.star.step import current_step
 from starling.vllm_compat.patching import extends, touches
 
 
 def attends_by_parts(impl: Any) -> bool:
-    """Whether an attention implementation is one that ``make_gpu_impl`` made."""
+    """Return whether ``make_gpu_impl`` made the class of an attention implementation."""
     return getattr(impl, "attends_by_parts", False)
 
 
 def turns_queries(layer: Any) -> bool:
-    """Whether full CUDA graphs of a layer have Starling's kernels: its implementation has the rotary embedding."""
+    """Return whether full CUDA graphs of a layer have Starling's kernels: it has the rotary embedding."""
     impl: Any = getattr(layer, "impl", None)
     return attends_by_parts(impl) and impl.rotation is not None
 
@@ -40,7 +38,7 @@ def keep_for_capture(metadata: Any, table: RangeTable) -> None:
 
 
 def unsupported_reason(impl: Any) -> str | None:
-    """The reason why the kernels can't run a layer, whatever the batch; None where they can."""
+    """Return the reason why the kernels can't run a layer, whatever the batch, or None if they can."""
     for refused, reason in (
         (impl.alibi_slopes is not None, "it has ALiBi slopes"),
         (impl.sinks is not None, "it has attention sinks"),
@@ -53,7 +51,7 @@ def unsupported_reason(impl: Any) -> str | None:
 
 @functools.cache
 def make_gpu_impl(base: type[AttentionImpl], backend: str) -> type[AttentionImpl]:
-    """A subclass of a GPU backend's implementation for caches of shape (pages, KV heads, page size, 2 * head size).
+    """Subclass a GPU backend's implementation for caches of shape (pages, KV heads, page size, 2 * head size).
 
     Args:
         backend: vLLM's name of the backend.
@@ -62,9 +60,10 @@ def make_gpu_impl(base: type[AttentionImpl], backend: str) -> type[AttentionImpl
     @extends(AttentionImpl)
     @touches("vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.logits_soft_cap")
     class GpuImpl(base):  # type: ignore[misc, valid-type]
-        """
+        """Implementation with Starling's kernels for documents and dense heads.
+
         Attributes:
-            rotation: the rotary embedding of the layer, where the engine is made for documents; given by the worker.
+            rotation: the rotary embedding of the layer if the engine is made for documents; given by the worker.
         """
 
         attends_by_parts = True
@@ -92,7 +91,7 @@ def make_gpu_impl(base: type[AttentionImpl], backend: str) -> type[AttentionImpl
             turned, calls = getattr(attn_metadata, "starling_captured", None), None
             step = None if attn_metadata is None else current_step()
             if step is not None:
-                documents, heads = current_part(DocumentStep), current_part(HeadStep)
+                documents, heads = step.documents, step.heads
                 turned = turned if documents is None else documents.attention(kv_cache.shape[2])
                 calls = None if heads is None else heads.calls(layer.layer_name)
             tensors = query, key, value, kv_cache

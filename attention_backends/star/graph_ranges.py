@@ -37,7 +37,7 @@ class GraphRanges:
         self.numbers = torch.zeros(packed_size(max_rows, MAX_RANGES), dtype=torch.int32, device=device)
 
     def table(self, batch: CommonAttentionMetadata) -> RangeTable:
-        """The table for a batch whose tensors are those that a graph reads in each replay."""
+        """Return the table for a batch whose tensors are those that a graph reads in each replay."""
         tensors = batch.block_table_tensor, batch.query_start_loc, batch.seq_lens
         return RangeTable(self.numbers, self.max_rows, 1, *tensors)
 
@@ -46,10 +46,10 @@ class GraphRanges:
         self.numbers[:2] = 0
 
     def fill(self, batch: CommonAttentionMetadata, rows: VirtualRows | None, page_size: int) -> RangeTable | None:
-        """Fill the table with all rows of a step that may replay a graph; None: it is a step of another kind.
+        """Fill the table with all rows of a step and return it, or None if the step can't replay a graph.
 
         Args:
-            rows: the virtual rows of the batch; None: all its rows are dense.
+            rows: the virtual rows of the batch, or None if all its rows are dense.
             page_size: tokens of a page.
         """
         if batch.max_query_len != 1 or batch.num_reqs > self.max_rows:
@@ -66,13 +66,13 @@ class GraphRanges:
 
 
 def fits_graphs(plans: Iterable[StarPlan], num_requests: int) -> bool:
-    """Whether the table has room for a step of so many requests, if its rows decode, whatever the rows of ``plans``."""
+    """Return whether the table has room for ``num_requests`` decoding requests, whatever the rows of ``plans``."""
     documents = sum(len(plan.document_keys.starts) for plan in plans if plan.document_keys is not None)
     return documents + OWN_RANGES * num_requests <= MAX_RANGES
 
 
 def dense_ranges(batch: CommonAttentionMetadata) -> TokenRanges:
-    """The keys of a batch of dense rows of one token, or of none, which pad a graph.
+    """Return the keys of a batch of dense rows of one token, or of none, which pad a graph.
 
     Raises:
         RuntimeError: the host does not know how many keys they have.

@@ -32,7 +32,7 @@ CONTIGUOUS_OUTPUT = ("CPU_ATTN", "FLASHINFER")
 
 @touches("vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.{alibi_slopes, sliding_window}")
 def unsupported_reason(layer: Any) -> str | None:
-    """The reason why an attention layer's heads can't be computed in several calls; None where they can."""
+    """Return the reason why an attention layer's heads can't be computed in several calls, or None if they can."""
     impl, dtype = layer.impl, layer.kv_cache_dtype
     for refused, reason in (
         (layer.attn_type != AttentionType.DECODER, "its attention is not a decoder's"),
@@ -64,10 +64,10 @@ class HeadBuilders:
         self.by_heads: dict[tuple[int, int], Any] = {}
 
     def build(self, place: int, num_kv_heads: int, rows: CommonAttentionMetadata) -> Any:
-        """The backend's metadata for calls on so many KV heads.
+        """Build the backend's metadata for calls on ``num_kv_heads`` KV heads.
 
         Args:
-            place: of these rows among those of the step; 0: the builder for all heads builds for the same rows.
+            place: index of these rows among those of the step; 0: the builder for all heads builds for the same rows.
             rows: the step's tokens in rows.
         """
         while place >= len(self.by_rows):

@@ -38,10 +38,10 @@ class HeadRun(NamedTuple):
 
 
 def head_runs(counts: Sequence[int], ranks: np.ndarray) -> list[HeadRun] | None:
-    """A layer's heads in as few runs of one kind as there are; None: no head of the layer is dense.
+    """Return a layer's heads in as few runs of one kind as there are, or None if no head of the layer is dense.
 
     Args:
-        counts, ranks: as those of ``kinds_of_heads``.
+        counts, ranks: see ``kinds_of_heads``.
     """
     kinds = kinds_of_heads(counts, ranks)
     if (kinds == len(counts)).all():
@@ -79,9 +79,11 @@ class HeadRows:
 
 
 def make_head_rows(counts: Sequence[int], kinds: Sequence[CommonAttentionMetadata]) -> HeadRows:
-    """Args:
-    counts: the numbers of dense heads, ascending.
-    kinds: the metadata of the step's tokens for each kind of heads.
+    """Make the rows of all kinds of heads.
+
+    Args:
+        counts: the numbers of dense heads, ascending.
+        kinds: the metadata of the step's tokens for each kind of heads.
     """
     tokens = int(kinds[0].query_start_loc_cpu[kinds[0].num_reqs])
     starts = [one.query_start_loc[1 : one.num_reqs + 1] + number * tokens for number, one in enumerate(kinds)]

@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from starling.attention_backends.star.head_rows import HeadRows, head_runs, make_head_rows
 from starling.attention_backends.star.metadata import virtual_metadata
-from starling.attention_backends.star.step_part import Batch, StepPart
+from starling.attention_backends.star.rows import Batch
 from starling.scheduler.star.plan import StarPlan
 
 BuildOfHeads = Callable[[int, int, CommonAttentionMetadata], Any]
@@ -28,7 +28,7 @@ class HeadCall(NamedTuple):
     metadata: Any
 
 
-class HeadStep(StepPart):
+class HeadStep:
     """The dense heads of one step, some of whose plans have them.
 
     Args:
@@ -55,18 +55,18 @@ class HeadStep(StepPart):
         layer_names: Sequence[str],
         build: BuildOfHeads | None,
     ) -> None:
-        """Note the rows of each kind of heads; behind ``StarStep.rows`` for the same batch.
+        """Note the rows of each kind of heads; comes after ``StarStep.rows`` for the same batch.
 
         Args:
             batch, virtual: the metadata of the batch's rows, and of those of heads that are dense for no plan.
             layer_names: the layers that have this metadata.
-            build: makes the metadata of calls on some of their heads; None: the layers don't make such calls.
+            build: function that makes the metadata of calls on some heads, or None if the layers don't make such calls.
         """
         assert self.batch is not None
         known = self.batch
 
         def of_kind(count: int) -> CommonAttentionMetadata:
-            """Of the rows of heads that are dense for plans with so many dense heads or more."""
+            """Return the metadata of heads that are dense for plans with ``count`` dense heads or more."""
             rows = known.split(
                 page_size, lambda plan: None if plan.dense_heads and plan.dense_heads.count >= count else plan
             )
@@ -90,14 +90,14 @@ class HeadStep(StepPart):
             ]
 
     def calls(self, layer_name: str) -> list[HeadCall] | None:
-        """The calls by which a layer attends, one for each run of heads; None: no head of it is dense."""
+        """Return the calls by which a layer attends, one for each run of heads, or None if no head of it is dense."""
         calls = self._calls.get(layer_name)
         if calls is not None:
             self.has_unread_heads = False
         return calls
 
     def row_heads(self, layer_name: str) -> tuple[HeadRows, torch.Tensor] | None:
-        """The rows of a layer that attends in one call, and which heads each computes; None: no head of it is dense."""
+        """Return the rows of a layer that attends in one call and each row's heads, or None if no head is dense."""
         if layer_name not in self._rows:
             return None
         self.has_unread_heads = False

@@ -10,7 +10,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from starling.attention_backends.star.rows import VirtualRows
 
 # Fields with one entry a batch row, or keyed by batch row, for which no row split is defined. The features that set
-# them are refused at startup (features/star/rules.py); a field that is set all the same must not be ignored.
+# them are refused at startup (refusals.py); a field that is set all the same must not be ignored.
 ROW_FIELDS_WITHOUT_A_SPLIT = (
     "logits_indices_padded",
     "encoder_seq_lens",
@@ -52,7 +52,7 @@ def _split_field(values: np.ndarray, source: np.ndarray, padding: int) -> np.nda
 
 
 def virtual_metadata(common: CommonAttentionMetadata, rows: VirtualRows) -> CommonAttentionMetadata:
-    """The same tokens in virtual rows. Slot mapping and positions are per token and stay as they are.
+    """Return the metadata of the same tokens in virtual rows. Slot mapping and positions are per token: unchanged.
 
     Raises:
         RuntimeError: the batch carries a per-row field that can't be split.

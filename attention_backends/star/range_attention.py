@@ -79,9 +79,9 @@ def make_range_attention(
     page_size: int,
     tile_queries: int,
 ) -> RangeAttention:
-    """The attention of the rows that see blocks with positions of their own; there are some.
+    """Make the attention of the rows that see documents; there is at least one such row.
 
-    One kernel computes rows of one token, and one those of more.
+    One kernel computes rows of one token, and another one rows of more.
 
     Args:
         batch: the metadata of the batch's rows.

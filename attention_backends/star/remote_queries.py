@@ -1,4 +1,4 @@
-"""What a step sends to other replicas: queries for attention over KV that stays there.
+"""Queries that a step sends to other replicas, for attention over KV that stays there.
 
 Phase 2 of Star Attention (arXiv 2411.17116, section 2.2): each replica attends over its shard, without a causal mask
 since all of the shard lies before the queries, and the results are merged by their log-sum-exp.
@@ -68,7 +68,7 @@ class _Query:
         self.spans: list[RemoteSpan] = []
 
     def first_query(self, row: int, tokens: np.ndarray) -> int:
-        """Where the tokens of a row begin, which are added unless they are there."""
+        """Return the first query token of a row, whose tokens are added if missing."""
         if row not in self.rows:
             self.rows[row] = self.num_tokens
             self.tokens.append(tokens)

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starling.attention_backends.star.remote_queries import RemoteQuery, make_remote_queries
-from starling.attention_backends.star.step import StarStep
-from starling.attention_backends.star.step_part import StepPart
+from starling.attention_backends.star.rows import VirtualRows
 from starling.scheduler.star.request_metadata import RemoteShards
 
 
-class RemoteStep(StepPart):
+class RemoteStep:
     """The keys of one step that other replicas hold.
 
     Args:
@@ -25,20 +24,18 @@ class RemoteStep(StepPart):
         self.attend = attend
         self._attention: dict[int, Any] = {}
 
-    def attention(self, step: StarStep, page_size: int) -> Any | None:
-        """By which layers with pages of this size query other replicas in this step; None: no row has keys there.
+    def attention(self, rows: VirtualRows | None, request_ids: Sequence[str], page_size: int) -> Any | None:
+        """Return the remote attention of layers with this page size, or None if no row has keys on other replicas.
 
         features/replicas/remote_attention_client.py has the object's methods.
 
-        Raises:
-            RuntimeError: the step's rows for this page size are not made yet.
+        Args:
+            rows: the step's virtual rows for this page size.
+            request_ids: ids of the batch's rows.
         """
-        if step.batch is None or not step.has_rows(page_size):
-            raise RuntimeError(f"a layer with pages of {page_size} tokens runs before its rows are made")
-        rows = step.built_rows(page_size)
         if rows is None or not rows.remote:
             return None
         if page_size not in self._attention:
-            queries = make_remote_queries(rows, step.batch.request_ids, self.shards, page_size)
+            queries = make_remote_queries(rows, request_ids, self.shards, page_size)
             self._attention[page_size] = self.attend(queries)
         return self._attention[page_size]

@@ -9,8 +9,9 @@ attention aligned bottom-right is exactly the star mask. vLLM does the same for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -62,17 +63,17 @@ class VirtualRows:
     """The rows that replace a batch's own, in order; R of them.
 
     Attributes:
-        source: (R,) int64, the batch row each one comes from.
+        source: (R,) int64, the batch row of each virtual row.
         query_lens: (R,) int64, its tokens in this step.
         seq_lens: (R,) int64, keys it sees, its own included.
         star: (R,) bool, whether the row lies in the context of a star plan.
-        block_start: (R,) int64, where its star block starts; 0 for the other rows.
+        block_start: (R,) int64, start of its star block; 0 for the other rows.
         gathered: (G,) int64, rows whose pages are not those of ``source`` in order.
         page_columns: (G, W) int64, for each of these the columns of the source's block table; W is their widest.
         key_ranges: (K, 3) int64, a row and ``[first, stop)`` of the batch row's positions: the keys that ``seq_lens``
             counts, by ascending rows.
         remote: rows that also see keys in other replicas' memory, which ``seq_lens`` and the pages leave out.
-        turned: the keys of blocks with positions of their own, which they leave out too; None: there are none.
+        turned: the keys of documents, which ``seq_lens`` and the pages leave out too, or None if there are none.
         context_tokens: query tokens in star rows.
         star_pairs: query-key pairs of the star rows, per head and layer (a mean where layers or heads differ).
         dense_pairs: the pairs that the same tokens would have under dense attention.
@@ -103,7 +104,7 @@ class VirtualRows:
 
 
 def is_split(plan: StarPlan, start: int) -> bool:
-    """Whether the tokens of a plan's prompt from position ``start`` on are split into virtual rows."""
+    """Return whether the tokens of a plan's prompt from position ``start`` on are split into virtual rows."""
     return start < plan.context_end or plan.document_keys is not None
 
 
@@ -221,7 +222,7 @@ class _Pieces:
 def _behind_documents(
     plans: Sequence[StarPlan | None], query_lens: Sequence[int], seq_lens: Sequence[int], page_size: int
 ) -> VirtualRows:
-    """The rows of a batch that is behind all contexts, as decodes are: one a batch row, made of arrays of all.
+    """Return the rows of a batch that is behind all contexts, as decodes are: one per batch row, made as whole arrays.
 
     A row behind documents sees them by ``turned``, and else the keys from its own context's end on.
     """
@@ -255,7 +256,7 @@ def _behind_documents(
 
 
 def _turned_keys(rows: list[tuple[int, int, DocumentKeys]], page_size: int) -> TurnedKeys | None:
-    """The keys of (virtual row, batch row, blocks)s; None where there is no such row."""
+    """Return the keys of (virtual row, batch row, documents) tuples, or None if there are none."""
     if not rows:
         return None
     keys = [blocks for _, _, blocks in rows]
@@ -270,7 +271,7 @@ def _turned_keys(rows: list[tuple[int, int, DocumentKeys]], page_size: int) -> T
 
 
 def divide(keys: KeyRanges, span: tuple[int, int]) -> tuple[KeyRanges, KeyRanges]:
-    """The parts of ranges that lie outside of a span, and those inside."""
+    """Return the parts of ranges that lie outside of a span, and those inside."""
     first, last = span
     outside = [piece for start, stop in keys for piece in ((start, min(stop, first)), (max(start, last), stop))]
     inside = [(max(start, first), min(stop, last)) for start, stop in keys]
@@ -283,3 +284,29 @@ def divide(keys: KeyRanges, span: tuple[int, int]) -> tuple[KeyRanges, KeyRanges
 
 def _page_columns(keys: KeyRanges, page_size: int) -> np.ndarray:
     return np.concatenate([np.arange(start // page_size, -(-stop // page_size)) for start, stop in keys])
+
+
+class Batch(NamedTuple):
+    """The rows of a batch: their plans, and the other arguments of ``split_rows``.
+
+    Attributes:
+        request_ids: ids of the rows that are no padding.
+        absent: positions ``[first, stop)`` of each row whose keys are not here, or None if all are here.
+    """
+
+    request_ids: list[str]
+    plans: list[StarPlan | None]
+    query_lens: list[int]
+    seq_lens: list[int]
+    absent: list[tuple[int, int] | None]
+
+    def split(self, page_size: int, seen: Callable[[StarPlan], StarPlan | None] | None = None) -> VirtualRows | None:
+        """Return the virtual rows for pages of ``page_size`` tokens, or None if no row lies in star blocks.
+
+        Args:
+            seen: function from a row's plan to the plan it follows, or None for dense rows; by default its own.
+        """
+        plans = self.plans
+        if seen is not None:
+            plans = [None if plan is None else seen(plan) for plan in plans]
+        return split_rows(plans, self.query_lens, self.seq_lens, page_size, self.absent)

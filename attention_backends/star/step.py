@@ -9,23 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any
 
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from starling.attention_backends.star.rows import VirtualRows
-from starling.attention_backends.star.step_part import Batch, StepPart
-from starling.scheduler.part import HasParts
+from starling.attention_backends.star.document_step import DocumentStep
+from starling.attention_backends.star.head_step import HeadStep
+from starling.attention_backends.star.remote_step import RemoteStep
+from starling.attention_backends.star.rows import Batch, VirtualRows
 from starling.scheduler.star.plan import StarPlan
 
 RowIds = Callable[[], Sequence[str]]
 
 
-P = TypeVar("P")
-
-
-class StarStep(HasParts):
+class StarStep:
     """One scheduler step that holds at least one star request.
 
     Args:
@@ -33,7 +31,9 @@ class StarStep(HasParts):
         num_scheduled_tokens: request id -> tokens in this step, for all its requests.
         row_ids: returns the request id of each batch row, in the model runner's order.
         on_rows: called with the rows of the step, once, when a builder first counts them.
-        parts: what features have of the step.
+        documents: the documents of the step, or None if no plan has some.
+        heads: the dense heads of the step, or None if no plan has some.
+        remote: the keys that other replicas hold, or None if all are here.
     """
 
     def __init__(
@@ -42,24 +42,26 @@ class StarStep(HasParts):
         num_scheduled_tokens: Mapping[str, int],
         row_ids: RowIds,
         on_rows: Callable[[VirtualRows], None],
-        parts: Sequence[StepPart] = (),
+        documents: DocumentStep | None = None,
+        heads: HeadStep | None = None,
+        remote: RemoteStep | None = None,
     ) -> None:
         self.plans = plans
         self.num_scheduled_tokens = num_scheduled_tokens
         self.num_tokens = sum(num_scheduled_tokens.values())
         self.row_ids = row_ids
         self.on_rows = on_rows
-        self.parts = parts
+        self.documents, self.heads, self.remote = documents, heads, remote
         self.engaged = False
         self.counted = False
         self.batch: Batch | None = None
         self._rows: dict[tuple[int, bool], VirtualRows | None] = {}
 
     def rows(self, common: CommonAttentionMetadata, page_size: int, anchored: bool = True) -> VirtualRows | None:
-        """The batch's virtual rows for pages of ``page_size`` tokens; None where no row lies in star blocks.
+        """Return the batch's virtual rows for pages of ``page_size`` tokens, or None if no row lies in star blocks.
 
         Args:
-            anchored: False for a cache of which a block sees its own keys alone, not the anchor's.
+            anchored: False for a cache in which a block sees its own keys alone, not the anchor's.
 
         Raises:
             RuntimeError: the batch rows are not those of the scheduler's step. A plan on the wrong row
@@ -69,18 +71,31 @@ class StarStep(HasParts):
         key = (page_size, anchored)
         if key not in self._rows:
             self.batch = self._match(common)
-            for part in self.parts:
-                part.batch_known(self.batch)
+            for part in (self.documents, self.heads):
+                if part is not None:
+                    part.batch_known(self.batch)
             self._rows[key] = self.batch.split(page_size, None if anchored else without_anchor)
         return self._rows[key]
 
     def built_rows(self, page_size: int) -> VirtualRows | None:
-        """The rows that an earlier call of ``rows`` made for this page size."""
+        """Return the rows that an earlier call of ``rows`` made for this page size."""
         return self._rows.get((page_size, True))
 
     def has_rows(self, page_size: int) -> bool:
-        """Whether ``rows`` was called for this page size."""
+        """Return whether ``rows`` was called for this page size."""
         return (page_size, True) in self._rows
+
+    def remote_attention(self, page_size: int) -> Any | None:
+        """Return the object by which layers with this page size query other replicas, or None if no row has keys there.
+
+        Raises:
+            RuntimeError: the step's rows for this page size are not made yet.
+        """
+        if self.remote is None:
+            return None
+        if self.batch is None or not self.has_rows(page_size):
+            raise RuntimeError(f"a layer with pages of {page_size} tokens runs before its rows are made")
+        return self.remote.attention(self.built_rows(page_size), self.batch.request_ids, page_size)
 
     def count(self, rows: VirtualRows) -> None:
         """Report the step's rows, if no layer before has."""
@@ -89,7 +104,7 @@ class StarStep(HasParts):
             self.on_rows(rows)
 
     def _match(self, common: CommonAttentionMetadata) -> Batch:
-        """The plans of the batch's rows."""
+        """Match the batch's rows with their plans."""
         query_lens = common.query_start_loc_cpu.diff().tolist()
         ids = list(self.row_ids())
         scheduled = [self.num_scheduled_tokens[request_id] for request_id in ids]
@@ -103,14 +118,14 @@ class StarStep(HasParts):
             raise RuntimeError("the model runner gave no host copy of seq_lens: rows can't be split")
         seq_lens = common.seq_lens_cpu_upper_bound.tolist()
         seq_lens[len(ids) :] = [0] * len(padding)
-        absent = {name: span for part in self.parts for name, span in part.absent.items()}
+        absent = {} if self.remote is None else self.remote.absent
         none = [None] * len(padding)
         spans = [*map(absent.get, ids), *none]
         return Batch(ids, [*map(self.plans.get, ids), *none], query_lens, seq_lens, spans)
 
 
 def without_anchor(plan: StarPlan) -> StarPlan:
-    """The plan of a cache of which a block sees its own keys alone."""
+    """Return the plan of a cache in which a block sees its own keys alone."""
     return replace(plan, anchor_size=0)
 
 
@@ -118,13 +133,8 @@ _current: StarStep | None = None
 
 
 def current_step() -> StarStep | None:
-    """The open step; None in dense steps and outside of steps."""
+    """Return the open step, or None in dense steps and outside of steps."""
     return _current
-
-
-def current_part(kind: type[P]) -> P | None:
-    """The part of a class that the open step has; None: there is none, or no step."""
-    return None if _current is None else _current.part(kind)
 
 
 def set_positions(positions: torch.Tensor) -> None:
@@ -133,8 +143,8 @@ def set_positions(positions: torch.Tensor) -> None:
     Args:
         positions: (tokens,) int64, those that the model is about to get; changed in place.
     """
-    for part in () if _current is None else _current.parts:
-        part.set_positions(positions)
+    if _current is not None and _current.documents is not None:
+        _current.documents.set_positions(positions)
 
 
 @contextmanager
@@ -151,13 +161,12 @@ def open_step(step: StarStep | None) -> Iterator[None]:
         yield
     finally:
         _current = None
-        for part in () if step is None else step.parts:
-            part.ended()
+        if step is not None and step.documents is not None:
+            step.documents.ended()
     if step is None:
         return
     if not step.engaged:
         raise RuntimeError("a step with star requests ran, but no full-attention layer took their plans")
-    for part in step.parts:
-        unread = part.unread()
-        if unread is not None:
+    for part in (step.documents, step.heads):
+        if part is not None and (unread := part.unread()) is not None:
             raise RuntimeError(unread)

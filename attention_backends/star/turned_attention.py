@@ -70,12 +70,12 @@ class StepTokens:
 
 
 class TurnedAttention:
-    """The attention of one step over blocks with positions of their own.
+    """The attention of one step over documents.
 
     Args:
         own: the rows.
-        rows: the calls for ``own``; their tokens are numbers of those of ``own``.
-        tokens: the tokens of ``own``; None: they are all of the step's.
+        rows: the calls for ``own``; their tokens are indices of those of ``own``.
+        tokens: the tokens of ``own``, or None if they are all of the step's.
         decodes: the same as ``own`` and ``rows`` in one call; the layers then share the angles.
     """
 
@@ -94,7 +94,7 @@ class TurnedAttention:
 
     @property
     def is_whole_step(self) -> bool:
-        """Whether all tokens of the step are in these rows."""
+        """Return whether all tokens of the step are in these rows."""
         return self.tokens is None
 
     def attend(
@@ -170,10 +170,10 @@ class TurnedAttention:
         return wide
 
     def _queries_of_decodes(self, rows: TurnedRows, rotation: Rotation) -> TurnedQueries:
-        """The turned queries of a step of decodes, one object for all layers, which so share the angles.
+        """Return the re-rotated queries of a step of decodes, one object for all layers, which thus share the angles.
 
-        The angles of all calls of other steps would take 4 R bytes for each query token and block: 260 MB for 512
-        tokens, 2,000 blocks and R = 64.
+        The angles of all calls of other steps would take 4 R bytes for each query token and document: 260 MB for 512
+        tokens, 2,000 documents and R = 64.
         """
         if id(rotation) not in self._queries:
             self._queries[id(rotation)] = TurnedQueries(rows.tokens, rows.turns, rotation)
@@ -186,9 +186,9 @@ def make_turned_attention(
     virtual: CommonAttentionMetadata,
     page_size: int,
 ) -> TurnedAttention:
-    """The attention of the rows that see blocks with positions of their own; there are some.
+    """Make the attention of the rows that see documents; there is at least one such row.
 
-    Rows that decode are one call, where the step has no others of these rows.
+    Rows that decode are one call, if the step has no other rows that see documents.
 
     Args:
         batch, virtual: the metadata of the batch's rows, and of ``rows``, with pages of ``page_size`` tokens.
@@ -211,7 +211,7 @@ def _rows_of(
     virtual: CommonAttentionMetadata,
     page_size: int,
 ) -> tuple[OwnRows, list[TurnedRows], StepTokens | None]:
-    """The rows of these numbers, all that see such blocks, and what they see, as arguments of ``TurnedAttention``."""
+    """Return the arguments of ``TurnedAttention`` for the rows ``numbers``, all of which see documents."""
     starts = np.cumsum(rows.query_lens) - rows.query_lens
     query_lens, num_tokens = rows.query_lens[numbers], int(rows.query_lens.sum())
     own_tokens = int(query_lens.sum())

@@ -49,19 +49,19 @@ class TurnedRows:
     seq_lens: torch.Tensor
 
     def operands(self, query: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], **options: Any) -> Operands:
-        """The operands of the call for a layer's query (tokens, heads, head size) and caches."""
+        """Return the operands of the call for a layer's query (tokens, heads, head size) and caches."""
         return Operands(query, *caches, self.block_table, self.query_start_loc, self.seq_lens, **options)
 
 
 def make_turned_rows(
     turned: TurnedKeys, starts: np.ndarray, query_lens: np.ndarray, block_table: torch.Tensor, page_size: int
 ) -> Iterator[TurnedRows]:
-    """The calls by which queries attend to blocks with positions of their own.
+    """Yield the calls by which queries attend to documents.
 
     Args:
         starts, query_lens: (R,) int64, first query token of each virtual row, and their number.
         block_table: (batch rows, columns) int32.
-        page_size: tokens of a page of it.
+        page_size: tokens of a page of ``block_table``.
     """
     queries = query_lens[turned.row]
     calls = (np.cumsum(queries) - 1) // MAX_TOKENS
@@ -70,7 +70,7 @@ def make_turned_rows(
 
 
 def _runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
-    """The ranges of equal neighbours."""
+    """Yield the ranges of equal neighbours."""
     borders = np.flatnonzero(np.diff(values)) + 1
     if len(values):
         yield from zip([0, *borders.tolist()], [*borders.tolist(), len(values)], strict=True)
@@ -126,10 +126,10 @@ def add_rows(
 def ranges_as_rows(
     ranges: TokenRanges, block_table: torch.Tensor, seq_lens: torch.Tensor, page_size: int
 ) -> TurnedRows:
-    """The ranges of decodes as rows of one token each, for the op of a CPU. Token i is that of ``ranges.rows[i]``.
+    """Return the ranges of decodes as rows of one token each, for a CPU's op. Token i is that of ``ranges.rows[i]``.
 
     Args:
-        block_table, seq_lens: of the batch's rows, (B, C) int32 and (B,) int32.
+        block_table, seq_lens: block table and lengths of the batch's rows, (B, C) int32 and (B,) int32.
         page_size: tokens of a page.
     """
     source = torch.from_numpy(ranges.rows[ranges.row])

@@ -47,7 +47,7 @@ def warm_up(layers: Iterable[Any]) -> None:
 
 
 def _table(tile_queries: int, device: torch.device) -> RangeTable:
-    """A token that sees itself, in page 0."""
+    """Make the table of one token that sees itself, in page 0."""
     ones, zeros = np.ones(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
     places = torch.tensor([[0, 1]], dtype=torch.int32, device=device)
     ranges = TokenRanges(zeros, ones, zeros, zeros, ones, zeros)

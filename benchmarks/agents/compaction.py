@@ -32,11 +32,11 @@ DOCUMENTS = {"star": "on", "star_block_size": 8192}
 
 @dataclass(frozen=True)
 class Served:
-    """How a session is served.
+    """Way in which a session is served.
 
     Attributes:
         setting: the scheduler, and star options.
-        has_session_id: whether its requests say which session they are of.
+        has_session_id: True if its requests say which session they are of.
     """
 
     setting: Setting
@@ -56,7 +56,7 @@ class Talk:
     """One session: its messages so far, each a list of token ids.
 
     Attributes:
-        started_anew: whether the next turn is the first one after a summary.
+        started_anew: True if the next turn is the first one after a summary.
     """
 
     number: int
@@ -70,7 +70,7 @@ class Talk:
         return self.random.choices(range(250), k=count)
 
     def turn(self, head: list[int]) -> list[list[int]]:
-        """The head and the messages of the next prompt."""
+        """Return the head and the messages of the next prompt."""
         self.started_anew = sum(map(len, self.messages)) + len(head) > COMPACT_AT
         if self.started_anew:
             self.messages = [self.tokens(SUMMARY), *self.messages[-KEPT_MESSAGES:]]
@@ -124,7 +124,7 @@ class Server:
 
 
 def play(name: str) -> dict[str, float]:
-    """Mean tokens that a turn computes, of one of SERVED. It needs a process of its own."""
+    """Return the mean tokens that a turn computes, of one of SERVED. It needs a process of its own."""
     os.environ.update(QUIET)
     server = Server(SERVED[name])
     others = random.Random(-2)

@@ -24,12 +24,12 @@ class Conversation:
 
     @property
     def turn(self) -> Turn | None:
-        """The next turn; None: the session has ended."""
+        """Return the next turn, or None if the session has ended."""
         turns = self.session.turns
         return turns[self.next_turn] if self.next_turn < len(turns) else None
 
     def prompt(self) -> list[int]:
-        """The prompt of the next turn."""
+        """Return the prompt of the next turn."""
         turn = self.turn
         assert turn is not None
         if turn.kept < len(self.ids):  # the session was compacted

@@ -1,4 +1,4 @@
-"""How long a step of a model takes on GPUs, by arithmetic alone."""
+"""Time of a step of a model on GPUs, by arithmetic alone."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Machine:
     A step takes the longer of its arithmetic and its reads from memory, and a fixed time.
 
     Attributes:
-        flops, bandwidth: that all GPUs reach together in practice: operations and bytes per second.
+        flops, bandwidth: operations and bytes per second that all GPUs reach together in practice.
         weights: the model's parameters; two bytes each.
         layers, width: number of layers, and query heads times head size.
-        kv_bytes: of one token's keys and values, in all layers.
-        fixed_seconds: of a step, for launches, collectives and the host.
+        kv_bytes: bytes of one token's keys and values, in all layers.
+        fixed_seconds: time of a step for launches, collectives and the host.
         cache_tokens: room of the KV cache.
     """
 
@@ -34,7 +34,7 @@ class Machine:
     cache_tokens: int = 1_300_000
 
     def step_seconds(self, chunks: Iterable[tuple[int, int, StarPlan | None]]) -> float:
-        """Seconds of a step.
+        """Return the seconds of a step.
 
         Args:
             chunks: (first position, tokens, plan) of each request.

@@ -1,4 +1,4 @@
-"""What the clients of a played trace have seen."""
+"""Outcome of a played trace, as its clients have seen it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 @dataclass
 class Outcome:
-    """Times in seconds.
+    """Outcome of a played trace; times are in seconds.
 
     Attributes:
-        first_tokens: from a request's arrival to its first token.
-        pauses: between two tokens of an answer.
-        seconds: from the first request to the last token.
+        first_tokens: time from a request's arrival to its first token.
+        pauses: times between two tokens of an answer.
+        seconds: time from the first request to the last token.
     """
 
     first_tokens: list[float] = field(default_factory=list)

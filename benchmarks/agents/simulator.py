@@ -27,10 +27,10 @@ TOKEN = 7  # every answer is this token, over and over
 
 @dataclass(frozen=True)
 class Setting:
-    """How steps are scheduled.
+    """Setting by which steps are scheduled.
 
     Attributes:
-        ours: by Starling's scheduler.
+        ours: True for Starling's scheduler.
         star: the prompts' star options.
         threshold, adaptive: vLLM's --long-prefill-token-threshold and --long-prefill-token-threshold-adaptive.
     """
@@ -52,7 +52,10 @@ SETTINGS: dict[str, Setting] = {
 
 
 def play(name: str, num_sessions: int, seed: int) -> dict[str, Any]:
-    """The figures of one of SETTINGS. It needs a process of its own: Starling's scheduler changes vLLM's classes."""
+    """Return the figures of one of SETTINGS.
+
+    It needs a process of its own: Starling's scheduler changes vLLM's classes.
+    """
     os.environ.update(QUIET)
     shape = Shape()
     trace = make_trace(shape, num_sessions, seed)
@@ -60,7 +63,7 @@ def play(name: str, num_sessions: int, seed: int) -> dict[str, Any]:
 
 
 def make_scheduler(machine: Machine, max_model_len: int, setting: Setting) -> tuple[Any, Any]:
-    """vLLM's scheduler, or Starling's, for one engine; and the function that hashes a request's pages."""
+    """Make vLLM's scheduler, or Starling's, for one engine; and the function that hashes a request's pages."""
     import torch
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.hashing import get_hash_fn_by_name
@@ -184,7 +187,7 @@ class Simulator:
         return done
 
     def note(self, name: str, new_tokens: int, cached_tokens: int | None) -> None:
-        """A request has got tokens.
+        """Note that a request has got tokens.
 
         Args:
             cached_tokens: prompt tokens that were in the prefix cache; read with the first token only.
@@ -198,7 +201,7 @@ class Simulator:
         self.last_token[name] = self.now
 
     def end(self, name: str, answer: list[int]) -> tuple[Conversation, float]:
-        """A request has ended; returns its session and the seconds until the next turn."""
+        """End a request; returns its session and the seconds until the next turn."""
         conversation, _ = self.live.pop(name)
         del self.last_token[name]
         return conversation, conversation.answered(answer)

@@ -20,10 +20,10 @@ class Shape:
 
     Attributes:
         shared: the first tokens of all prompts: instructions and tools.
-        first: of a session's first prompt, without the shared tokens.
-        more: what a turn adds to the prompt, beside the answer before it.
+        first: length of a session's first prompt, without the shared tokens.
+        more: tokens that a turn adds to the prompt, beside the answer before it.
         compact_at: a session whose prompt exceeds this starts over, from a summary of ``first`` tokens.
-        think: between an answer and the next turn of its session.
+        think: time between an answer and the next turn of its session.
         between_sessions: mean time between the starts of two sessions.
     """
 
@@ -94,7 +94,7 @@ def draw_turns(shape: Shape, random: np.random.Generator) -> Iterator[Turn]:
 
 
 def summary(trace: list[Session]) -> dict[str, float]:
-    """What a trace's requests look like: medians of tokens, turns, and the part that a whole prefix cache would hit."""
+    """Return statistics of a trace's requests: medians of tokens, turns, and a whole prefix cache's hit rate."""
     turns = [turn for session in trace for turn in session.turns]
     prompts = np.array([turn.prompt for turn in turns])
     return {

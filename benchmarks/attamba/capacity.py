@@ -35,7 +35,7 @@ MIN_OF_ALLOWED = 0.9  # smallest accepted ratio of reported to allowed tokens
 
 
 def allowed_tokens(shape: Shape, length: int, step: int, chunk_size: int | None, window: int) -> int:
-    """Tokens that the bytes allow without pages, in a fractional number of requests of ``length`` tokens.
+    """Return the tokens that the bytes allow without pages, in a fractional number of requests of ``length`` tokens.
 
     A row is K|V of one token and layer, 2 dim values. A request of the transformer has one row per token. A request of
     Attamba has one row per P tokens and one for token 0. During its prefill it also has rows of L + ``step`` tokens and
@@ -43,10 +43,10 @@ def allowed_tokens(shape: Shape, length: int, step: int, chunk_size: int | None,
     pages that leave the windows.
 
     Args:
-        shape: of both models.
+        shape: shape of both models.
         length: max_model_len.
         step: max_num_batched_tokens.
-        chunk_size: P; None for the transformer.
+        chunk_size: P, or None for the transformer.
         window: L.
     """
     if chunk_size is None:
@@ -59,8 +59,10 @@ def allowed_tokens(shape: Shape, length: int, step: int, chunk_size: int | None,
 
 
 def planned_tokens(model: Path, length: int, step: int) -> dict[str, int]:
-    """From vLLM's cache planning: the tokens ``reported`` for the checkpoint at start, and those ``held`` by
-    requests of ``length`` tokens that decode, whose windows have pages for their last tokens only.
+    """Return the tokens of vLLM's cache planning: ``reported`` for the checkpoint at start, and ``held``.
+
+    ``held`` are those of requests of ``length`` tokens that decode, whose windows have pages for their last tokens
+    only.
     """
     arguments = {"max_model_len": length, "max_num_batched_tokens": step, "dtype": "bfloat16"}
     config = EngineArgs(str(model), skip_tokenizer_init=True, enforce_eager=True, **arguments).create_engine_config()
@@ -80,7 +82,7 @@ def planned_tokens(model: Path, length: int, step: int) -> dict[str, int]:
 
 
 def engine_tokens(model: Path, length: int, step: int) -> int:
-    """Tokens that a started engine reports for the checkpoint."""
+    """Return the tokens that a started engine reports for the checkpoint."""
     sizes = {"max_model_len": length, "max_num_batched_tokens": step, "kv_cache_memory_bytes": BYTES}
     with Engine(model, dtype="bfloat16", enable_prefix_caching=True, **sizes) as engine:
         return engine.cache_tokens

@@ -1,4 +1,4 @@
-"""What `benchmarks.attamba.quality` measures of a trained checkpoint, and the intervals of comparisons."""
+"""Measurements by `benchmarks.attamba.quality` of a trained checkpoint, and the intervals of comparisons."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Logits = Callable[[Tensor], Tensor]
 
 
 def load_logits(path: Path) -> Logits:
-    """The exported checkpoint as a function from tokens (B, T) to logits."""
+    """Load the exported checkpoint as a function from tokens (B, T) to logits."""
     if json.loads((path / "config.json").read_text())["model_type"] == "attamba":
         return load_attamba(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -36,7 +36,7 @@ def load_logits(path: Path) -> Logits:
 
 @torch.inference_mode()
 def token_bits(logits: Logits, tokens: Tensor) -> Tensor:
-    """(N, T) bits of each token of (N, T + 1) but the first."""
+    """Return (N, T) bits of each token of (N, T + 1) but the first."""
     losses = [
         F.cross_entropy(logits(part[:, :-1]).transpose(1, 2), part[:, 1:], reduction="none") for part in tokens.split(8)
     ]
@@ -44,7 +44,7 @@ def token_bits(logits: Logits, tokens: Tensor) -> Tensor:
 
 
 def evaluate(path: Path, text: Text, count: int, length: int) -> dict[str, Tensor]:
-    """All measures of a checkpoint on ``count`` validation windows of ``length`` tokens.
+    """Return all measures of a checkpoint on ``count`` validation windows of ``length`` tokens.
 
     Returns:
         `bytes` and `bits` (count, length) of each token; `context C` (count,), bits of the last TAIL tokens of each
@@ -59,12 +59,12 @@ def evaluate(path: Path, text: Text, count: int, length: int) -> dict[str, Tenso
 
 
 def spans(length: int) -> list[tuple[int, int]]:
-    """Parts of a sequence of ``length`` tokens, each [first, last), and last the whole."""
+    """Return parts of a sequence of ``length`` tokens, each [first, last), and last the whole."""
     return [*pairwise([0, length // 16, length // 4, length // 2, length]), (0, length)]
 
 
 def span_bits(found: dict[str, Tensor], span: tuple[int, int]) -> Tensor:
-    """(count,) bits of each window's tokens at the positions of ``span``."""
+    """Return (count,) bits of each window's tokens at the positions of ``span``."""
     return found["bits"][:, slice(*span)].double().sum(1)
 
 
@@ -73,10 +73,10 @@ def bits_per_byte(found: dict[str, Tensor], span: tuple[int, int]) -> float:
 
 
 def context_gains(runs: Sequence[dict[str, Tensor]]) -> dict[str, list[float]]:
-    """Bits of the same tokens with a longer context over those with the next shorter one, by pair of lengths.
+    """Return bits of the same tokens with a longer context over those with the next shorter one, by pair of lengths.
 
     Args:
-        runs: of `evaluate`, one a seed.
+        runs: results of `evaluate`, one a seed.
 
     Returns:
         [ratio, lower, upper]: the mean of the seeds, and a 95 % bootstrap interval over windows.
@@ -90,7 +90,7 @@ def context_gains(runs: Sequence[dict[str, Tensor]]) -> dict[str, list[float]]:
 
 
 def seeds_interval(values: Sequence[float]) -> list[float] | None:
-    """95 % interval [lower, upper] of the mean of one value a seed, by Student's t; None for a single seed."""
+    """Return the 95 % interval [lower, upper] of the mean of one value a seed, by Student's t; None for one seed."""
     if len(values) < 2:
         return None
     mean, error = statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
@@ -100,7 +100,7 @@ def seeds_interval(values: Sequence[float]) -> list[float] | None:
 def compare(
     runs: dict[int, dict[str, Tensor]], others: dict[int, dict[str, Tensor]], span: tuple[int, int]
 ) -> dict[str, object]:
-    """Bits of one model over those of another in a span, over the seeds that both have.
+    """Return the bits of one model over those of another in a span, over the seeds that both have.
 
     Returns:
         `by_seed`; `mean`; `over_windows`, a 95 % bootstrap interval over validation windows of these seeds; and
@@ -114,6 +114,6 @@ def compare(
 
 
 def by_seed(values: dict[int, float]) -> dict[str, object]:
-    """One value a seed, their `mean`, and its 95 % interval `over_seeds`."""
+    """Return one value a seed, their `mean`, and its 95 % interval `over_seeds`."""
     listed = list(values.values())
     return {"by_seed": values, "mean": statistics.mean(listed), "over_seeds": seeds_interval(listed)}

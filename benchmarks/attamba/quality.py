@@ -72,7 +72,7 @@ class Job:
         return RUNS / f"{self.task}-{self.model}-lr{self.rate}-s{self.seed}"
 
     def result(self) -> dict[str, Any] | None:
-        """The result.json of the run; None if it is not finished."""
+        """Return the result.json of the run, or None if it is not finished."""
         path = self.path / "result.json"
         return json.loads(path.read_text()) if path.exists() else None
 
@@ -88,7 +88,7 @@ class Job:
         return evaluated and self.result() is not None
 
     def loss(self) -> float:
-        """What the learning rate is chosen by; of a finished run."""
+        """Return the loss of a finished run, by which the learning rate is chosen."""
         result = self.result()
         if result is None:
             raise ValueError(f"{self.path} is not finished")
@@ -119,7 +119,7 @@ def start_path(model: str, digest: str, seed: int) -> Path:
 
 
 def recall_start(job: Job, args: argparse.Namespace, text: Text) -> dict[str, Any]:
-    """What training on text starts from: a model that has learned to recall the syllables of names.
+    """Return what training on text starts from: a model that has learned to recall the syllables of names.
 
     Without it, models of this size do not learn from a few million tokens to look for a name in the context.
 
@@ -148,12 +148,12 @@ def recall_start(job: Job, args: argparse.Namespace, text: Text) -> dict[str, An
 
 
 def sweep(task: str, models: Iterable[str]) -> list[Job]:
-    """The runs that the learning rates are chosen by."""
+    """Return the runs that the learning rates are chosen by."""
     return [Job(task, model, rate, SWEEP_SEED) for model in models for rate in RATES[task]]
 
 
 def grid(task: str, models: Iterable[str], seeds: Sequence[int]) -> list[Job]:
-    """The runs to compare, of the models whose sweep is finished; seed by seed."""
+    """Return the runs to compare, of the models whose sweep is finished; seed by seed."""
     jobs = []
     for seed in seeds:
         for model in models:
@@ -174,7 +174,7 @@ def run_all(jobs: Sequence[Job], workers: ProcessPoolExecutor) -> None:
 
 
 def finished(jobs: Iterable[Job]) -> dict[str, dict[int, Job]]:
-    """The finished runs, by model and seed."""
+    """Return the finished runs, by model and seed."""
     found: dict[str, dict[int, Job]] = {}
     for job in filter(Job.is_done, jobs):
         found.setdefault(job.model, {})[job.seed] = job
@@ -182,18 +182,18 @@ def finished(jobs: Iterable[Job]) -> dict[str, dict[int, Job]]:
 
 
 def sweep_losses(task: str, models: Iterable[str]) -> dict[str, dict[str, float]]:
-    """What the learning rates were chosen by, by model and rate."""
+    """Return the losses that the learning rates were chosen by, by model and rate."""
     return {model: {job.rate: job.loss() for job in sweep(task, [model])} for model in models}
 
 
 def sizes(job: Job) -> dict[str, Any]:
-    """The learning rate, the parameters and the cache of a run."""
+    """Return the learning rate, the parameters and the cache of a run."""
     result, names = job.result() or {}, ("parameters", "kv_bytes_per_token", "kv_bytes_per_sequence")
     return {"learning_rate": job.rate} | {name: result[name] for name in names}
 
 
 def collect_recall(jobs: Iterable[Job]) -> dict[str, Any]:
-    """The accuracy of each model by distance, and the differences of the pairs."""
+    """Return the accuracy of each model by distance, and the differences of the pairs."""
     runs = finished(jobs)
     found = {model: {seed: job.result() or {} for seed, job in of.items()} for model, of in runs.items()}
     distances = [str(distance) for distance in recall.DISTANCES]
@@ -216,7 +216,7 @@ def collect_recall(jobs: Iterable[Job]) -> dict[str, Any]:
 
 
 def summarise(runs: dict[int, Job], found: dict[int, dict[str, Tensor]]) -> dict[str, Any]:
-    """The row of a model on text: its size, its cache, its bits per byte, and its gain from context."""
+    """Return the row of a model on text: its size, its cache, its bits per byte, and its gain from context."""
     results = {seed: job.result() or {} for seed, job in runs.items()}
     settings = next(iter(results.values()))["settings"]
     length = settings["length"]
@@ -234,7 +234,7 @@ def summarise(runs: dict[int, Job], found: dict[int, dict[str, Tensor]]) -> dict
 
 
 def collect_text(jobs: Iterable[Job]) -> dict[str, Any]:
-    """The bits of each model, and their ratios of the pairs by span of positions."""
+    """Return the bits of each model, and their ratios of the pairs by span of positions."""
     runs = finished(jobs)
     found = {
         model: {seed: torch.load(job.path / "evaluation.pt") for seed, job in of.items()} for model, of in runs.items()

@@ -18,7 +18,7 @@ def interval(bounds: Sequence[float] | None, show: Callable[[float], str]) -> st
 
 
 def model_cells(name: str, row: dict[str, Any], by_seed: dict[str, Any]) -> list[str]:
-    """The first cells of a model's row: its name, learning rate, cache, and how many seeds are in."""
+    """Return the first cells of a model's row: its name, learning rate, cache, and how many seeds are in."""
     cache = [f"{row['kv_bytes_per_token']:,.0f}", f"{row['kv_bytes_per_sequence']:,}"]
     return [name, row["learning_rate"], *cache, str(len(by_seed))]
 
@@ -27,7 +27,10 @@ MODEL_HEAD = ("model", "learning rate", "KV bytes a token", "and a sequence", "s
 
 
 def recall_tables(result: dict[str, Any]) -> list[str]:
-    """Accuracy by distance with the range of the seeds, and differences of models with intervals over seeds."""
+    """Return tables of the accuracy by distance with its range over seeds, and of models' differences.
+
+    The differences have intervals over seeds.
+    """
     rows, distances = result["models"], list(next(iter(result["models"].values()))["accuracy"])
     accuracies = [
         [
@@ -49,7 +52,7 @@ def with_seeds(by_distance: dict[str, Any]) -> Iterable[tuple[dict[str, Any], li
 
 
 def text_tables(result: dict[str, Any]) -> list[str]:
-    """Bits per byte by position, ratios of models with intervals, and the gain from context."""
+    """Return tables of bits per byte by position, ratios of models with intervals, and the gain from context."""
     rows = result["models"]
     first = next(iter(rows.values()))
     bits = [
@@ -76,7 +79,7 @@ def text_tables(result: dict[str, Any]) -> list[str]:
 
 
 def tables(result: dict[str, Any]) -> str:
-    """All tables of a result."""
+    """Return all tables of a result."""
     parts = recall_tables(result["recall"]) if "recall" in result else []
     return "\n\n".join([*parts, *(text_tables(result["text"]) if "text" in result else [])])
 

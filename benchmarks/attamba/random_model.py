@@ -21,8 +21,8 @@ def make_random_attamba(path: Path, *, seed: int = 0, dtype: torch.dtype = torch
 
     Args:
         path: directory to write; unchanged if it already holds this configuration and seed.
-        seed: of the weights.
-        dtype: of the checkpoint.
+        seed: seed of the weights.
+        dtype: dtype of the checkpoint.
         config: fields of AttambaConfig. The default vocabulary is the byte tokenizer's, padded to 320.
 
     Returns:

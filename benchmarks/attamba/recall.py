@@ -36,7 +36,9 @@ SIZES = ["--dim", "64", "--heads", "2", "--layers", "2", "--ffn", "128", "--ssm-
 
 
 def make_rows(distances: Tensor, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(rows, length + 1) int64 tokens and (rows, length) targets, UNSCORED where the context does not tell the token.
+    """Return (rows, length + 1) int64 tokens and (rows, length) targets.
+
+    Targets are UNSCORED where the context does not give the token.
 
     Args:
         distances: (rows,) int64, D of each row.
@@ -52,20 +54,20 @@ def make_rows(distances: Tensor, length: int, generator: torch.Generator) -> tup
 
 
 def training_rows(length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The rows of a step, with log-uniform distances from SHORTEST to half of ``length``."""
+    """Return the rows of a step, with log-uniform distances from SHORTEST to half of ``length``."""
     low, high = math.log(SHORTEST), math.log(length // 2 + 1)
     distances = (low + (high - low) * torch.rand(STEP_TOKENS // length, generator=generator)).exp().long()
     return make_rows(distances, length, generator)
 
 
 def learning_rate(rate: float, step: int, steps: int) -> float:
-    """The learning rate of a step: linear warm-up, constant, linear decay."""
+    """Return the learning rate of a step: linear warm-up, constant, linear decay."""
     return rate * min(1, (step + 1) / WARMUP, (steps - step) / (DECAY * steps))
 
 
 @torch.inference_mode()
 def accuracy(logits: Callable[[Tensor], Tensor], distance: int) -> float:
-    """The share of the keys of second copies whose most probable token is the right one."""
+    """Return the share of the keys of second copies whose most probable token is the right one."""
     generator = torch.Generator().manual_seed(distance)
     length = distance + min(distance, SEGMENT) - 1
     tokens, targets = make_rows(torch.full((ROWS,), distance), length, generator)
@@ -83,9 +85,9 @@ def train(
     """Train a model; returns the loss by step, in nats a scored token.
 
     Args:
-        stages: as STAGES.
+        stages: the same as STAGES.
         predict: the model's logits of the keys and fillers, for tokens of the task, where the model has other tokens
-            too; None: the model itself.
+            too, or None for the model itself.
     """
     optimiser, generator = make_optimiser(model, rate), torch.Generator().manual_seed(seed)
     lengths = [length for steps, length in stages for _ in range(steps)]
@@ -109,7 +111,7 @@ def run(model_arguments: list[str], rate: str, seed: int, stages: Sequence[tuple
     """Train a model and evaluate it.
 
     Args:
-        stages: as STAGES.
+        stages: the same as STAGES.
 
     Returns:
         `parameters`, `kv_bytes_per_token` and `kv_bytes_per_sequence` (bf16), `seconds` of CPU time, `loss` by step in

@@ -32,7 +32,7 @@ class Shape:
     mixer_heads: int = 8
 
     def llama(self) -> dict[str, Any]:
-        """Fields of LlamaConfig."""
+        """Return the fields of LlamaConfig."""
         return {
             "hidden_size": self.dim,
             "num_hidden_layers": self.layers,
@@ -43,7 +43,7 @@ class Shape:
         }
 
     def attamba(self, chunk_size: int, window: int) -> dict[str, Any]:
-        """Fields of AttambaConfig for P = ``chunk_size`` and L = ``window``."""
+        """Return the fields of AttambaConfig for P = ``chunk_size`` and L = ``window``."""
         own = {
             "head_dim": self.dim // self.heads,
             "ssm_heads": self.mixer_heads,
@@ -55,7 +55,7 @@ class Shape:
 
 
 def parse_shape(text: str) -> Shape:
-    """The default shape with the sizes of ``name=number,...`` replaced.
+    """Return the default shape with the sizes of ``name=number,...`` replaced.
 
     Raises:
         argparse.ArgumentTypeError: the text has another form or an unknown name.

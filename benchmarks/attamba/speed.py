@@ -45,7 +45,7 @@ def start(stack: contextlib.ExitStack, models: dict[str, Path], **arguments: Any
 
 
 def one_request(engines: dict[str, Engine], lengths: list[int], rounds: int) -> dict[str, Seconds]:
-    """Seconds of a whole prefill and of one decode step, by workload."""
+    """Return the seconds of a whole prefill and of one decode step, by workload."""
     tokens, seconds = random.Random(0), {}
     for engine in engines.values():
         engine.generate([1] * 4096, max_tokens=4)
@@ -63,7 +63,7 @@ def one_request(engines: dict[str, Engine], lengths: list[int], rounds: int) -> 
 
 
 def many_requests(engines: dict[str, Engine], rounds: int) -> Seconds:
-    """Seconds until the last request of the batch is finished."""
+    """Return the seconds until the last request of the batch is finished."""
     tokens, seconds = random.Random(1), {name: [] for name in MODELS}
     for index in track(range(rounds), description="many requests"):
         for name in MODELS[:: 1 if index % 2 else -1]:

@@ -32,7 +32,7 @@ Seconds = dict[str, list[float]]  # setting -> seconds of each round
 
 
 def run(dtype: str, tokens: int, context: int, steps: int, rounds: int) -> dict[str, Seconds]:
-    """Workload -> setting -> seconds."""
+    """Return workload -> setting -> seconds."""
     chance = random.Random(0)
 
     def prompt(length: int) -> list[int]:

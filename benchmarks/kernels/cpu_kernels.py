@@ -78,7 +78,10 @@ OTHERS = [
 
 
 def make_runs(case: Case) -> tuple[dict[str, Callable[[], Any]], int]:
-    """The two ops on the same operands, and the bytes of keys and values that each reads; their results must agree."""
+    """Return the two ops on the same operands, and the bytes of keys and values that each reads.
+
+    Their results must agree.
+    """
     torch.manual_seed(0)
     dtype, columns = DTYPES[case.dtype], -(-case.keys // case.page_size)
     num_pages, quantised = case.rows * columns, case.kv_cache_dtype != "auto"
@@ -145,7 +148,7 @@ def measure(case: Case, budget: float) -> dict[str, Any]:
 
 
 def memory() -> dict[str, float]:
-    """Gigabytes per second that a copy of 256 MB reads (it writes as many), and that a sum over 256 MB reads."""
+    """Return the GB per second that a copy of 256 MB reads (it writes as many), and that a sum over 256 MB reads."""
     source = torch.ones(1 << 26)
     target = torch.zeros_like(source)
     size = source.numel() * source.itemsize

@@ -34,18 +34,21 @@ ROUNDING = 1e-2
 
 
 def kv_bytes(keys: int) -> int:
-    """The bytes that decode must read: K and V of all keys."""
+    """Return the bytes that decode must read: K and V of all keys."""
     return 2 * keys * KV_HEADS * SIZE * ELEMENT_BYTES
 
 
 def attention_flops(queries: int, keys: int) -> int:
-    """Operations of causal attention aligned bottom-right: 2 products, so 4 per query-key pair, head and dimension."""
+    """Return the operations of causal attention aligned bottom-right.
+
+    There are 2 products, so 4 operations per query-key pair, head and dimension.
+    """
     pairs = queries * keys - queries * (queries - 1) // 2
     return 4 * pairs * HEADS * SIZE
 
 
 def seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Median seconds of ``repeats`` runs, after two runs that compile and warm up."""
+    """Return the median seconds of ``repeats`` runs, after two runs that compile and warm up."""
     call(), call()
     times = []
     for _ in range(repeats):
@@ -59,7 +62,7 @@ def seconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def card_rates(device: str, repeats: int) -> tuple[float, float]:
-    """Measured rates of the card: bytes/s of a copy, operations/s of a bfloat16 matrix product."""
+    """Return the measured rates of the card: bytes/s of a copy, operations/s of a bfloat16 matrix product."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     bandwidth = 2 * len(source) / seconds(lambda: target.copy_(source), repeats)
@@ -68,7 +71,7 @@ def card_rates(device: str, repeats: int) -> tuple[float, float]:
 
 
 def measure(queries: int, keys: int, device: str, repeats: int) -> dict[str, Any]:
-    """Seconds of the kernel and of SDPA, and the relative RMS difference of their outputs."""
+    """Return the seconds of the kernel and of SDPA, and the relative RMS difference of their outputs."""
     torch.manual_seed(0)
     num_pages = -(-keys // PAGE_SIZE)
     key_cache, value_cache = torch.randn(2, num_pages, PAGE_SIZE, KV_HEADS, SIZE, device=device, dtype=torch.bfloat16)

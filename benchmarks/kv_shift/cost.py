@@ -35,7 +35,7 @@ Seconds = dict[str, list[float]]
 
 
 def run(model: Path, rounds: int, seed: int) -> tuple[Seconds, int]:
-    """The seconds on a new engine after warm-up, and the tokens that fit its cache."""
+    """Return the seconds on a new engine after warm-up, and the tokens that fit its cache."""
     tokens = random.Random(seed)
     seconds: Seconds = {}
     with Engine(model, **ARGUMENTS | {"kv_cache_memory_bytes": BYTES}) as engine:

@@ -25,13 +25,13 @@ SHARPNESS, GAIN = 60.0, 10.0
 
 
 def token_dimensions() -> torch.Tensor:
-    """(VOCABULARY,) the dimension of each token's code. RoPE pairs dimension i with WIDTH / 2 + i."""
+    """Return (VOCABULARY,) the dimension of each token's code. RoPE pairs dimension i with WIDTH / 2 + i."""
     fixed = torch.arange(ROTATED_PAIRS, WIDTH // 2)
     return torch.cat((fixed, WIDTH // 2 + fixed))[:VOCABULARY]
 
 
 def oracle_tensors() -> dict[str, torch.Tensor]:
-    """The tensors of a KVShiftLlamaForCausalLM checkpoint, by name."""
+    """Return the tensors of a KVShiftLlamaForCausalLM checkpoint, by name."""
     codes = torch.zeros(VOCABULARY, WIDTH)
     codes[torch.arange(VOCABULARY), token_dimensions()] = 1.0
     unit = torch.eye(WIDTH)

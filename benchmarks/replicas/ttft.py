@@ -39,7 +39,7 @@ COUNTERS = ("starling:bytes_moved_total", "starling:move_seconds_total", "starli
 
 
 def first_token(server: Server, ids: list[int], blocks: int, replicas: int) -> float:
-    """Seconds until the response of a completion of one token."""
+    """Return the seconds until the response of a completion of one token."""
     star = {
         "star": "on",
         "star_block_size": f"n/{blocks}",
@@ -56,7 +56,7 @@ def first_token(server: Server, ids: list[int], blocks: int, replicas: int) -> f
 def measure(
     server: Server, length: int, numbers: Sequence[int], repeats: int, transport: str
 ) -> Iterator[dict[str, Any]]:
-    """A row of the results for each of these numbers of blocks."""
+    """Yield a row of the results for each of these numbers of blocks."""
     tokens = random.Random(length)
     for blocks in numbers:
         one: list[float] = []
@@ -87,11 +87,11 @@ def summary(
     cached: list[float],
     counted: list[dict[str, float]],
 ) -> dict[str, Any]:
-    """A row of the results.
+    """Return a row of the results.
 
     Args:
         one, two, cached: seconds of each repetition on one replica, on two, and with all pages cached.
-        counted: for each repetition, the increase of the server's COUNTERS.
+        counted: increase of the server's COUNTERS for each repetition.
     """
     moved, moving, parts = ([each[name] for each in counted] for name in COUNTERS)
     speedup, ideal = median_ratio(one, two), blocks / -(-(blocks + 1) // 2)

@@ -91,7 +91,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def counts(run: Mapping[str, Any]) -> str:
-    """The numbers that a run is about, in one line."""
+    """Return the numbers that a run is about, in one line."""
     found, stalls = run["requests"], [each["longest_ms"] for each in run["event_loops"].values() if each]
     longest = "not measured" if not stalls else f"{max(stalls):g} ms" if max(stalls) else "none above 200 ms"
     still = run["machine_stood_still"]
@@ -103,7 +103,7 @@ def counts(run: Mapping[str, Any]) -> str:
 
 
 def table(run: dict[str, Any]) -> Table:
-    """The series that have a bound, the fastest growing ones of each verdict first."""
+    """Return the series that have a bound, the fastest growing ones of each verdict first."""
     shown = Table("series", "first", "last", "per hour", "95 % interval", "bound", "verdict")
     judged = [(name, series) for name, series in run["series"].items() if series["verdict"]]
     for name, series in sorted(judged, key=lambda item: (item[1]["verdict"], -item[1]["per_hour"])):

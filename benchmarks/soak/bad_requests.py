@@ -33,7 +33,7 @@ class BadGrpc:
     """A call of gRPC, with its expected code.
 
     Attributes:
-        fields: of the call, by the server's limit of requests.
+        fields: fields of the call, by the server's limit of requests.
     """
 
     name: str

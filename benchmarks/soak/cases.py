@@ -20,9 +20,9 @@ class Case:
 
     Attributes:
         prompt: token ids.
-        star: options by their HTTP names; empty: dense.
+        star: options by their HTTP names; empty for dense attention.
         max_tokens: output tokens, unless ``form`` ends the output.
-        form: the field ``structured_outputs`` of gRPC; None: any output.
+        form: the field ``structured_outputs`` of gRPC, or None for any output.
     """
 
     name: str
@@ -33,24 +33,24 @@ class Case:
 
 
 def random_ids(seed: str, length: int) -> tuple[int, ...]:
-    """Token ids of bytes, the same for the same seed."""
+    """Return the token ids of bytes, the same for the same seed."""
     return tuple(random.Random(seed).choices(range(3, 250), k=length))
 
 
 def random_text(seed: str, length: int) -> str:
-    """Small letters, the same for the same seed."""
+    """Return small letters, the same for the same seed."""
     return "".join(random.Random(seed).choices("abcdefghijklmnopqrstuvwxyz ", k=length))
 
 
 def segmented(variant: int, seed: str) -> tuple[int, ...]:
-    """Five documents, of which the third has a length of its own in each variant, and a query."""
+    """Return five documents, of which the third has a length of its own in each variant, and a query."""
     lengths = [100, 150, 90 + 7 * variant, 120, 80]
     documents = [(SEGMENT_TOKEN, *random_ids(f"{seed} {index}", length)) for index, length in enumerate(lengths)]
     return sum(documents, ()) + random_ids(f"{seed} query", 40)
 
 
 def edited(variant: int, seed: str) -> tuple[int, ...]:
-    """A prompt of eight star blocks, one token of which differs in each variant."""
+    """Return a prompt of eight star blocks, one token of which differs in each variant."""
     ids = list(random_ids(seed, 8 * 128 + 40))
     ids[(variant + 1) * 128 + 50] = 3 + variant
     return tuple(ids)
@@ -62,7 +62,7 @@ def spread_of(replicas: int) -> dict[str, Any]:
 
 
 def make_cases(replicas: int, seed: str = "") -> list[Case]:
-    """The cases for a server with this number of replicas.
+    """Make the cases for a server with this number of replicas.
 
     Args:
         seed: another seed gives other prompts.

@@ -19,9 +19,10 @@ ENGINES, STALLED = ("pages used", "pages cached", "requests running"), (LONGEST_
 
 
 def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
-    """A column for each run: memory, descriptors and threads of each process, pages and requests of the engines.
+    """Draw a column for each run.
 
-    A last panel has the stalls of the event loops, if the servers of a run have a watchdog for them.
+    It has memory, descriptors and threads of each process, and pages and requests of the engines. A last panel has the
+    stalls of the event loops, if the servers of a run have a watchdog for them.
     """
     rows = [*PANELS, "engines", *(["stalls"] if any(curves(run, STALLED) for run in runs) else [])]
     size = (6.5 * len(runs), 3.25 * len(rows))
@@ -49,18 +50,18 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def servers_of(run: dict[str, Any]) -> str:
-    """The servers of a run, in words."""
+    """Return the servers of a run, in words."""
     engines = "one engine" if run["replicas"] == 1 else f"{run['replicas']} replicas"
     return engines if run["front"] == STARLING else f"{run['front']}, {engines}"
 
 
 def curves(run: dict[str, Any], quantities: Sequence[str]) -> dict[str, list[float]]:
-    """The curves of some quantities by the names of their series, which end with the quantity."""
+    """Return the curves of some quantities by the names of their series, which end with the quantity."""
     series = run["series"].items()
     return {name: each["curve"] for name, each in series if name.rpartition(": ")[2] in quantities}
 
 
 def plot(panel: Any, run: dict[str, Any], values: Sequence[float], label: str) -> None:
-    """A curve of medians at equal distances over the run."""
+    """Plot a curve of medians at equal distances over the run."""
     step = run["minutes"] / len(values)
     panel.plot([step * (index + 0.5) for index in range(len(values))], values, label=label, linewidth=1)

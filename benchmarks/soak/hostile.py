@@ -1,4 +1,4 @@
-"""What hostile clients send: each is refused with a short message, or does what it asks for, and nobody else waits."""
+"""Requests of hostile clients: each gets a short refusal, or does what it asks for, and nobody else waits."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Hostile:
 
 
 def filled(field: str) -> pb.GenerateStreamRequest:
-    """A request whose field ``field`` is as large as a message can be."""
+    """Return a request whose field ``field`` is as large as a message can be."""
     request = pb.GenerateStreamRequest(sampling=pb.SamplingParams(max_tokens=1))
     text, sampling, star = "a" * MESSAGE_BYTES, request.sampling, request.star
     if field != "prompt" and not field.startswith("prompt of"):
@@ -87,12 +87,12 @@ FIELDS += ("segments", "block_size", "quality", "segment_offsets")
 
 @lru_cache(maxsize=len(FIELDS))
 def message(field: str) -> bytes:
-    """``filled``, as bytes."""
+    """Return ``filled`` as bytes."""
     return filled(field).SerializeToString()
 
 
 async def status_of(call: Awaitable[bytes]) -> str:
-    """The name of a call's status, or that its message is long."""
+    """Return the name of a call's status, or that its message is long."""
     try:
         await call
     except grpc.aio.AioRpcError as error:
@@ -106,14 +106,14 @@ async def large_message(player: Player, field: str) -> str:
 
 
 async def many_choices(player: Player) -> str:
-    """Cancelled at once, as 20 bytes can be."""
+    """Send a request for many choices, which is cancelled at once, as 20 bytes can be."""
     request = pb.GenerateStreamRequest(sampling=pb.SamplingParams(n=MANY_CHOICES, temperature=1.0))
     request.token_ids.ids.extend([5] * 20)
     return await status_of(player.clients.raw("Generate", request.SerializeToString()))
 
 
 async def spelled_key(player: Player) -> str:
-    """The same client, however its key is spelled."""
+    """Send a call of the same client, however its key is spelled."""
     value = f"{player.random.choice(SPELLINGS)} {player.target.hostile_key}"
     return await status_of(player.clients.raw("GetCapabilities", b"", (("authorization", value),)))
 
@@ -125,7 +125,7 @@ async def second_key(player: Player) -> str:
 
 
 async def stalled_uploads(player: Player) -> str:
-    """Uploads of one client that go on and on, under each spelling of its key, while another client asks something."""
+    """Send one client's endless uploads, under each spelling of its key, while another client asks something."""
 
     async def upload() -> AsyncIterator[bytes]:
         head = pb.GenerateUploadStreamRequest(head=pb.GenerateStreamRequest(sampling=pb.SamplingParams(max_tokens=1)))
@@ -147,7 +147,7 @@ async def stalled_uploads(player: Player) -> str:
 
 
 async def over_http(player: Player, path: str, body: dict[str, Any], key: bool = True) -> str:
-    """The status of a request, or that its answer is long."""
+    """Return the status of a request, or that its answer is long."""
     headers = {"authorization": f"Bearer {player.target.hostile_key}"} if key else {}
     url, method = f"http://{player.target.http}{path}", "GET" if path.endswith(".json") else "POST"
     async with player.clients.keyless.request(method, url, json=body, headers=headers) as found:
@@ -176,7 +176,7 @@ async def without_key(player: Player, path: str) -> str:
 
 
 def deep(depth: int) -> Any:
-    """A list in a list in a list."""
+    """Return a list in a list in a list."""
     return json.loads("[" * depth + "]" * depth)
 
 
@@ -199,7 +199,7 @@ HOSTILE = [
 
 
 async def hostile(player: Player, chosen: Hostile | None = None) -> str:
-    """One attack by chance."""
+    """Make one attack by chance."""
     chosen = chosen or player.random.choice(HOSTILE)
     status = await chosen.attack(player)
     if status in FULL:

@@ -1,4 +1,4 @@
-"""What became of each request. Each is answered, refused with a documented status, or left by its client."""
+"""Account of the requests. Each is answered, refused with a documented status, or left by its client."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Ledger:
         losses: requests whose outcome their kind does not have, those of such moments too.
         different: answers that are not the reference's; they are lost too.
         not_sent: arrivals for which no client was free.
-        differences: of the first different answers.
+        differences: descriptions of the first different answers.
     """
 
     pauses: Sequence[Pause] = ()
@@ -59,9 +59,9 @@ class Ledger:
 
         Args:
             outcome: one of the words above, an HTTP status, a gRPC code, or an exception's type.
-            detail: what to show of a lost request.
+            detail: text to show of a lost request.
             accepts: outcomes that such a request may have, besides those of a full server.
-            start, end: when it was sent, and when it ended, by time.monotonic().
+            start, end: times at which it was sent and ended, by time.monotonic().
         """
         self.outcomes[kind][outcome] += 1
         if outcome in accepts or outcome in FULL:
@@ -71,17 +71,20 @@ class Ledger:
 
     @property
     def lost(self) -> int:
-        """Requests that are lost, without those that ``delayed`` has."""
+        """Return the number of requests that are lost, without those that ``delayed`` has."""
         return len(self.losses) - len(self.delayed)
 
     @property
     def delayed(self) -> list[Loss]:
-        """Requests that were lost while the machine stood still, or right after it; never those with a wrong answer."""
+        """Return the requests that were lost while the machine stood still, or right after it.
+
+        Those with a wrong answer are never among them.
+        """
         return [loss for loss in self.losses if self._is_delayed(loss)]
 
     @property
     def details(self) -> list[str]:
-        """Of the first lost requests."""
+        """Return details of the first lost requests."""
         return [str(loss) for loss in self.losses if not self._is_delayed(loss)][:MAX_DETAILS]
 
     def _is_delayed(self, loss: Loss) -> bool:
@@ -91,11 +94,11 @@ class Ledger:
 
     @property
     def requests(self) -> int:
-        """All requests that were sent."""
+        """Return the number of all requests that were sent."""
         return sum(counts.total() for counts in self.outcomes.values())
 
     def as_json(self) -> Mapping[str, Any]:
-        """The numbers, with kinds and outcomes in alphabetical order."""
+        """Return the numbers, with kinds and outcomes in alphabetical order."""
         return {
             "sent": self.requests,
             "lost": self.lost,

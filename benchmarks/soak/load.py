@@ -15,7 +15,7 @@ CAPACITY_CLIENTS = 8
 
 
 async def measure_capacity(player: Player, seconds: float) -> float:
-    """Requests in a second that the server completes for clients that never wait between two requests."""
+    """Return the requests in a second that the server completes for clients that never wait between two requests."""
     kinds = [kind for kind in kinds_for(player.target) if kind.brief]
     started = time.monotonic()
 
@@ -31,7 +31,7 @@ async def measure_capacity(player: Player, seconds: float) -> float:
 
 
 def choose(player: Player, kinds: Sequence[Kind]) -> Kind:
-    """A kind, by the shares of the kinds."""
+    """Choose a kind, by the shares of the kinds."""
     return player.random.choices(kinds, [kind.share for kind in kinds])[0]
 
 
@@ -42,7 +42,8 @@ class OpenLoop:
     """
 
     def __init__(self, player: Player, rate: float) -> None:
-        """
+        """Prepare the loop; no request is sent yet.
+
         Args:
             rate: mean number of arrivals in a second.
         """

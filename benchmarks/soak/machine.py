@@ -70,11 +70,11 @@ class MachineWatch:
 
 
 def was_paused(pauses: Sequence[Pause], start: float, end: float, *, least: float, after: float) -> bool:
-    """Whether the machine stood still while something took from ``start`` to ``end``.
+    """Return whether the machine stood still while something took from ``start`` to ``end``.
 
     Args:
-        least: seconds; shorter pauses don't count.
-        after: seconds; so long after a pause, what it has delayed goes on.
+        least: minimum length of a pause that counts, in seconds.
+        after: seconds after a pause in which what it has delayed goes on.
     """
     return any(pause.seconds >= least and start <= pause.end + after and end >= pause.start for pause in pauses)
 

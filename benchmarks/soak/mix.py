@@ -31,12 +31,12 @@ class Kind:
     """A kind of request.
 
     Attributes:
-        share: of all requests, relative to those of the other kinds.
-        play: sends one, and returns its outcome.
+        share: share of all requests, relative to those of the other kinds.
+        play: function that sends one, and returns its outcome.
         accepts: its possible outcomes.
-        brief: whether it keeps a client only for as long as the server needs.
-        plain: whether vLLM without Starling answers it too; it then ignores star options.
-        misbehaves: whether its clients do what they should not, or are ended.
+        brief: True if it keeps a client only for as long as the server needs.
+        plain: True if vLLM without Starling answers it too; it then ignores star options.
+        misbehaves: True if its clients do what they should not, or are ended.
     """
 
     name: str
@@ -49,12 +49,12 @@ class Kind:
 
 
 def kinds_for(target: Target) -> list[Kind]:
-    """The kinds that a server gets."""
+    """Return the kinds that a server gets."""
     return [kind for kind in KINDS if kind.plain or target.front == STARLING]
 
 
 def options(player: Player) -> dict[str, Any]:
-    """A salt and a priority, or neither."""
+    """Return a salt and a priority, or neither."""
     salt = player.random.choice([None, None, "tenant a", "tenant b"])
     return {"priority": player.random.choice([0, 0, -1, 2])} | ({"cache_salt": salt} if salt else {})
 
@@ -78,7 +78,7 @@ async def grpc_unary(player: Player) -> str:
 
 
 async def chat(player: Player) -> str:
-    """Over HTTP and gRPC; both have the same text."""
+    """Send a chat over HTTP and gRPC; both have the same text."""
     kinds = {"dense": {}, "star": BLOCKS, "messages": MESSAGES}
     seed, kind = player.random.randrange(3), player.random.choice(list(kinds))
     star, count = kinds[kind], 3 if kind == "messages" else 1
@@ -92,7 +92,7 @@ async def chat(player: Player) -> str:
 
 
 async def texts(player: Player) -> str:
-    """Documents over gRPC as texts, in an order by chance."""
+    """Send documents over gRPC as texts, in an order by chance."""
     first = player.random.randrange(4)
     documents = [random_text(f"text {(first + index) % 4}", 200) for index in range(3)]
     prompt = [*documents, random_text("query of texts", 40)]
@@ -101,13 +101,13 @@ async def texts(player: Player) -> str:
 
 
 async def live_page(player: Player) -> str:
-    """What somebody sees who looks at the page of requests."""
+    """Read what somebody sees who looks at the page of requests."""
     page, data = await player.clients.live("/starling/live"), await player.clients.live("/starling/live.json")
     return ANSWERED if b"<html" in page and b'"requests"' in data else "no page of requests"
 
 
 async def choices(player: Player) -> str:
-    """Several sampled choices. Their number and lengths are checked."""
+    """Ask for several sampled choices, and check their number and lengths."""
     number, case = player.random.choice([2, 3]), player.any_case(free=True)
     sampled = {"n": number, "temperature": 1.0}
     if player.over_http():
@@ -153,7 +153,7 @@ async def refused_grpc(player: Player) -> str:
 
 
 async def vanish(player: Player, front: str, cut: Callable[[Player], Cut], prompt: int, stream: bool = True) -> str:
-    """A request through a relay, which cuts its connection."""
+    """Send a request through a relay, which cuts its connection."""
     star = player.random.choice([{}, BLOCKS | {"star_block_size": 512}, player.spread])
     case = Case("vanish", random_ids(str(player.random.random()), prompt), star, LONG_OUTPUT)
     async with Relay(getattr(player.target, front), cut(player)) as relay:
@@ -181,7 +181,7 @@ async def vanish(player: Player, front: str, cut: Callable[[Player], Cut], promp
 
 
 async def abort(player: Player) -> str:
-    """A long request, which AdminService ends."""
+    """Send a long request, which AdminService ends."""
     name, case = uuid.uuid4().hex, Case("", random_ids(str(player.random.random()), 600), player.spread, LONG_OUTPUT)
     running = asyncio.ensure_future(player.clients.stream(case.prompt, request_id=name, **fields_of(case)))
     try:
@@ -196,7 +196,7 @@ async def abort(player: Player) -> str:
 
 
 async def control(player: Player) -> str:
-    """A reset of the prefix cache, and what operators read."""
+    """Reset the prefix cache, and read what operators read."""
     name = player.random.choice(["ResetPrefixCache", "GetServerInfo", "GetCacheState"])
     await player.clients.control(name, getattr(admin, f"{name}Request")())
     await player.clients.grpc.capabilities()
@@ -224,14 +224,14 @@ def stops_reading(player: Player) -> Cut:
 
 
 def stays_connected(player: Player) -> Cut:
-    """Its network is gone: neither a FIN nor a RST comes, for a while."""
+    """Return the cut of a client whose network is gone: neither a FIN nor a RST comes, for a while."""
     return Cut(seconds=player.random.uniform(0.02, 0.5), hold=player.hold_seconds, reset=True)
 
 
 def vanishing(
     when: str, cut: Callable[[Player], Cut], prompt: int, share: float, brief: bool = True, stream: bool = True
 ) -> list[Kind]:
-    """Clients of each front that vanish at a moment; ``prompt`` is their number of prompt tokens."""
+    """Return kinds of clients of each front that vanish at a moment; ``prompt`` is their prompt tokens."""
     return [
         Kind(
             f"{when}, {front}",

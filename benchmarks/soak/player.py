@@ -32,9 +32,10 @@ class Player:
     """
 
     def __init__(self, clients: Clients, hold_seconds: float = 8, ledger: Ledger | None = None) -> None:
-        """
+        """Prepare the player; no request is sent yet.
+
         Args:
-            hold_seconds: how long a client that has stopped to read stays connected.
+            hold_seconds: seconds that a client that has stopped to read stays connected.
             ledger: the account of requests; by default one of its own.
         """
         self.clients = clients
@@ -69,26 +70,26 @@ class Player:
             self.answers[case.name] = output
 
     async def _answer(self, body: dict[str, Any]) -> tuple[list[int], float]:
-        """The tokens of a greedy completion, and the least distance between its first and second choice."""
+        """Return the tokens of a greedy completion, and the least distance between its first and second choice."""
         async with self.clients.post("/v1/completions", body) as response:
             (choice,) = (await response.json())["choices"]
         likeliest = (sorted(top.values()) for top in choice["logprobs"]["top_logprobs"])
         return choice["token_ids"], min(top[-1] - top[-2] for top in likeliest)
 
     def over_http(self) -> bool:
-        """Whether the next request goes over HTTP: half of them, or all."""
+        """Return whether the next request goes over HTTP: half of them, or all."""
         return self.target.front != STARLING or self.random.random() < 0.5
 
     def any_case(self, free: bool = False) -> Case:
-        """A case by chance; with ``free``, one whose output has no required form."""
+        """Return a case by chance; with ``free``, one whose output has no required form."""
         return self.random.choice([case for case in self.cases if not (free and case.form)])
 
     def check(self, case: Case, output: Output) -> str:
-        """Whether an output is the answer to its case."""
+        """Check that an output is the answer to its case; returns ANSWERED or DIFFERENT."""
         return self.check_named(case.name, output)
 
     def check_named(self, name: str, output: Output) -> str:
-        """Whether an output is the first one with this name. Requests that the server cut short are different."""
+        """Check that an output is the first one with this name. Requests that the server cut short are different."""
         self.ledger.checked += 1
         tokens = output.tokens.get(0, [])
         known = self.answers.setdefault(name, tokens)

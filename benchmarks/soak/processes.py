@@ -1,4 +1,4 @@
-"""What each process of a server holds: memory, descriptors, threads, sockets, and files in memory."""
+"""Resources of each process of a server: memory, descriptors, threads, sockets, and files in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHARED_MEMORY = re.compile(r" (/dev/shm/\S+)$", re.MULTILINE)
 
 
 def server_processes(pid: int) -> Iterator[tuple[str, psutil.Process]]:
-    """The process and its descendants, each with a name of its own: engines and workers by vLLM's titles."""
+    """Yield the process and its descendants, each with a name of its own: engines and workers by vLLM's titles."""
     names: dict[int, str] = {}
     seen: dict[str, int] = {}
     root = psutil.Process(pid)
@@ -28,7 +28,7 @@ def server_processes(pid: int) -> Iterator[tuple[str, psutil.Process]]:
 
 
 def sample_process(process: psutil.Process) -> dict[str, float]:
-    """Quantity -> value: memory in MiB, all others as numbers."""
+    """Return quantity -> value: memory in MiB, all others as numbers."""
     memory = process.memory_full_info()
     return {
         "RSS": memory.rss / MIB,
@@ -42,12 +42,12 @@ def sample_process(process: psutil.Process) -> dict[str, float]:
 
 
 def shared_memory(process: psutil.Process) -> set[str]:
-    """Paths under /dev/shm that a process has mapped."""
+    """Return the paths under /dev/shm that a process has mapped."""
     return set(SHARED_MEMORY.findall(Path(f"/proc/{process.pid}/maps").read_text()))
 
 
 def sample_processes(pid: int) -> tuple[dict[str, float], set[str]]:
-    """ "process: quantity" -> value for each process of a server, and the files of shared memory that they use."""
+    """Return "process: quantity" -> value for each process of a server, and its files of shared memory."""
     values: dict[str, float] = {}
     files: set[str] = set()
     for name, process in server_processes(pid):
@@ -61,13 +61,13 @@ def sample_processes(pid: int) -> tuple[dict[str, float], set[str]]:
 
 
 def size(path: Path) -> float:
-    """MiB of a file; 0 if it has been removed."""
+    """Return the MiB of a file; 0 if it has been removed."""
     with contextlib.suppress(FileNotFoundError):
         return path.stat().st_size / MIB
     return 0
 
 
 def sample_folder(folder: Path) -> dict[str, float]:
-    """Number and MiB of the files in a folder."""
+    """Return number and MiB of the files in a folder."""
     paths = [path for path in folder.rglob("*") if not path.is_dir()]
     return {"temporary files": len(paths), "temporary files, MiB": sum(map(size, paths))}

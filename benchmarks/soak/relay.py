@@ -14,14 +14,14 @@ RESET = struct.pack("ii", 1, 0)  # SO_LINGER with 0 seconds: close() sends RST
 
 @dataclass(frozen=True)
 class Cut:
-    """When a connection ends, at the first of three events, and how.
+    """End of a connection, at the first of three events.
 
     Attributes:
-        seconds: after the start of the connection.
+        seconds: time after the start of the connection.
         sent: bytes from the client to the server.
         received: bytes from the server to the client.
-        hold: seconds for which the connection stays open after that, and nothing is read from it or sent.
-        reset: whether the server gets a RST; otherwise it gets a FIN.
+        hold: seconds during which the connection stays open after that, and nothing is read from it or sent.
+        reset: True if the server gets a RST; otherwise it gets a FIN.
     """
 
     seconds: float = 60
@@ -35,15 +35,16 @@ class Relay:
     """Listens on a free port for the duration of the block.
 
     Attributes:
-        port: where it listens.
+        port: port on which it listens.
         cuts: connections that it has ended before the client or the server did.
     """
 
     def __init__(self, address: str, cut: Cut) -> None:
-        """
+        """Prepare the relay; it does not listen yet.
+
         Args:
             address: host:port of the server.
-            cut: of each connection.
+            cut: end of each connection.
         """
         host, _, port = address.rpartition(":")
         self.address = (host, int(port))

@@ -27,12 +27,12 @@ JUDGED_MINUTES = 5
 
 
 def warm_up_minutes(minutes: float) -> float:
-    """A quarter of the run, between one minute and five."""
+    """Return a quarter of the run, between one minute and five."""
     return min(max(minutes / 4, 1), 5)
 
 
 async def rest(loops: Sequence[OpenLoop]) -> dict[str, float]:
-    """What the servers still hold once all requests to any of them have ended: the largest numbers."""
+    """Return what the servers still hold once all requests to any of them have ended: the largest numbers."""
     await asyncio.gather(*(loop.ended() for loop in loops))
     left = await asyncio.gather(*(loop.rest() for loop in loops))
     largest = {name: max(each[name] for each in left) for name in left[0]}
@@ -100,12 +100,12 @@ async def play(
 
 
 def faults(ledger: Ledger) -> int:
-    """The requests of clients that did what they should not, or that were ended."""
+    """Count the requests of clients that did what they should not, or that were ended."""
     return sum(ledger.outcomes[kind.name].total() for kind in KINDS if kind.misbehaves and kind.name in ledger.outcomes)
 
 
 def found_in(samplers: Mapping[str, Sampler], minutes: float, pauses: Sequence[Pause] = ()) -> dict[str, Any]:
-    """What the samples of the servers say. Of several servers, a series has the server's name in front."""
+    """Return what the samples of the servers say. If there are several, a series has the server's name in front."""
     series, loops, split, ended = {}, {}, {}, 0
     for name, sampler in samplers.items():
         kept = [index for index, hours in enumerate(sampler.times) if hours * 60 >= warm_up_minutes(minutes)]

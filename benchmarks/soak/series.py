@@ -39,16 +39,17 @@ class Sampler:
     """Samples a server every few seconds, in a task.
 
     Attributes:
-        times: of the samples, in hours since the start.
+        times: times of the samples, in hours since the start.
         series: name -> one value for each of ``times``.
         shared: files of shared memory that the server has used.
     """
 
     def __init__(self, clients: Clients, temporary: Path, seconds: float) -> None:
-        """
+        """Prepare the sampler; no sample is taken yet.
+
         Args:
             temporary: the server's folder of temporary files.
-            seconds: between two samples.
+            seconds: time between two samples.
         """
         self.clients = clients
         self.temporary = temporary
@@ -68,7 +69,7 @@ class Sampler:
             await asyncio.sleep(self.seconds)
 
     def paused(self, pauses: Sequence[Pause]) -> list[bool]:
-        """For each sample, whether the machine stood still since the one before, for as long as a stall is."""
+        """Return, for each sample, whether the machine stood still since the one before, for as long as a stall is."""
         times = [self.started, *(self.started + 3600 * hours for hours in self.times)]
         return [was_paused(pauses, start, end, least=0, after=1) for start, end in pairwise(times)]
 
@@ -87,10 +88,10 @@ class Sampler:
 
 
 def stalls_of(text: str) -> dict[str, float]:
-    """How often the event loop of a server stood still and the longest time of it, as its watchdog counts in /metrics.
+    """Return how often a server's event loop stood still, and for how long at most, by its watchdog in /metrics.
 
     Args:
-        text: of /metrics.
+        text: text of /metrics.
 
     Returns:
         Name of the series -> value; nothing where the server has no watchdog.
@@ -100,10 +101,10 @@ def stalls_of(text: str) -> dict[str, float]:
 
 
 def stalls_in(samples: Sequence[Mapping[str, float]], paused: Sequence[bool] = ()) -> dict[str, float] | None:
-    """What the watchdog of a server counted between the first sample and the last one.
+    """Return what the watchdog of a server counted between the first sample and the last one.
 
     Args:
-        paused: for each sample, whether the machine stood still since the one before. Stalls of that time are counted
+        paused: for each sample, True if the machine stood still since the one before. Stalls of that time are counted
             apart: on a virtual machine, a thread's time on a processor has what the host took from it.
 
     Returns:
@@ -121,20 +122,20 @@ def stalls_in(samples: Sequence[Mapping[str, float]], paused: Sequence[bool] = (
 
 
 def bound_of(name: str) -> float | None:
-    """The allowed growth of a series in an hour; None: any."""
+    """Return the allowed growth of a series in an hour, or None for any."""
     return BOUNDS.get(name.rpartition(": ")[2])
 
 
 def report_series(
     times: Sequence[float], samples: Sequence[Mapping[str, float]], judged: bool = True
 ) -> dict[str, dict[str, Any]]:
-    """Name -> the growth of a series and its verdict.
+    """Return name -> the growth of a series and its verdict.
 
     Args:
-        times: hours, of the samples after the warm-up.
+        times: times of the samples after the warm-up, in hours.
         samples: name -> value, one mapping for each of ``times``. Series that a sample lacks are left out: their
             process ended, which the number of processes shows.
-        judged: whether series with a bound have a verdict.
+        judged: True if series with a bound have a verdict.
 
     Returns:
         {"first", "last", "per_hour", "interval", "bound", "verdict", "curve"}. Without a bound there is no verdict. The

@@ -32,7 +32,7 @@ class Target:
 
     Attributes:
         http, grpc: host:port.
-        pid: of its first process.
+        pid: id of its first process.
         queue: its --max-num-queued-reqs.
         front: STARLING, or one of the servers that get requests over HTTP only: HTTP, which is the same server, and
             PLAIN, which is vLLM without Starling. PLAIN has no AdminService.
@@ -95,21 +95,21 @@ class Clients:
         await self.raw_channel.close()
 
     async def control(self, name: str, message: Any) -> Any:
-        """The response of a method of AdminService."""
+        """Return the response of a method of AdminService."""
         metadata = (("authorization", f"Bearer {self.target.admin_key}"),)
         return await getattr(self.admin, name)(message, metadata=metadata)
 
     def raw(self, method: str, message: bytes, metadata: Metadata | None = None) -> Awaitable[bytes]:
-        """A call of InferenceService with bytes; without ``metadata`` it has the key of hostile clients."""
+        """Call InferenceService with bytes; without ``metadata`` the call has the key of hostile clients."""
         call = self.raw_channel.unary_unary(f"/{SERVICE}/{method}")
         return call(message, metadata=metadata or (("authorization", f"Bearer {self.target.hostile_key}"),))
 
     def raw_upload(self, parts: AsyncIterator[bytes], metadata: Metadata) -> grpc.aio.StreamStreamCall:
-        """An upload of bytes."""
+        """Start an upload of bytes."""
         return self.raw_channel.stream_stream(f"/{SERVICE}/GenerateUploadStream")(parts, metadata=metadata)
 
     async def cache(self) -> list[admin.EngineCache]:
-        """The KV cache of each engine, with its requests. Of PLAIN, the numbers of requests of all engines."""
+        """Return the KV cache of each engine, with its requests. Of PLAIN, the numbers of requests of all engines."""
         if self.target.front == PLAIN:
             text = await self.metrics()
             running, waiting = (int(series_sum(text, f"vllm:num_requests_{state}")) for state in ("running", "waiting"))
@@ -121,7 +121,7 @@ class Clients:
     async def post(
         self, path: str, body: Any, headers: dict[str, str] | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """A response of the HTTP server.
+        """Yield a response of the HTTP server.
 
         Raises:
             RefusedError: its status is 400 or more.
@@ -132,12 +132,12 @@ class Clients:
             yield response
 
     async def metrics(self) -> str:
-        """The text of /metrics."""
+        """Return the text of /metrics."""
         async with self.session.get(f"http://{self.target.http}/metrics") as response:
             return await response.text()
 
     async def live(self, path: str) -> bytes:
-        """A path of the page of requests, with the admin key (raises RefusedError: its status is 400 or more)."""
+        """Read a path of the page of requests, with the admin key (raises RefusedError: its status is 400 or more)."""
         headers = {"authorization": f"Bearer {self.target.admin_key}"}
         async with self.keyless.get(f"http://{self.target.http}{path}", headers=headers) as response:
             if response.status >= 400:
@@ -145,7 +145,7 @@ class Clients:
             return await response.read()
 
     async def complete(self, body: dict[str, Any], headers: dict[str, str] | None = None) -> Output:
-        """A completion over HTTP, streamed if the body says so."""
+        """Return a completion over HTTP, streamed if the body says so."""
         output = Output()
         async with self.post("/v1/completions", body, headers) as response:
             async for data in events(response.content) if body.get("stream") else one(await response.json()):
@@ -156,7 +156,7 @@ class Clients:
         return output
 
     async def chat(self, body: dict[str, Any]) -> Output:
-        """A chat completion over HTTP, not streamed."""
+        """Return a chat completion over HTTP, not streamed."""
         output = Output()
         async with self.post("/v1/chat/completions", body | {"stream": False}) as response:
             for choice in (await response.json())["choices"]:
@@ -164,7 +164,7 @@ class Clients:
         return output
 
     async def stream(self, prompt: Prompt, *, upload: bool = False, **fields: Any) -> Output:
-        """A stream over gRPC."""
+        """Return the output of a stream over gRPC."""
         output = Output()
         async with contextlib.aclosing(self.grpc.stream(prompt, upload=upload, **fields)) as received:
             async for event in received:
@@ -175,7 +175,7 @@ class Clients:
         return output
 
     async def generate(self, prompt: Prompt, **fields: Any) -> Output:
-        """One response over gRPC."""
+        """Return one response over gRPC."""
         output = Output()
         for choice in (await self.grpc.generate(prompt, **fields)).choices:
             output.add(choice.index, choice.token_ids, choice.finish_reason)
@@ -187,7 +187,7 @@ async def one(value: Any) -> AsyncIterator[Any]:
 
 
 def body_of(case: Case, model: str) -> dict[str, Any]:
-    """A case as the body of a completion."""
+    """Return a case as the body of a completion."""
     body = {"model": model, "prompt": list(case.prompt), "max_tokens": case.max_tokens, "temperature": 0}
     body |= {"return_token_ids": True, "vllm_xargs": case.star}
     if case.form:
@@ -196,13 +196,13 @@ def body_of(case: Case, model: str) -> dict[str, Any]:
 
 
 def fields_of(case: Case) -> dict[str, Any]:
-    """A case as the fields of a call of gRPC."""
+    """Return a case as the fields of a call of gRPC."""
     fields = {"max_tokens": case.max_tokens, "temperature": 0, "star": case.star}
     return fields | ({"structured_outputs": case.form} if case.form else {"ignore_eos": True})
 
 
 def series_values(text: str, name: str) -> list[float]:
-    """The values of the series of a metric in the text of /metrics."""
+    """Return the values of the series of a metric in the text of /metrics."""
     return list(map(float, re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)))
 
 
@@ -216,7 +216,7 @@ IDLE_SECONDS = 150
 
 
 async def wait_idle(clients: Clients, seconds: float = IDLE_SECONDS) -> list[admin.EngineCache]:
-    """The state of the engines once none has a request or a page in use, or after ``seconds``."""
+    """Return the state of the engines once none has a request or a page in use, or after ``seconds``."""
     deadline = asyncio.get_running_loop().time() + seconds
     while True:
         states = await clients.cache()

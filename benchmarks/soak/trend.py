@@ -1,4 +1,4 @@
-"""How fast a series of samples grows, with an interval that allows for the autocorrelation of the samples."""
+"""Growth of a series of samples, with an interval that allows for the autocorrelation of the samples."""
 
 from __future__ import annotations
 
@@ -22,19 +22,22 @@ class Trend:
     upper: float
 
     def verdict(self, bound: float) -> str:
-        """FLAT if the interval lies below ``bound``, GROWING if it lies above, UNCLEAR if the run was too short."""
+        """Return FLAT, GROWING or UNCLEAR.
+
+        FLAT: the interval lies below ``bound``; GROWING: it lies above; UNCLEAR: the run was too short.
+        """
         if self.upper <= bound:
             return FLAT
         return GROWING if self.lower > bound else UNCLEAR
 
 
 def batch_medians(values: ArrayLike, batches: int) -> NDArray[np.float64]:
-    """The median of each of ``batches`` runs of consecutive values, as equally long as possible."""
+    """Return the median of each of ``batches`` runs of consecutive values, as equally long as possible."""
     return np.array([np.median(batch) for batch in np.array_split(np.asarray(values, float), batches)])
 
 
 def fit_trend(times: Sequence[float], values: Sequence[float]) -> Trend:
-    """The Theil-Sen slope over the medians of 12 batches, with Sen's interval (Sen 1968).
+    """Return the Theil-Sen slope over the medians of 12 batches, with Sen's interval (Sen 1968).
 
     Neighbouring samples are not independent: an allocator keeps what it once took, and a burst lasts for several
     samples. Sen's interval assumes independent points of any distribution. The medians of batches are nearly
@@ -42,8 +45,8 @@ def fit_trend(times: Sequence[float], values: Sequence[float]) -> Trend:
     an allocator that takes more memory once, gives an interval that begins at 0.
 
     Args:
-        times: increasing.
-        values: one for each of ``times``.
+        times: increasing times.
+        values: one value for each of ``times``.
 
     Raises:
         ValueError: there are fewer samples than batches.

@@ -1,4 +1,4 @@
-"""What makes a soak fail."""
+"""Conditions under which a soak fails."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.soak.trend import GROWING
 
 
 def failures(run: Mapping[str, Any]) -> list[str]:
-    """A sentence for each failure of a run, a row of results/soak.json."""
+    """Return a sentence for each failure of a run, a row of results/soak.json."""
     requests = run["requests"]
     found = []
     if requests["lost"]:

@@ -9,13 +9,14 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from starling.attention_backends.star.refusals import options_of
 from starling.config.parsing import OptionError
 from starling.engine_ext.front.planning import rejection
 from starling.engine_ext.front.progress import ProgressPoller
 from starling.engine_ext.front.requests import RequestPlanner
-from starling.features.front_part import FrontRequest
+from starling.features.front_request import FrontRequest
 from starling.features.replicas.front import Replicas
-from starling.features.replicas.split.split_state import SplitState
+from starling.features.replicas.split.replica_rpc import ReplicaRPC
 
 LOOKUPS = 4
 """Prompts that are looked up at once (look_up.py): each takes milliseconds of an engine's process."""
@@ -28,11 +29,16 @@ class FrontState:
         planner: plans the engine's requests.
         poller: watches how far prompts are.
         serving_models: returns vLLM's list of the server's models; None where no OpenAI server uses the engine.
+        replicas: prompts that are split over replicas, or None if Starling runs without.
+        rpc: calls to the engine's replicas.
         lookups: the turns of prompts that are looked up.
     """
 
     def __init__(self, vllm_config: Any, tokenizer: Any = None) -> None:
         self.planner = RequestPlanner(vllm_config, tokenizer)
+        self.replicas: Replicas | None = self.planner.features.get("replicas")
+        timeout = options_of(vllm_config).replicas.timeout
+        self.rpc = ReplicaRPC(timeout) if self.replicas is None else self.replicas.state.rpc
         self.poller = ProgressPoller(self.waiting)
         self.serving_models: Callable[[], Any] = lambda: None
         self.lookups = asyncio.Semaphore(LOOKUPS)
@@ -43,23 +49,20 @@ class FrontState:
         Raises:
             VLLMValidationError: the request can't run.
         """
-        if not self.planner.parts:
-            return request.outputs()
-        facts = self.planner.engine
         try:
-            found = (part.outputs(request, facts) for part in self.planner.parts)
-            return next((outputs for outputs in found if outputs is not None), None) or request.outputs()
+            split = None if self.replicas is None else self.replicas.outputs(request, self.planner.engine)
         except OptionError as error:
             raise rejection(error) from None
+        return request.outputs() if split is None else split
 
     def waiting(self) -> set[str]:
-        """The ids of requests that features run, and which the engine may not know."""
-        return {request_id for part in self.planner.parts for request_id in part.waiting()}
+        """Return the ids of split requests, which the engine may not know."""
+        return set() if self.replicas is None else set(self.replicas.waiting())
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """End the requests that features run and which the engine does not have."""
-        for part in self.planner.parts:
-            part.abort(request_ids)
+        """End the split requests that the engine does not have."""
+        if self.replicas is not None:
+            self.replicas.abort(request_ids)
 
     def set_serving_models(self, models: Any) -> None:
         """Keep vLLM's list of models, from which gRPC requests get LoRA adapters.
@@ -93,10 +96,3 @@ def state_of(input_processor: Any) -> FrontState:
 def front_state(engine: Any) -> FrontState:
     """The state of an AsyncLLM."""
     return state_of(engine.input_processor)
-
-
-def split_state(engine: Any) -> SplitState:
-    """What a server's front keeps of the replicas of an AsyncLLM for which Starling is activated."""
-    part = front_state(engine).planner.part(Replicas)
-    assert part is not None
-    return part.state

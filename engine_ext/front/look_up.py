@@ -9,12 +9,12 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 
+from starling.attention_backends.star.refusals import has_library
 from starling.config.entry import config_of
 from starling.engine_ext.front.call import Call, this_call
 from starling.engine_ext.front.front_state import front_state
 from starling.features.adapter.lora import adapter_fields
-from starling.features.front_part import empty_output
-from starling.features.server_options import has_library
+from starling.features.front_request import empty_output
 from starling.scheduler.core_rpc import CACHED_TOKENS
 from starling.scheduler.star.decide import decision_of
 from starling.scheduler.star.request_metadata import RequestMetadata

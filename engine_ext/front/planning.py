@@ -17,8 +17,7 @@ from starling.engine_ext.engine_facts import engine_facts
 from starling.engine_ext.front.bounds import shortened
 from starling.engine_ext.front.misplaced import nearly, refuse_among_options
 from starling.engine_ext.front.star_metrics import front_metrics
-from starling.features import make_parts
-from starling.scheduler.part import HasParts
+from starling.features import make_features
 from starling.scheduler.star.counts import describe, model_keys
 from starling.scheduler.star.decide import Decision, decide
 from starling.scheduler.star.documents import NOT_ONE_TOKEN, refuse_many_offsets
@@ -86,17 +85,17 @@ def refuse_segment_text(text: Any, model_config: Any) -> None:
         raise OptionError(SEGMENTS, text, NOT_ONE_TOKEN, "auto, off, or the text of one token")
 
 
-class PromptPlanner(HasParts):
+class PromptPlanner:
     """Plans the prompts of one engine."""
 
     def __init__(self, vllm_config: Any, tokenizer: Any = None) -> None:
         self.config = config_of(vllm_config)
         self.vllm_config = vllm_config
         self.tokenizer = tokenizer
-        self.parts = [] if self.config is None else make_parts("front", vllm_config)
+        self.features = {} if self.config is None else make_features("front", vllm_config)
         facts = EngineFacts(None, (HOW_TO_ACTIVATE,))
         if self.config is not None:
-            facts = engine_facts(vllm_config, None, self.parts)
+            facts = engine_facts(vllm_config, None, self.features)
         self.facts = replace(facts, token_of=lru_cache(maxsize=256)(self.token_of))
         self.defaults = usable_defaults((self.config or StarlingConfig()).star, facts)
 

@@ -11,7 +11,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from starling.config.parsing import OptionError
-from starling.config.star import STAR_RETENTION, is_star_key, parse_options
+from starling.config.star import STAR_RETENTION, flat_name, is_star_key, parse_options
 from starling.engine_ext.front.bounds import REQUEST_ID, check_params, check_prompt_logprobs
 from starling.engine_ext.front.cache_salt import salted
 from starling.engine_ext.front.call import current_call
@@ -123,8 +123,8 @@ class RequestPlanner(PromptPlanner):
         if self.config is None:
             return
         decision = self.hinted(decision, request)
-        if decision.plan is not None:
-            self.check(decision.plan, params)
+        if decision.plan is not None and decision.plan.documents:
+            check_with_documents(params)
         request.lora_request = self.lora_of(decision.plan, request.lora_request)
         metadata = replace(
             metadata,
@@ -139,31 +139,38 @@ class RequestPlanner(PromptPlanner):
             front_metrics().requests.labels("dense" if decision.plan is None else "star").inc()
 
     def hinted(self, decision: Decision, request: Any) -> Decision:
-        """A decision, as hints of vLLM's own request change it (raises VLLMValidationError: they can't be followed)."""
+        """Return a decision with what the hints of vLLM's own request say of retention (raises VLLMValidationError)."""
+        retention = self.features.get("retention")
         try:
-            for part in self.parts:
-                decision = part.hinted(decision, request, self.facts)
+            return decision if retention is None else retention.hinted(decision, request, self.facts)
         except OptionError as error:
             raise rejection(error) from None
-        return decision
 
     def lora_of(self, plan: StarPlan | None, named: Any) -> Any:
-        """The LoRA adapter (LoRARequest) with which a prompt runs: a feature's, where its plan has one, or ``named``.
+        """Return the LoRA adapter (LoRARequest) of a prompt: the server's, if its plan has it, or ``named``.
 
         Args:
-            named: by the request; None: none.
+            named: the request's own adapter, or None if it names none.
         """
-        for part in self.parts if plan is not None else ():
-            named = part.lora(plan, named)
-        return named
+        adapter = self.features.get("adapter")
+        return named if plan is None or adapter is None else adapter.lora(plan, named)
 
-    def check(self, plan: StarPlan, params: Any) -> None:
-        """Refuse parameters that can't be used with a plan (raises VLLMValidationError)."""
-        try:
-            for part in self.parts:
-                part.check(plan, params)
-        except OptionError as error:
-            raise VLLMValidationError(str(error), parameter=error.name) from None
+
+def check_with_documents(params: Any) -> None:
+    """Refuse SamplingParams that count the client's prompt tokens, where the engine gets padding tokens too.
+
+    Raises:
+        VLLMValidationError: as above.
+    """
+    rows, start = params.prompt_logprob_token_ids, params.routed_experts_prompt_start
+    for name, value, given in (
+        ("prompt_logprob_token_ids", rows and f"{len(rows)} rows", rows is not None),
+        ("routed_experts_prompt_start", start, start > 0),
+    ):
+        if given:
+            reason = "with each document on a KV page the engine's prompt has more tokens"
+            error = OptionError(name, value, reason, f"none, or {flat_name('segments')}=off")
+            raise VLLMValidationError(str(error), parameter=name)
 
 
 def plan_of_request(request: Any) -> dict[str, Any] | None:

@@ -16,6 +16,8 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from starling.attention_backends.paged.names import CLASSES, NAME
+from starling.attention_backends.star.model_heads import scores_of
+from starling.attention_backends.star.refusals import has_dense_heads
 from starling.config.entry import (
     CACHE_SALT,
     ENTRY,
@@ -37,10 +39,8 @@ from starling.engine_ext.front.planning import refuse_segment_text
 from starling.engine_ext.front.star_metrics import front_metrics
 from starling.engine_ext.start.library_connector import beside_library, set_library
 from starling.features.adapter.lora import check_adapter, turn_lora_on
-from starling.features.dense_heads.model_heads import scores_of
 from starling.features.replicas import network
 from starling.features.replicas.rules import other_launcher
-from starling.features.server_options import has_dense_heads
 from starling.scheduler.star.facts import EngineFacts, ReplicaSet
 from starling.scheduler.star.request_metadata import CONNECTOR, ONE_HOST, SHARDS, default_num_shards
 from starling.scheduler.star.rules import check_defaults

@@ -98,7 +98,7 @@ def _hook_into_front() -> None:
     from starling.engine_ext.front.misplaced import explained
     from starling.engine_ext.front.requests import begin_beam_search, check_openai_request, check_unknown
     from starling.engine_ext.front.tracing import PromptSpan, traces
-    from starling.features.front_part import TRACE_HEADERS, FrontRequest
+    from starling.features.front_request import TRACE_HEADERS, FrontRequest
     from starling.scheduler.star.decide import decision_of
 
     def with_salt(input_processor: Any, prompt: Any) -> Any:

@@ -8,10 +8,9 @@ from typing import Any
 from starling.attention_backends.paged.names import CLASSES, register_paged_backend
 from starling.attention_backends.star.backend import register_star_backends, takes_star
 from starling.config.entry import config_of
-from starling.features.worker_part import WorkerPart
 
 
-def register_backends(vllm_config: Any, refusals: list[str], parts: Sequence[WorkerPart]) -> None:
+def register_backends(vllm_config: Any, refusals: list[str], by_parts: bool) -> None:
     """Register the star backends in this process where star can run, and always on CPU.
 
     On GPUs a star backend has smaller full CUDA graphs and larger buffers than vLLM's. On CPU it also has Starling's
@@ -19,7 +18,7 @@ def register_backends(vllm_config: Any, refusals: list[str], parts: Sequence[Wor
 
     Args:
         refusals: why star can't run; none: it can.
-        parts: of the worker.
+        by_parts: whether layers on a GPU are made to attend by the documents or the dense heads of a step.
     """
     is_cpu = vllm_config.device_config.device_type == "cpu"
     config = config_of(vllm_config)
@@ -27,7 +26,7 @@ def register_backends(vllm_config: Any, refusals: list[str], parts: Sequence[Wor
     if own:
         register_paged_backend(own)
     if is_cpu or not refusals:
-        register_star_backends(own, any(part.attends_by_parts for part in parts))
+        register_star_backends(own, by_parts)
     if is_cpu and vllm_config.lora_config is not None:
         from starling.attention_backends.kernels.cpu.lora import use_own_lora
 

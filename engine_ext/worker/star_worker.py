@@ -10,17 +10,16 @@ from vllm.logger import init_logger
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.worker.worker_base import WorkerBase
 
+from starling.attention_backends.star.document_layers import DocumentLayers
 from starling.attention_backends.star.graph_ranges import fits_graphs
+from starling.attention_backends.star.head_layers import HeadLayers
+from starling.attention_backends.star.refusals import BLOCK_POSITIONS, STAR, star_refusals
 from starling.attention_backends.star.step import StarStep, open_step
 from starling.config.entry import config_of
 from starling.engine_ext.worker.backends import register_backends, unsplit_layers
 from starling.engine_ext.worker.star_requests import StarRequests
 from starling.engine_ext.worker.worker_metrics import count_rows, worker_metrics
-from starling.features import make_parts
-from starling.features.report_fields import STAR
-from starling.features.star.rules import star_refusals
-from starling.features.worker_part import Layers
-from starling.scheduler.part import HasParts
+from starling.features import make_features
 from starling.vllm_compat.models import without_prefill_checkpoints
 from starling.vllm_compat.patching import extends
 from starling.vllm_compat.worker import (
@@ -41,7 +40,7 @@ BASES = {
 
 
 @extends(WorkerBase)
-class StarWorker(HasParts):
+class StarWorker:
     """Mixed into a platform's worker, before it: runs star requests, and calls the hooks of its parts (features/)."""
 
     # vLLM's own.
@@ -53,8 +52,10 @@ class StarWorker(HasParts):
         self.star_refusals = star_refusals(vllm_config)
         self.star_problem: str | None = None
         self.is_warming_up = False
-        self.parts = make_parts("worker", vllm_config)
-        register_backends(vllm_config, self.star_refusals, self.parts)
+        self.documents, self.heads = DocumentLayers.make(vllm_config), HeadLayers.make(vllm_config)
+        self.features = make_features("worker", vllm_config)
+        by_parts = self.documents.attends_by_parts or self.heads.attends_by_parts
+        register_backends(vllm_config, self.star_refusals, by_parts)
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         self.star_requests = StarRequests()
         self.counts_rows = self.rank == 0
@@ -63,10 +64,7 @@ class StarWorker(HasParts):
 
     def star_report(self) -> dict[str, str | None]:
         """What the loaded model's layers can't run, and why (engine_report.py)."""
-        report = {STAR: self.star_problem}
-        for part in self.parts:
-            report |= part.report()
-        return report
+        return {STAR: self.star_problem, BLOCK_POSITIONS: self.documents.problem} | self.heads.report()
 
     def init_device(self) -> Any:
         result = super().init_device()  # type: ignore[misc]
@@ -76,8 +74,7 @@ class StarWorker(HasParts):
 
     def load_model(self, **options: Any) -> None:
         super().load_model(**options)  # type: ignore[misc]
-        for part in self.parts:
-            part.loaded(self)
+        self.documents.loaded(self)
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
         specs: dict[str, Any] = super().get_kv_cache_spec()  # type: ignore[misc]
@@ -107,8 +104,8 @@ class StarWorker(HasParts):
             [name for builder, names in builders if getattr(builder, "takes_star", False) == is_full for name in names]
             for is_full in (True, False)
         )
-        for part in self.parts:
-            part.layers_known(self, Layers(full, others))
+        self.documents.layers_known(self, full)
+        self.heads.layers_known(self, full, others)
         # The state of KV shifting, and the inputs of Attamba's open chunks, hold no keys.
         total = sum(len(names) for builder, names in builders if getattr(builder, "holds_keys", True))
         if len(full) < total:
@@ -118,13 +115,12 @@ class StarWorker(HasParts):
         """As vLLM's; the V2 model runner's warm-up calls ``execute_model`` with requests of its own."""
         self.is_warming_up = True
         try:
-            for part in self.parts:
-                part.before_warm_up(self)
+            self.documents.before_warm_up(self)
             result = super().compile_or_warm_up_model()  # type: ignore[misc]
         finally:
             self.is_warming_up = False
-        for part in self.parts:
-            part.warmed_up(self)
+        if (adapter := self.features.get("adapter")) is not None:
+            adapter.load(self)
         return result
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -133,13 +129,15 @@ class StarWorker(HasParts):
         plans = self.star_requests.update(scheduler_output)
         if not plans:
             return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
-        parts = (part.step_part(self, plans, self.star_requests.metadata) for part in self.parts)
+        replicas = self.features.get("replicas")
         step = StarStep(
             plans,
             scheduler_output.num_scheduled_tokens,
             functools.partial(batch_request_ids, self.model_runner),
             count_rows if self.counts_rows else lambda rows: None,
-            [part for part in parts if part is not None],
+            self.documents.step(self, plans),
+            self.heads.step(plans),
+            None if replicas is None else replicas.step(plans, self.star_requests.metadata),
         )
         fits = fits_graphs(plans.values(), len(scheduler_output.num_scheduled_tokens))
         with open_step(step), contextlib.nullcontext() if fits else without_full_graphs(self.model_runner):

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 
 def problem(requirement: Requirement) -> str | None:
-    """What is wrong with a requirement here; None where it is met."""
+    """Return what is wrong with a requirement here, or None if it is met."""
     if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
         return None
     try:
@@ -26,7 +26,7 @@ def problem(requirement: Requirement) -> str | None:
 
 
 def problems(names: list[str]) -> list[str]:
-    """What is wrong with the requirements of these distributions (raises PackageNotFoundError without one of them)."""
+    """Return what is wrong with these distributions' requirements (raises PackageNotFoundError without one of them)."""
     found = [problem(Requirement(text)) for name in names for text in requires(name) or []]
     return [text for text in found if text is not None]
 

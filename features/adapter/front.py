@@ -7,24 +7,19 @@ from typing import Any
 
 from vllm.lora.request import LoRARequest
 
+from starling.attention_backends.star.refusals import options_of
 from starling.config.adapter import StarAdapter
 from starling.config.star import StarOptions
 from starling.features.adapter.lora import adapter_of, lora_request
-from starling.features.front_part import FrontPart
-from starling.features.rule import options_of
 from starling.scheduler.star.facts import PromptFacts
 from starling.scheduler.star.plan import StarPlan
 
 
-class Adapter(FrontPart):
+class Adapter:
+    """Front side of the server's adapter: which prompts run with it."""
+
     def __init__(self, adapter: StarAdapter) -> None:
         self.adapter = adapter
-
-    @classmethod
-    def make(cls, vllm_config: Any) -> Adapter | None:
-        """Raises OptionError: the server's folder has no adapter that can be used."""
-        adapter = adapter_of(options_of(vllm_config))
-        return None if adapter is None else cls(adapter)
 
     def planned(self, plan: StarPlan, options: StarOptions, prompt: PromptFacts) -> StarPlan:
         """The plan with the adapter, where it was trained for such plans and the request names none of its own."""
@@ -37,4 +32,7 @@ class Adapter(FrontPart):
         return lora_request(self.adapter) if plan.adapter else named
 
 
-PARTS = (Adapter.make,)
+def make(vllm_config: Any) -> Adapter | None:
+    """Return the adapter of a server, or None if it has none (raises OptionError: its folder has none of use)."""
+    adapter = adapter_of(options_of(vllm_config))
+    return None if adapter is None else Adapter(adapter)

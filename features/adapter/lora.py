@@ -12,10 +12,10 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
+from starling.attention_backends.star.model_heads import checkpoint_digest, checkpoint_folder
 from starling.config.adapter import AdapterError, StarAdapter, read_adapter
 from starling.config.entry import ENTRY, STAR_ADAPTER, StarlingConfig, config_of
 from starling.config.parsing import OptionError
-from starling.features.dense_heads.model_heads import checkpoint_digest, checkpoint_folder
 from starling.scheduler.star.facts import EngineFacts
 
 logger = init_logger("vllm.starling")

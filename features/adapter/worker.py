@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.lora.request import LoRARequest
+
 from starling.config.entry import STAR_ADAPTER
 from starling.features.adapter.lora import own_adapter
-from starling.features.worker_part import WorkerPart
 
 
-class Adapter(WorkerPart):
+class Adapter:
     """Loads it for good: else the first prompt waits for it, and an error of it ends the engine."""
 
-    def warmed_up(self, worker: Any) -> None:
-        adapter = own_adapter(worker.vllm_config)
-        if adapter is None:
-            return
+    def __init__(self, adapter: LoRARequest) -> None:
+        self.adapter = adapter
+
+    def load(self, worker: Any) -> None:
+        """Load it, after the warm-up (raises RuntimeError: vLLM can't)."""
+        adapter = self.adapter
         try:
             worker.add_lora(adapter)
             worker.pin_lora(adapter.lora_int_id)
@@ -23,4 +26,7 @@ class Adapter(WorkerPart):
             raise RuntimeError(f"{STAR_ADAPTER}={adapter.lora_path}: vLLM can't load it: {error}") from error
 
 
-PARTS = (Adapter.make,)
+def make(vllm_config: Any) -> Adapter | None:
+    """Return the adapter of an engine, or None if it has none (raises OptionError)."""
+    adapter = own_adapter(vllm_config)
+    return None if adapter is None else Adapter(adapter)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 from starling.config.entry import StarlingConfig
-from starling.features.documents.provenance import Provenance
 from starling.features.reuse.block_reuse import BlockReuse
 from starling.scheduler.part import CorePart
+from starling.scheduler.provenance import Provenance
 
 
 @runtime_checkable

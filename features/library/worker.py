@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from starling.features.server_options import has_library
+from starling.attention_backends.star.refusals import has_library
 from starling.vllm_compat.models import on_weights_loaded
 
 SAMPLES = 256
@@ -69,4 +69,4 @@ def weights_digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-PARTS = (note_weights,)
+make = note_weights

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from typing import Any
 
-from starling.features.front_part import FrontPart, FrontRequest
+from starling.attention_backends.star.refusals import options_of
+from starling.features.front_request import FrontRequest
 from starling.features.replicas.rules import replica_set
 from starling.features.replicas.split.split_prefill import SplitPrefill, is_split
 from starling.features.replicas.split.split_state import SplitState
-from starling.features.rule import options_of
 from starling.scheduler.star.decide import refuse_above_one_replica
 from starling.scheduler.star.facts import EngineFacts
 from starling.scheduler.star.request_metadata import default_num_shards
 
 
-class Replicas(FrontPart):
-    """Runs the prompts that are split over replicas.
+class Replicas:
+    """Front side of split prompts.
 
     Attributes:
-        state: what the front keeps of the replicas.
+        state: calls to the replicas, and the prompts that are split now.
+        replicas: the replicas over which a prompt may be split.
+        divides_kv: whether prompts may be longer than the memory of one replica.
     """
 
     def __init__(self, vllm_config: Any) -> None:
-        super().__init__(vllm_config)
         self.state = SplitState(options_of(vllm_config).replicas)
         self.replicas = replica_set(vllm_config)
-
-    def facts(self) -> Mapping[str, Any]:
-        return {"replicas": self.replicas, "divides_kv": default_num_shards(self.vllm_config) > 1}
+        self.divides_kv = default_num_shards(vllm_config) > 1
 
     def outputs(self, request: FrontRequest, facts: EngineFacts) -> AsyncGenerator[Any, None] | None:
+        """Return the outputs of a request whose prompt is split, or None if vLLM chooses a replica for it.
+
+        Args:
+            facts: the state of the engine now.
+
+        Raises:
+            OptionError: the request can't run.
+        """
         plan = None if request.decision is None else request.decision.plan
         if plan is None:
             return None
@@ -41,11 +48,13 @@ class Replicas(FrontPart):
         return None
 
     def waiting(self) -> Collection[str]:
+        """Return the ids of split requests, which the engine may not know yet, or any more."""
         return list(self.state.split_requests)
 
     def abort(self, request_ids: Sequence[str]) -> None:
+        """End split requests that the engine does not know. vLLM ends the others."""
         for request_id in request_ids:
             self.state.split_requests.abort(request_id)
 
 
-PARTS = (Replicas.make,)
+make = Replicas

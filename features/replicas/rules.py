@@ -7,12 +7,16 @@ from typing import Any
 
 from vllm import envs
 
-from starling.features.cpu_attention_rules import CPU_ATTENTION_RULES
+from starling.attention_backends.star.refusals import (
+    CPU_ATTENTION_RULES,
+    RULES,
+    SPLIT,
+    Rule,
+    has_library,
+    reasons,
+    reported,
+)
 from starling.features.replicas.notifications import nixl_problem
-from starling.features.report_fields import SPLIT
-from starling.features.rule import Rule, reasons, reported
-from starling.features.server_options import has_library
-from starling.features.star.rules import RULES
 from starling.scheduler.star.facts import ReplicaSet
 from starling.scheduler.star.independence import dependence
 from starling.scheduler.star.request_metadata import OWN_CONNECTORS

@@ -6,34 +6,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from starling.attention_backends.star.remote_step import RemoteStep
-from starling.features.documents.worker import Documents
 from starling.features.replicas.transfer_metrics import replica_metrics
-from starling.features.worker_part import WorkerPart
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import RequestMetadata
 from starling.vllm_compat.worker import kv_connector
 
 
-class Split(WorkerPart):
+class Replicas:
     """Of a worker."""
 
     @classmethod
-    def make(cls, vllm_config: Any) -> Split:
+    def make(cls, vllm_config: Any) -> Replicas:
         replica_metrics()  # on /metrics also where no page is ever moved
         return cls()
 
-    def step_part(
-        self, worker: Any, plans: Mapping[str, StarPlan], metadata: Mapping[str, RequestMetadata]
-    ) -> RemoteStep | None:
+    def step(self, plans: Mapping[str, StarPlan], metadata: Mapping[str, RequestMetadata]) -> RemoteStep | None:
+        """Return the keys of the step of these plans that other replicas hold, or None if all are here."""
         remote = {name: shards for name in plans if (shards := metadata[name].remote) is not None}
         return RemoteStep(remote, kv_connector().remote_attention) if remote else None
 
 
 def open_shard(worker: Any, name: str, page_ids: list[int]) -> dict[str, Any]:
     """Let a worker answer queries from pages that are held under a name; returns where it takes them."""
-    address: dict[str, Any] = kv_connector().open_shard(
-        name, page_ids, lambda: worker.part(Documents).made_rotations(worker)
-    )
+    address: dict[str, Any] = kv_connector().open_shard(name, page_ids, lambda: worker.documents.made_rotations(worker))
     return address
 
 
@@ -41,4 +36,4 @@ def close_shards(worker: Any, names: list[str]) -> None:
     kv_connector().close_shards(names)
 
 
-PARTS = (Split.make,)
+make = Replicas.make

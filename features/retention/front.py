@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from starling.attention_backends.star.refusals import Rule, options_of, reasons
 from starling.config.parsing import OptionError
 from starling.config.star import STAR_RETENTION, parse_options
-from starling.features.front_part import FrontPart
-from starling.features.rule import Rule, options_of, reasons
 from starling.scheduler.star.decide import Decision
 from starling.scheduler.star.facts import EngineFacts
 from starling.scheduler.star.retention import check_retention
@@ -27,9 +25,15 @@ ACTION, VERSION = STAR_RETENTION, "1"
 """Type and version of the action of vLLM's ``kv_hints`` (vllm/v1/kv_hints/protocol.py) that has the option."""
 
 
-class Retention(FrontPart):
-    def facts(self) -> Mapping[str, Any]:
-        return {"retention_refusals": tuple(reasons(RETENTION_RULES, self.vllm_config))}
+class Retention:
+    """Front side of retention.
+
+    Attributes:
+        refusals: why the server retains no pages; empty if it does.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        self.refusals = tuple(reasons(RETENTION_RULES, vllm_config))
 
     def hinted(self, decision: Decision, request: Any, facts: EngineFacts) -> Decision:
         """What the request's ``kv_hints`` say of its pages, unless its option does; other actions are for others."""
@@ -48,4 +52,4 @@ class Retention(FrontPart):
         return decision
 
 
-PARTS = (Retention.make,)
+make = Retention

@@ -17,11 +17,11 @@ from vllm.v1.request import RequestStatus
 
 from starling.config.entry import StarlingConfig
 from starling.config.scheduling import MIN_CHUNK
-from starling.features.documents.provenance import Provenance
 from starling.features.retention.core import RetainedPages
 from starling.scheduler.cache_keys import chain_restarts, independent_block_hasher, independent_plan
 from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.part import CorePart
+from starling.scheduler.provenance import Provenance
 from starling.scheduler.star.independence import dependence
 from starling.scheduler.star.request_metadata import OWN_CONNECTORS, metadata_of
 from starling.vllm_compat.kv_pages import CacheGroup, Page

@@ -39,12 +39,12 @@ Head = tuple[int, int]
 
 
 def random_orders(heads: Sequence[Head], orders: int) -> list[list[Head]]:
-    """So many orders of the heads, the same in each run."""
+    """Return ``orders`` random orders of the heads, the same in each run."""
     return [Random(number).sample(heads, len(heads)) for number in range(orders)]
 
 
 def group_counts(num_heads: int, groups: int) -> list[int]:
-    """How many heads the first groups of an order have together: from 0 to all of them, in equal steps."""
+    """Return how many heads the first groups of an order have together: from 0 to all of them, in equal steps."""
     groups = min(groups, num_heads)
     return [num_heads * number // groups for number in range(groups + 1)]
 
@@ -52,13 +52,13 @@ def group_counts(num_heads: int, groups: int) -> list[int]:
 def fitted_scores(
     orders: Sequence[Sequence[Head]], counts: Sequence[int], divergences: Sequence[Sequence[float]]
 ) -> dict[Head, float]:
-    """The score of each head, at least 0, by least squares with a small ridge.
+    """Return the score of each head, at least 0, by least squares with a small ridge.
 
     The ridge gives equal scores to heads that no order tells apart.
 
     Args:
-        orders: of the heads.
-        counts: how many of an order's first heads were dense.
+        orders: orders of the heads.
+        counts: numbers of an order's first heads that were dense.
         divergences: for each order, a divergence from the dense model for each of ``counts``.
     """
     heads = sorted(orders[0])
@@ -82,20 +82,20 @@ def fitted_scores(
 def served_order(
     model: str, scores: HeadScores, blocks: int, query_tokens: int, counts: Sequence[int], options: list[str], log: Path
 ) -> Iterator[Callable[[ScoredPrompt], list[float]]]:
-    """A server whose heads are in the order of ``scores``, as a function that measures a prompt.
+    """Serve a model with its heads in the order of ``scores``, and yield a function that measures a prompt.
 
     The function returns a prompt's mean KL divergence from the dense model, in nats, at the first tokens of its answer,
     for each of ``counts``. It raises ServerError.
 
     Args:
         blocks: star blocks that a prompt is cut into, with the server's default anchor and overlap.
-        query_tokens: of the prompt's end, which see the whole prompt.
-        counts: how many of the first heads are dense.
+        query_tokens: tokens of the prompt's end, which see the whole prompt.
+        counts: numbers of the first heads that are dense.
         options: more options of `starling serve`.
         log: file for the output of the server.
 
     Raises:
-        ValueError, StartError: as those of ``served``.
+        ValueError, StartError: the same as ``served``.
     """
     key = os.environ.get(SERVE_KEY_ENV)
     refuse_key(key or "", SERVE_KEY_ENV)
@@ -118,7 +118,7 @@ def served_order(
 async def divergences(
     client: Client, prompt: ScoredPrompt, blocks: int, query_tokens: int, counts: Sequence[int], num_heads: int
 ) -> list[float]:
-    """A prompt's divergences from the dense model, as ``served_order`` says (raises ServerError)."""
+    """Return a prompt's divergences from the dense model, as ``served_order`` says (raises ServerError)."""
     ids = list(prompt.token_ids)
     answer = list(prompt.answer_ids) or (await client.complete(ids, DENSE, ANSWER_TOKENS)).token_ids
     if not answer:
@@ -130,7 +130,7 @@ async def divergences(
     }
 
     async def top(plan: Plan) -> list[dict[int, float]]:
-        """The most probable tokens at each place of the answer."""
+        """Return the most probable tokens at each place of the answer."""
         scored = await score_tokens(client, ids, plan, answer[:ANSWER_TOKENS])
         refuse_other_sizes(plan, scored[0].plan or {}, len(ids), blocks)
         return [one.score.top for one in scored if one.score is not None]

@@ -17,7 +17,7 @@ CHOSEN_HERE = ("--additional-config", "--api-key", "--config", "--revision", "--
 
 
 class CalibrationOptions(PromptOptions):
-    """What is scored, on which prompts, and how."""
+    """Options of `starling calibrate`: what is scored, on which prompts, and how."""
 
     lengths: tuple[Length, ...] = Field((1024,), min_length=1, description="tokens of a prompt and its answer")
     prompts_per_cell: int = Field(2, ge=1, description="prompts of each task and length")
@@ -43,12 +43,12 @@ class CalibrationOptions(PromptOptions):
 
     @property
     def chosen_dtype(self) -> str:
-        """With --method ablation, auto is the server's."""
+        """Return the dtype; with --method ablation, auto is the server's."""
         auto = "float32" if self.device == "cpu" else "bfloat16"
         return auto if self.dtype == "auto" and self.method == "gradient" else self.dtype
 
     def setup(self) -> dict[str, Any]:
-        """What decides the scores, as JSON."""
+        """Return the options that decide the scores, as JSON."""
         own = {name: getattr(self, name) for name in ("blocks", "query_tokens", *OF_METHOD[self.method])}
         if self.method == "ablation":
             own |= {"method": self.method, "serve_options": without_secrets(self.serve_options)}

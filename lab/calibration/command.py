@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from starling.attention_backends.star.model_heads import checkpoint_digest
 from starling.config.head_scores import HeadScores
-from starling.features.dense_heads.model_heads import checkpoint_digest
 from starling.lab.calibration.calibration_options import CalibrationOptions
 from starling.lab.calibration.gated_model import GatedModel, ScoredPrompt
 from starling.lab.calibration.scorers import AblationScorer, Found, GradientScorer, part_of, replace_text
@@ -33,7 +33,7 @@ CURVE_SEED = 1
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options of `starling calibrate`."""
+    """Return the parser of the options of `starling calibrate`."""
     parser = argparse.ArgumentParser(
         prog=COMMAND,
         description="Finds out which KV heads of a model carry what Star Attention costs in answers, and writes their "
@@ -77,7 +77,7 @@ def calibrate(name: str, options: CalibrationOptions, out: Path, console: Consol
 
     Raises:
         ValueError: the model or a prompt can't be used.
-        ServerError, StartError: with --method ablation.
+        ServerError, StartError: the server failed, with --method ablation.
     """
     folder = find_model(name, " (MODEL comes before the options of a server)" if options.serve_options else "")
     if not out.parent.is_dir():
@@ -110,13 +110,13 @@ def calibrate(name: str, options: CalibrationOptions, out: Path, console: Consol
 
 
 def prompts_of(options: CalibrationOptions, folder: Path, progress: Progress) -> list[ScoredPrompt]:
-    """The prompts as tokens (raises ValueError)."""
+    """Return the prompts as tokens (raises ValueError)."""
     made = asyncio.run(make_prompts(options, LocalTokenizer(folder), progress))
     return [ScoredPrompt(prompt.name, prompt.token_ids, prompt.answer_ids) for prompt in made]
 
 
 def write(out: Path, scores: HeadScores) -> None:
-    """A line for each layer: a file that people can read and compare."""
+    """Write the scores with a line for each layer: a file that people can read and compare."""
     content = json.loads(scores.model_dump_json())
     rows = ",\n  ".join(json.dumps(row) for row in content.pop("scores"))
     head = json.dumps(content, indent=1)[:-2]
@@ -124,7 +124,7 @@ def write(out: Path, scores: HeadScores) -> None:
 
 
 def summary(scores: HeadScores, curve: Sequence[tuple[float, float]]) -> Iterator[str]:
-    """What was found, in a few lines."""
+    """Yield the lines of a short summary of the scores."""
     highest = ", ".join(f"layer {layer} head {head}" for layer, head in scores.order[:5])
     positive = sum(score for row in scores.scores for score in row if score > 0)
     tenth = sum(scores.scores[layer][head] for layer, head in scores.order[: scores.count(0.1)])

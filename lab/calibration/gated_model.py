@@ -1,4 +1,4 @@
-"""For `starling calibrate`: a Transformers model whose heads are mixed between dense and star, and their scores.
+"""Transformers model for `starling calibrate`, with heads mixed between dense and star, and the heads' scores.
 
 A gate g for each KV head makes its output g * dense + (1 - g) * star. With all gates at 1 the model is dense, at 0 it
 is prefilled by a star plan. Gates of 0 and 1 are a plan with dense heads.
@@ -32,11 +32,11 @@ MIN_BLOCK = 2 * PAGE
 
 @dataclass
 class Gates:
-    """What the attention of a forward pass does.
+    """Attention of the heads in a forward pass.
 
     Attributes:
-        gates: (layers, KV heads), 1 for dense; None: all are dense.
-        plan: whose blocks the others see.
+        gates: (layers, KV heads), 1 for dense; or None if all are dense.
+        plan: plan whose blocks the others see.
     """
 
     gates: Gate = None
@@ -47,7 +47,7 @@ class GatedModel:
     """The model in a folder, on a device.
 
     Args:
-        dtype: of its weights and of the computation.
+        dtype: dtype of its weights and of the computation.
 
     Raises:
         ModelError: Transformers can't load it, or its attention is not causal over one cache.
@@ -66,11 +66,11 @@ class GatedModel:
             layer.forward = recomputed(layer.forward)
 
     def log_probs(self, token_ids: Sequence[int], last: int, gates: Gate, plan: StarPlan | None) -> torch.Tensor:
-        """(last, vocabulary) float32 log-probabilities in the places of the last tokens and behind the very last one.
+        """Return (last, vocabulary) float32 log-probabilities at the last tokens' places and behind the very last one.
 
         Args:
-            token_ids: of the prompt, and behind it tokens of the answer.
-            gates, plan: as ``Gates`` has them.
+            token_ids: tokens of the prompt, and behind it tokens of the answer.
+            gates, plan: the fields of ``Gates``.
         """
         self.state = Gates(gates, plan)
         ids = torch.tensor([list(token_ids)], device=self.device)
@@ -100,10 +100,10 @@ class GatedModel:
 
 
 def layers_of(config: Any) -> tuple[list[bool], int]:
-    """For each layer of a model whether it is full attention, and the KV heads of a layer; of Transformers' config.
+    """Return, for each layer of Transformers' config, whether it is full attention, and the KV heads of a layer.
 
     Raises:
-        ModelError: no layer is.
+        ModelError: no layer is full attention.
     """
     text = config.get_text_config()
     kind = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
@@ -123,7 +123,7 @@ def _by_kind(
     is_dense: torch.Tensor,
     plan: StarPlan,
 ) -> torch.Tensor:
-    """Attention in which each KV head is dense or star; no head is computed twice."""
+    """Compute attention in which each KV head is dense or star; no head is computed twice."""
     out, group = torch.empty_like(query), query.shape[1] // key.shape[1]
     for dense in (True, False):
         heads = torch.nonzero(is_dense == dense)[:, 0]
@@ -141,9 +141,9 @@ class ScoredPrompt:
     """A prompt with the answer at which models are compared.
 
     Attributes:
-        name: unique among the prompts.
-        token_ids: of the prompt.
-        answer_ids: the first tokens of the answer; none: those that the dense model gives.
+        name: name that is unique among the prompts.
+        token_ids: tokens of the prompt.
+        answer_ids: the first tokens of the answer; if empty, those that the dense model gives.
     """
 
     name: str
@@ -152,7 +152,7 @@ class ScoredPrompt:
 
 
 def make_plan(num_tokens: int, blocks: int, query_tokens: int) -> StarPlan:
-    """The plan with the default anchor and overlap, and blocks of a share of the prompt, at least two pages."""
+    """Make the plan with the default anchor and overlap, and blocks of a share of the prompt, at least two pages."""
     block_size = max(num_tokens // blocks // PAGE * PAGE, MIN_BLOCK)
     anchor = default_anchor_size(block_size, PAGE)
     context_end = max(num_tokens - query_tokens, 1)
@@ -163,8 +163,8 @@ class Case:
     """One prompt with its answer on a model, and the dense model's log-probabilities there.
 
     Args:
-        blocks: into which the prompt is cut.
-        query_tokens: at its end, which see the whole prompt.
+        blocks: number of blocks of the prompt.
+        query_tokens: tokens at its end, which see the whole prompt.
     """
 
     def __init__(self, model: GatedModel, prompt: ScoredPrompt, blocks: int, query_tokens: int) -> None:
@@ -183,11 +183,11 @@ class Case:
         return answer
 
     def divergence(self, gates: torch.Tensor) -> torch.Tensor:
-        """KL(dense, gated) for (layers, KV heads) gates."""
+        """Return KL(dense, gated) for (layers, KV heads) gates."""
         return kl_at_each(self.dense, self.model.log_probs(self.ids, self.places, gates, self.plan)).mean()
 
     def scores(self, steps: int) -> torch.Tensor:
-        """(layers, KV heads) float32: what each head carries of the divergence of star."""
+        """Return (layers, KV heads) float32: what each head carries of the divergence of star."""
         total = torch.zeros(self.model.num_layers, self.model.num_kv_heads)
         for step in range(steps):
             gates = torch.full_like(total, (step + 0.5) / steps, requires_grad=True)
@@ -197,7 +197,7 @@ class Case:
         return total
 
     def divergences(self, order: Sequence[tuple[int, int]], counts: Sequence[int]) -> Iterator[float]:
-        """KL(dense, plan) with so many of the first heads of ``order`` dense, for each of ``counts``."""
+        """Return KL(dense, plan) for each of ``counts``, the number of the first heads of ``order`` that are dense."""
         for count in counts:
             gates = torch.zeros(self.model.num_layers, self.model.num_kv_heads)
             for layer, head in order[:count]:

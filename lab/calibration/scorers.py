@@ -29,12 +29,12 @@ Rows = tuple[tuple[float, ...], ...]
 
 
 def part_of(out: Path) -> Path:
-    """The file of what is scored so far."""
+    """Return the file of what is scored so far."""
     return out.with_name(f"{out.name}.part")
 
 
 class Found:
-    """What is computed so far, in a file: by its kind, and by the names of prompts.
+    """Values that are computed so far, in a file: by their kind, and by the names of prompts.
 
     Raises:
         ValueError: the file is of another model or of other options.
@@ -60,7 +60,7 @@ class Found:
         prompts: Sequence[ScoredPrompt],
         opened: Callable[[], contextlib.AbstractContextManager[Compute]],
     ) -> list[Any]:
-        """A value for each prompt; those that an earlier run found are not computed again.
+        """Return a value for each prompt; those that an earlier run found are not computed again.
 
         Args:
             opened: makes what computes a prompt's value, where there is one to compute.
@@ -96,7 +96,7 @@ class GradientScorer:
         return tuple(rounded(row) if full else () for row, full in zip(rows, self.model.is_full, strict=True))
 
     def measured(self, scores: HeadScores, counts: Sequence[int]) -> contextlib.AbstractContextManager[Compute]:
-        """A function that gives a prompt's divergences with so many of the first heads dense."""
+        """Return a function that gives a prompt's divergences, with each of ``counts`` as the number of dense heads."""
         return self._each(lambda case: list(case.divergences(scores.order, counts)))
 
     def _each(self, compute: Callable[[Case], Any]) -> contextlib.AbstractContextManager[Compute]:
@@ -116,8 +116,8 @@ class AblationScorer:
     """Scores by the answers of a server, one for each order of the heads.
 
     Args:
-        folder: of the model.
-        made: what a file of scores says of the model and of how it was made.
+        folder: folder of the model.
+        made: fields of a file of scores about the model and how it was made.
         log: file for the output of the servers.
     """
 
@@ -142,7 +142,7 @@ class AblationScorer:
         return self._rows(fitted_scores(orders, counts, measured))
 
     def measured(self, scores: HeadScores, counts: Sequence[int]) -> contextlib.AbstractContextManager[Compute]:
-        """A function that gives a prompt's divergences with so many of the first heads dense."""
+        """Return a function that gives a prompt's divergences, with each of ``counts`` as the number of dense heads."""
         blocks, query_tokens = self.options.blocks, self.options.query_tokens
         return served_order(self.made["model"], scores, blocks, query_tokens, counts, self.serve_options, self.log)
 
@@ -157,5 +157,5 @@ class AblationScorer:
 
 
 def rounded(row: Sequence[float]) -> tuple[float, ...]:
-    """Four digits of each score."""
+    """Return four digits of each score."""
     return tuple(float(f"{score:.4g}") for score in row)

@@ -4,7 +4,7 @@ One pass computes a context and several tails behind it. A tail is a question wi
 and itself. So a context is computed once for all of its questions.
 
 The context of a plan with documents is computed as the engine does it: each document at the positions behind the
-anchor. The tails see its keys turned to where they stand (``scheduler/star/plan.py``).
+anchor. The tails see its keys re-rotated to where they stand (``scheduler/star/plan.py``).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _numbers = count()
 
 @dataclass(frozen=True)
 class Rows:
-    """What the rows of a pass are.
+    """Rows of a forward pass.
 
     Attributes:
         ids: (rows,) int64 tokens: the context's, then those of each tail.
         positions: (rows,) int64, at which each is computed.
-        plan: of the context; None: dense.
-        context: tokens of the context.
-        turns: (context,) int64, by how many positions a token truly stands behind where it is computed; None: by none.
+        plan: plan of the context, or None for dense attention.
+        context: number of tokens of the context.
+        turns: (context,) int64, a token's true position minus the one at which it is computed, or None if all are 0.
         tail_mask: (rows - context, rows) bool, what the tails see.
     """
 
@@ -52,10 +52,10 @@ class Rows:
 
 
 def make_rows(context: Sequence[int], tails: Sequence[Sequence[int]], plan: StarPlan | None) -> Rows:
-    """The rows of a context and of tails behind it.
+    """Make the rows of a context and of tails behind it.
 
     Args:
-        plan: whose ``context_end`` is the context's length, without padding between documents.
+        plan: plan whose ``context_end`` is the context's length, without padding between documents.
     """
     length, lengths = len(context), torch.tensor([len(tail) for tail in tails])
     own = torch.arange(length)
@@ -79,9 +79,9 @@ class AdaptedModel:
     """The model in a folder, with a new adapter, on a device.
 
     Args:
-        dtype: of the model's weights. The adapter's are float32.
+        dtype: dtype of the model's weights. The adapter's are float32.
         config: PEFT's configuration of the adapter.
-        recompute: whether the backward pass computes each layer again, which takes less memory and a third more time.
+        recompute: True if the backward pass computes each layer again: less memory, and a third more time.
 
     Raises:
         ModelError: Transformers can't load it, or its attention is not causal over one cache.
@@ -112,10 +112,10 @@ class AdaptedModel:
                 layer.forward = recomputed(layer.forward)
 
     def check_turns(self) -> None:
-        """Refuse a model whose keys can't be turned, as documents need it.
+        """Refuse a model whose keys can't be re-rotated, as documents need it.
 
         Raises:
-            ModelError: its keys are not turned by one rotary embedding, by angles that grow with the position.
+            ModelError: its keys are not rotated by one rotary embedding, by angles that grow with the position.
         """
         try:
             attention = self.decoder.layers[0].self_attn
@@ -135,7 +135,7 @@ class AdaptedModel:
         self.model.load_adapter(str(folder), "default")
 
     def log_probs(self, rows: Rows, *, adapter: bool) -> torch.Tensor:
-        """(tail rows, vocabulary) float32 log-probabilities of the token behind each row of the tails.
+        """Return (tail rows, vocabulary) float32 log-probabilities of the token behind each row of the tails.
 
         Gradients are to be taken before the next pass: layers that are computed again look at ``rows``.
         """
@@ -147,10 +147,10 @@ class AdaptedModel:
     def answers(
         self, context: Sequence[int], questions: Sequence[Sequence[int]], tokens: int, end: int | None
     ) -> list[tuple[int, ...]]:
-        """What the base model answers to each question behind a context, with dense attention.
+        """Return the base model's answer to each question behind a context, with dense attention.
 
         Args:
-            tokens: of an answer, which ends earlier behind an ``end`` of the model's.
+            tokens: length of an answer, which ends earlier behind an ``end`` of the model's.
         """
         rows = make_rows(context, questions, None)
         ids, positions, last = rows.ids, rows.positions, torch.tensor([*accumulate(map(len, questions))]) - 1
@@ -205,7 +205,7 @@ class AdaptedModel:
         return torch.cat(out, 2).transpose(1, 2), None
 
     def _turned(self, module: Any, key: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-        """Keys, (1, KV heads, n, D), as if their tokens stood (n,) positions further behind."""
+        """Re-rotate keys, (1, KV heads, n, D), as if their tokens stood (n,) positions further behind."""
         apply: Any = sys.modules[type(module).__module__].apply_rotary_pos_emb
         cos, sin = self.decoder.rotary_emb(key, by[None].to(key.device))
         scale = getattr(self.decoder.rotary_emb, "attention_scaling", 1.0)

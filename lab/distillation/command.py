@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from starling.attention_backends.star.model_heads import checkpoint_digest
 from starling.config.adapter import DISTILLED, PURPOSES, VERSION
-from starling.features.dense_heads.model_heads import checkpoint_digest
 from starling.lab.command_line import add_options, given_options, make_console, progress_bars, run_command
 from starling.lab.distillation.adapted_model import AdaptedModel
 from starling.lab.distillation.distil_options import GIB, DistilOptions, needed_bytes
@@ -54,7 +54,7 @@ Trained = tuple[DocumentPrompt, StarPlan | None]
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options of `starling distil`."""
+    """Return the parser of the options of `starling distil`."""
     parser = argparse.ArgumentParser(
         prog=COMMAND,
         description="Trains a LoRA adapter with which a model reads documents (star_segments), or star blocks, as if "
@@ -131,14 +131,14 @@ def distil(name: str, options: DistilOptions, out: Path, console: Console) -> No
 
 
 def memory_of(device: str) -> int:
-    """Bytes of memory that are free on a device."""
+    """Return the bytes of memory that are free on a device."""
     return psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info(device)[0]
 
 
 def all_cases(
     options: DistilOptions, encoder: Encoder, model: AdaptedModel
 ) -> tuple[Callable[[int], Trained], list[HeldOut]]:
-    """What makes training prompts, in turns where they are of two sources, and those that are held out."""
+    """Return a function that makes training prompts, in turns where they are of two sources, and the held-out ones."""
     sources = [task_cases(options, encoder)] if options.has_tasks else []
     sources += [own_cases(options, encoder, model)] if options.prompts else []
 
@@ -150,7 +150,7 @@ def all_cases(
 
 
 def task_cases(options: DistilOptions, encoder: Encoder) -> tuple[Callable[[int], Trained], list[HeldOut]]:
-    """What makes training prompts of tasks and plain text, and those that are held out."""
+    """Return a function that makes training prompts of tasks and plain text, and the held-out ones."""
     sizes = (options.tokens // 3, options.tokens)
 
     def prompts(seed: str, tasks: Sequence[str]) -> TaskPrompts:
@@ -175,7 +175,7 @@ def task_cases(options: DistilOptions, encoder: Encoder) -> tuple[Callable[[int]
 def own_cases(
     options: DistilOptions, encoder: Encoder, model: AdaptedModel
 ) -> tuple[Callable[[int], Trained], list[HeldOut]]:
-    """What makes training prompts of the user's own, and those of them that are held out (raises ValueError)."""
+    """Return a function that makes training prompts of the user's own, and the held-out ones (raises ValueError)."""
     assert options.prompts is not None
     found = read_prompts(options.prompts, options.segments, encoder, options.answer_tokens, options.questions)
     count = min(options.held_out * len(options.tasks), max(len(found) // 5, 1))
@@ -203,13 +203,13 @@ def own_cases(
 
 
 def with_plan(prompt: DocumentPrompt, options: DistilOptions, number: int) -> Case:
-    """A prompt with the plan of one of the adapter's purposes."""
+    """Return a prompt with the plan of one of the adapter's purposes."""
     rng = Random(f"{options.seed}/{number}/plan")
     return prompt, plan_for(rng.choice(options.purposes), prompt, rng)
 
 
 def sometimes_dense(case: Case, options: DistilOptions, number: int) -> Trained:
-    """The case, or its prompt with dense attention, by its number."""
+    """Return the case, or its prompt with dense attention, by its number."""
     prompt, plan = case
     return prompt, None if Random(f"{options.seed}/{number}/dense").random() < DENSE_SHARE else plan
 
@@ -230,14 +230,14 @@ def train(training: Training, evaluations: int, store: Callable[[], None], progr
 
 
 def line_of(training: Training, place: int) -> str:
-    """A measurement in a line: what is left of the loss."""
+    """Return a measurement in a line: the share of the loss that is left."""
     first, found = training.curve[0]["loss"], training.curve[place]
     left = ", ".join(f"{name} {found['loss'][name] / max(first[name], 1e-9):.2f}" for name in first)
     return f"step {found['step']}: of the loss without the adapter are left: {left}"
 
 
 def summary(training: Training) -> Iterator[str]:
-    """What was found, in a few lines."""
+    """Yield the lines of a short summary of the training."""
     place = min(range(1, len(training.curve)), key=training.mean)
     yield f"the best adapter is that of step {training.curve[place]['step']}"
     for name, value in training.curve[0]["loss"].items():
@@ -246,7 +246,7 @@ def summary(training: Training) -> Iterator[str]:
 
 
 def result_of(training: Training, options: DistilOptions) -> dict[str, Any]:
-    """What DISTILLED says beside the model."""
+    """Return the fields of DISTILLED beside those of the model."""
     return {
         "version": VERSION,
         "purposes": [purpose for purpose in PURPOSES if purpose in options.purposes],

@@ -31,7 +31,7 @@ COPIES_OF_LOGITS = 6
 
 
 class DistilOptions(CommandOptions):
-    """What an adapter is trained for, on what, and how."""
+    """Options of `starling distil`: what an adapter is trained for, on what, and how."""
 
     purposes: tuple[Purpose, ...] = Field(
         ("documents",), min_length=1, description="the plans of prompts that it is for: documents, star, or both"
@@ -83,12 +83,12 @@ class DistilOptions(CommandOptions):
 
     @property
     def has_tasks(self) -> bool:
-        """Whether it is trained on tasks and plain text."""
+        """Return whether it is trained on tasks and plain text."""
         return self.prompts is None or "tasks" in self.model_fields_set
 
     @property
     def target_modules(self) -> list[str]:
-        """The names of the linear layers."""
+        """Return the names of the linear layers."""
         return sorted({name for word in self.modules for name in MODULES.get(word, (word,))})
 
     def check(self) -> None:
@@ -110,10 +110,10 @@ class DistilOptions(CommandOptions):
             raise ValueError(f"segments={self.segments!r} is refused: it is for your own prompts. Allowed: --prompts")
 
     def with_start(self, checkpoint: str | None) -> DistilOptions:
-        """The options with rank and layers of the adapter that is gone on from, if there is one.
+        """Return the options with rank and layers of the adapter that training starts from, if there is one.
 
         Args:
-            checkpoint: the digest of the model's weights.
+            checkpoint: digest of the model's weights.
 
         Raises:
             ValueError: the adapter can't be read, or is of another model.
@@ -130,7 +130,7 @@ class DistilOptions(CommandOptions):
         return self.model_copy(update={"rank": found.rank, "modules": found.target_modules})
 
     def setup(self) -> dict[str, Any]:
-        """What decides the adapter, as JSON."""
+        """Return the options that decide the adapter, as JSON."""
         values = self.model_dump(mode="json", exclude={"prompts", "dtype", "recompute", "device", "start"})
         if self.start is not None:
             values["start"] = read_adapter(str(self.start)).digest
@@ -142,11 +142,11 @@ class DistilOptions(CommandOptions):
 
 
 def needed_bytes(folder: Path, options: DistilOptions, *, recompute: bool) -> int:
-    """Bytes of weights, of what the gradients need of each layer, and of log-probabilities; about.
+    """Return about the bytes of weights, of what the gradients need of each layer, and of log-probabilities.
 
     Args:
-        folder: of the model.
-        recompute: whether layers are computed again, so that one layer's activations are there at a time.
+        folder: folder of the model.
+        recompute: True if layers are computed again, so that one layer's activations are there at a time.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -48,7 +48,7 @@ STAR_BLOCKS = (8, 16)
 
 
 def document_plan(prompt: DocumentPrompt) -> StarPlan:
-    """The plan of a prompt's documents as an engine with pages of PAGE tokens makes it, without padding.
+    """Make the plan of a prompt's documents as an engine with pages of PAGE tokens makes it, without padding.
 
     Raises:
         ModelError: it has none.
@@ -59,7 +59,7 @@ def document_plan(prompt: DocumentPrompt) -> StarPlan:
 
 
 def star_plan(prompt: DocumentPrompt, rng: Random) -> StarPlan:
-    """A plan of star blocks, with an overlap or with A = B (raises ModelError)."""
+    """Make a plan of star blocks, with an overlap or with A = B (raises ModelError)."""
     sizes: dict[str, Any] = {"block_size": f"n/{rng.choice(STAR_BLOCKS)}"}
     if rng.random() < 0.5:
         sizes["overlap_size"] = 0
@@ -75,18 +75,18 @@ def _plan(prompt: DocumentPrompt, options: StarOptions, page_size: int) -> StarP
 
 
 def plan_for(purpose: Purpose, prompt: DocumentPrompt, rng: Random) -> StarPlan:
-    """The plan of a prompt for one of an adapter's purposes (raises ModelError)."""
+    """Make the plan of a prompt for one of an adapter's purposes (raises ModelError)."""
     return document_plan(prompt) if purpose == "documents" else star_plan(prompt, rng)
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Of one prompt, in nats.
+    """Losses of one prompt, in nats.
 
     Attributes:
         everywhere: (questions,) mean KL from dense over the tokens of question and answer.
         answers: (questions,) mean KL at the tokens of the answer.
-        is_recall: (questions,) bool, whether a question asks for a passage.
+        is_recall: (questions,) bool, True if a question asks for a passage.
     """
 
     everywhere: torch.Tensor
@@ -95,18 +95,18 @@ class Losses:
 
     @property
     def total(self) -> torch.Tensor:
-        """What training makes small: the mean of the prompt's own questions, and RECALL_WEIGHT of the others'."""
+        """Return the training loss: the mean of the prompt's own questions, and RECALL_WEIGHT of the others'."""
         of_each = self.everywhere + self.answers
         kinds = ((~self.is_recall, 1.0), (self.is_recall, RECALL_WEIGHT))
         return torch.stack([weight * of_each[kind].mean() for kind, weight in kinds if kind.any()]).sum()
 
 
 def losses(model: AdaptedModel, prompt: DocumentPrompt, plan: StarPlan | None, *, adapter: bool) -> Losses:
-    """How far a prompt's answers by a plan are from the base model's by dense attention.
+    """Return the losses of a prompt's answers by a plan against the base model's by dense attention.
 
     Args:
-        plan: None: dense attention.
-        adapter: whether the adapter is on.
+        plan: plan of the prompt, or None for dense attention.
+        adapter: True if the adapter is on.
     """
     tails = [[*asked.question, *asked.answer[:-1]] for asked in prompt.asked]
     with torch.no_grad():
@@ -123,7 +123,7 @@ class HeldOut:
     """Prompts that an adapter is not trained on.
 
     Attributes:
-        name: of their kind.
+        name: name of their kind.
         cases: (prompt, plan).
     """
 
@@ -131,7 +131,7 @@ class HeldOut:
     cases: Sequence[tuple[DocumentPrompt, StarPlan]]
 
     def loss(self, model: AdaptedModel, *, adapter: bool) -> float:
-        """The mean KL from dense at the tokens of answers, in nats."""
+        """Return the mean KL from dense at the tokens of answers, in nats."""
         with torch.no_grad():
             found = [losses(model, prompt, plan, adapter=adapter).answers.mean() for prompt, plan in self.cases]
         return float(torch.stack(found).mean())
@@ -141,10 +141,10 @@ class Training:
     """The state of a training, which can be stored and taken up again.
 
     Attributes:
-        step: steps that are made.
+        step: number of steps that are made.
         curve: measurements: {"step": N, "loss": {kind: nats}, "training_loss": nats}; the first one is without adapter.
-        seconds: that the steps took.
-        average: of the weights over the last steps.
+        seconds: time that the steps took.
+        average: average of the weights over the last steps.
         best: that average at the lowest mean loss of the kinds that count.
     """
 
@@ -158,9 +158,10 @@ class Training:
         batch: int,
         learning_rate: float,
     ) -> None:
-        """
+        """Prepare a training; no step is made yet.
+
         Args:
-            make: number -> a training prompt and its plan; None: dense.
+            make: number -> a training prompt and its plan, or None for dense attention.
             counted: the kinds of held-out prompts that decide which adapter is best.
         """
         self.model, self.make, self.held_out, self.counted = model, make, held_out, counted
@@ -184,13 +185,13 @@ class Training:
         return self.curve[-1]
 
     def mean(self, place: int) -> float:
-        """The mean loss of the kinds that count, at a place of the curve, over that without adapter."""
+        """Return the mean loss of the kinds that count, at a place of the curve, over that without adapter."""
         first, found = self.curve[0]["loss"], self.curve[place]["loss"]
         return sum(found[name] / max(first[name], 1e-9) for name in self.counted) / len(self.counted)
 
     @property
     def falls_no_more(self) -> bool:
-        """Whether the held-out loss has not fallen in the last measurements."""
+        """Return whether the held-out loss has not fallen in the last measurements."""
         means = [self.mean(place) for place in range(1, len(self.curve))]
         return len(means) > PATIENCE and min(means[-PATIENCE:]) > min(means[:-PATIENCE]) * (1 - LEAST_GAIN)
 
@@ -236,7 +237,7 @@ class Training:
 
     @contextmanager
     def _using(self, values: Sequence[torch.Tensor]) -> Iterator[None]:
-        """While this holds, the model has these weights."""
+        """Give the model these weights for the duration of the block."""
         before = [parameter.detach().clone() for parameter in self.model.parameters]
         self._put(values)
         try:

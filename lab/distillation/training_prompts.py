@@ -95,7 +95,7 @@ ALLOWED = "chats of three messages or more, or texts with --segments TEXT before
 
 @lru_cache(maxsize=1)
 def python_texts() -> tuple[str, ...]:
-    """Passages of Python's documentation of its language, and of the code of its library."""
+    """Return passages of Python's documentation of its language, and of the code of its library."""
     texts = [*pydoc_data.topics.topics.values()]
     for name in SOURCES:
         texts.append(inspect.getsource(importlib.import_module(name)))
@@ -113,7 +113,7 @@ def python_texts() -> tuple[str, ...]:
 
 @lru_cache(maxsize=1)
 def documented_functions() -> tuple[tuple[str, str, str], ...]:
-    """(name, first sentence of its documentation, the documentation with the signature) of functions."""
+    """Return (name, first sentence of its documentation, the documentation with the signature) of functions."""
     found = []
     for module in DOCUMENTED:
         for name, member in inspect.getmembers(importlib.import_module(module), inspect.isroutine):
@@ -130,11 +130,11 @@ def documented_functions() -> tuple[tuple[str, str, str], ...]:
 
 
 def recalls(documents: Sequence[Tokens], encoder: Encoder, layout: Layout, rng: Random, count: int) -> list[Asked]:
-    """So many questions for passages of the documents, or fewer where these are of a few words."""
+    """Return ``count`` questions for passages of the documents, or fewer where these are of a few words."""
     before, behind = (len(encoder.encode(text)) for text in (layout.start, layout.end))
 
     def spot() -> tuple[int, list[str]]:
-        """A document's number, and its words, with the space before each, from one of them on."""
+        """Return a document's number, and its words, with the space before each, from one of them on."""
         number = rng.randrange(len(documents))
         tokens = documents[number][before : len(documents[number]) - behind]
         words = re.findall(r"\s*\S+", encoder.tokenizer.decode(tokens, skip_special_tokens=True))
@@ -169,7 +169,7 @@ def _text(words: Sequence[str]) -> str:
 
 
 def with_recalls(prompt: DocumentPrompt, encoder: Encoder, style: Style, rng: Random, questions: int) -> DocumentPrompt:
-    """The prompt with so many questions: beside its own, for passages of its documents."""
+    """Return the prompt with ``questions`` questions: beside its own, for passages of its documents."""
     more = recalls(prompt.documents, encoder, encoder.layout(style), rng, questions - len(prompt.asked))
     return replace(prompt, asked=(*prompt.asked, *more)) if more else prompt
 
@@ -179,8 +179,8 @@ class TaskPrompts:
     """Prompts of tasks and of plain text, by number.
 
     Attributes:
-        tokens: (least, most) of a prompt's context and first question.
-        questions: of a context.
+        tokens: (least, most) tokens of a prompt's context and first question.
+        questions: number of questions of a context.
     """
 
     encoder: Encoder
@@ -190,10 +190,10 @@ class TaskPrompts:
     seed: str
 
     def make(self, number: int, kind: str | None = None) -> DocumentPrompt:
-        """The prompt of a number; it depends on the arguments and the attributes alone.
+        """Make the prompt of a number; it depends on the arguments and the attributes alone.
 
         Args:
-            kind: a task, TEXT or FUNCTIONS; None: one of all.
+            kind: a task, TEXT or FUNCTIONS, or None for one of all.
         """
         rng = Random(f"{self.seed}/{number}")
         more = max(len(self.tasks) // 4, 1)
@@ -210,7 +210,7 @@ class TaskPrompts:
         return with_recalls(prompt, self.encoder, style, rng, self.questions)
 
     def task_prompt(self, task: str, name: str, tokens: int, style: Style) -> DocumentPrompt:
-        """A prompt of a task with so many tokens, or with the most, where the task has none so short."""
+        """Make a prompt of a task with ``tokens`` tokens, or with the maximum, where the task has none so short."""
         try:
             return make_prompt(task, name, tokens, self.encoder, style, self.questions)
         except TooLong as error:
@@ -219,7 +219,7 @@ class TaskPrompts:
             return self.task_prompt(task, name, self.tokens[1], style)
 
     def text_prompt(self, tokens: int, style: Style, rng: Random) -> DocumentPrompt:
-        """Passages of text that comes with Python; another passage stands where the question would."""
+        """Return passages of text that comes with Python; another passage stands where the question would."""
         layout = self.encoder.layout(style)
         head, start, end = map(self.encoder.encode, (layout.head, layout.start, layout.end))
         documents: list[Tokens] = []
@@ -230,7 +230,10 @@ class TaskPrompts:
         return DocumentPrompt(TEXT, head, tuple(documents), (Asked(asked[:24], asked[24:]),))
 
     def functions_prompt(self, tokens: int, style: Style, rng: Random) -> DocumentPrompt:
-        """Documentation of functions of Python's library, at most all; a function is asked for, or what it does."""
+        """Return documentation of functions of Python's library, at most all.
+
+        A function is asked for, or what it does.
+        """
         encode, layout = self.encoder.encode, self.encoder.layout(style)
         functions = rng.sample(documented_functions(), len(documented_functions()))
         head = encode(layout.head)
@@ -252,14 +255,14 @@ class TaskPrompts:
 def read_prompts(
     path: Path, segments: str | None, encoder: Encoder, answer_tokens: int, questions: int
 ) -> list[DocumentPrompt]:
-    """The prompts of a file, in an order that does not follow the file's.
+    """Read the prompts of a file, in an order that does not follow the file's.
 
     Lines with the same documents are one prompt, so that a training step computes the documents once.
 
     Args:
-        segments: the text of the token that starts a document; None: prompts are chats.
-        answer_tokens: of an answer. Where a line has none, the answer is empty.
-        questions: of a prompt, at most.
+        segments: text of the token that starts a document, or None if prompts are chats.
+        answer_tokens: length of an answer. Where a line has none, the answer is empty.
+        questions: maximum number of questions of a prompt.
 
     Raises:
         ValueError: the file can't be read, or a prompt has no documents.
@@ -281,10 +284,10 @@ def read_prompts(
 
 
 def with_answers(prompt: DocumentPrompt, model: AdaptedModel, tokens: int, end: int | None) -> DocumentPrompt:
-    """The prompt, with the model's own answers by dense attention where it has none.
+    """Return the prompt, with the model's own answers by dense attention where it has none.
 
     Args:
-        tokens: of an answer, which ends earlier behind an ``end`` of the model's.
+        tokens: length of an answer, which ends earlier behind an ``end`` of the model's.
     """
     open_ones = [asked.question for asked in prompt.asked if not asked.answer]
     if not open_ones:
@@ -295,7 +298,7 @@ def with_answers(prompt: DocumentPrompt, model: AdaptedModel, tokens: int, end: 
 
 
 def prompt_of(own: OwnPrompt, line: int, mark: int | None, encoder: Encoder, answer_tokens: int) -> DocumentPrompt:
-    """A line of the user's file (raises ModelError: it has no documents)."""
+    """Make the prompt of a line of the user's file (raises ModelError: it has no documents)."""
     if own.messages is not None:
         ids, starts = chat_segments(own.messages, encoder)
     else:
@@ -311,7 +314,7 @@ def prompt_of(own: OwnPrompt, line: int, mark: int | None, encoder: Encoder, ans
 
 
 def chat_segments(messages: Sequence[Any], encoder: Encoder) -> tuple[list[int], list[int]]:
-    """The tokens of a chat, and where each message but the first starts, as a server with star_segments=auto has them.
+    """Return the tokens of a chat, and where each message but the first starts, as with a server's star_segments=auto.
 
     Raises:
         ModelError: there is no chat template, or it does not render the first messages as the chat's beginning.

@@ -1,4 +1,4 @@
-"""What `starling doctor` says of the attention: the backend, the op that runs, and memory that no profile sees."""
+"""Attention section of `starling doctor`: the backend, the op that runs, and memory that no profile sees."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MADE_WITH_THE_WEIGHTS = "the tables of angles are made with the weights, and vLL
 
 
 def attention_backend(config: Any) -> dict[str, str]:
-    """The attention backend, and why it is used."""
+    """Return the attention backend, and why it is used."""
     from starling.attention_backends.paged.names import NAME
     from starling.attention_backends.star.backend import WRAPPED
-    from starling.features.star.rules import is_attamba
+    from starling.attention_backends.star.refusals import is_attamba
 
     if is_attamba(config):
         return {"name": "ATTAMBA", "why": "the layers of an Attamba model attend by themselves"}
@@ -32,10 +32,9 @@ def attention_backend(config: Any) -> dict[str, str]:
 
 
 def cuda_graphs(config: Any) -> dict[str, str]:
-    """The mode of CUDA graphs that the engine will have, as far as its full-attention layers limit it, and why."""
+    """Return the mode of CUDA graphs of the engine, as far as its full-attention layers limit it, and why."""
     from starling.attention_backends.star.backend import graph_support
-    from starling.features.documents.rules import is_made_for_documents
-    from starling.features.star.rules import is_attamba, star_refusals
+    from starling.attention_backends.star.refusals import is_attamba, is_made_for_documents, star_refusals
     from starling.vllm_compat.config import resolved_graph_mode
 
     asked = config.compilation_config.cudagraph_mode
@@ -56,12 +55,10 @@ def cuda_graphs(config: Any) -> dict[str, str]:
 
 
 def attention_op(config: Any, cpu_attention: str, gpu_attention: str) -> dict[str, str]:
-    """The attention op of some batches, and why it is used; the settings are the options of these names."""
+    """Return the attention op of some batches, and why it is used; the settings are the options of these names."""
     from starling.attention_backends.kernels.cpu.build import compiler
     from starling.attention_backends.kernels.cpu.selection import Processor, select_op
-    from starling.features.cpu_attention_rules import unread_isa
-    from starling.features.documents.rules import document_refusals
-    from starling.features.star.rules import is_attamba
+    from starling.attention_backends.star.refusals import document_refusals, is_attamba, unread_isa
 
     on_cpu = config.device_config.device_type == "cpu"
     if is_attamba(config):
@@ -93,15 +90,18 @@ def attention_op(config: Any, cpu_attention: str, gpu_attention: str) -> dict[st
 
 
 def unprofiled_memory(config: Any) -> dict[str, Any]:
-    """The most that Starling takes of each GPU beside what vLLM's memory profile has seen, and what for.
+    """Return the most that Starling takes of each GPU beside what vLLM's memory profile has seen, and what for.
 
     vLLM sizes the KV cache by a profile of the weights and of one dense step. ``gpu_memory_utilization`` has to leave
     room for what comes later. ``bytes`` is None on a CPU.
     """
     from starling.attention_backends.star.head_calls import CONTIGUOUS_OUTPUT
-    from starling.features.documents.rules import is_made_for_documents
-    from starling.features.server_options import has_dense_heads
-    from starling.features.star.rules import is_attamba, star_refusals
+    from starling.attention_backends.star.refusals import (
+        has_dense_heads,
+        is_attamba,
+        is_made_for_documents,
+        star_refusals,
+    )
 
     if config.device_config.device_type == "cpu":
         return {"bytes": None, "why": "on a CPU vLLM has no memory profile"}
@@ -140,14 +140,14 @@ def split_keys(config: Any) -> str:
 
 
 def output_bytes(config: Any) -> int:
-    """What the attention of a layer writes on a rank, in a step of the most tokens."""
+    """Return the bytes that the attention of a layer writes on a rank, in a step of the most tokens."""
     model = config.model_config
     heads = model.get_num_attention_heads(config.parallel_config)
     return config.scheduler_config.max_num_batched_tokens * heads * model.get_head_size() * model.dtype.itemsize
 
 
 def partial_results(config: Any) -> int:
-    """The most that the kernel of tokens behind documents keeps beside its output, on any GPU."""
+    """Return the most bytes that the kernel of tokens behind documents keeps beside its output, on any GPU."""
     from starling.attention_backends.kernels.triton.decode import rows_that_fill
     from starling.attention_backends.kernels.triton.ranges import PREFILL_LANES, partial_bytes
 
@@ -158,7 +158,7 @@ def partial_results(config: Any) -> int:
 
 
 def graph_table_bytes(config: Any) -> int:
-    """What the table of an engine's full CUDA graphs takes, where it has such graphs."""
+    """Return the bytes of the table of an engine's full CUDA graphs, where it has such graphs."""
     from starling.attention_backends.kernels.ranges import packed_size
     from starling.attention_backends.star.graph_ranges import MAX_RANGES
 
@@ -168,7 +168,7 @@ def graph_table_bytes(config: Any) -> int:
 
 
 def page_list_bytes(config: Any) -> int:
-    """By how much FlashInfer's list of pages is longer in an engine that may have star rows."""
+    """Return the bytes by which FlashInfer's list of pages is longer in an engine that may have star rows."""
     from starling.attention_backends.star.backend import virtual_bounds
     from starling.vllm_compat.config import page_size_before_start
 
@@ -178,9 +178,9 @@ def page_list_bytes(config: Any) -> int:
 
 
 def decode_step(num_tokens: int, cache: dict[str, Any]) -> dict[str, Any]:
-    """What a step reads for the next token behind a prompt: it sees all tokens, dense, with star and with documents.
+    """Return what a step reads for the next token behind a prompt, which sees all: dense, star and with documents.
 
     Args:
-        cache: from ``kv_cache`` of command.py; no Attamba's, whose tokens do not see all keys.
+        cache: result of ``kv_cache`` of command.py; no Attamba's, whose tokens do not see all keys.
     """
     return {"keys": num_tokens, "bytes": num_tokens * cache["bytes_per_token"]}

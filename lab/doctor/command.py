@@ -33,7 +33,7 @@ OK, REFUSED = 0, 1
 
 
 def verdict(report: dict[str, Any]) -> tuple[list[str], int]:
-    """(lines, exit code): REFUSED where the server refuses a prompt of the length that was asked about."""
+    """Return (lines, exit code): REFUSED where the server refuses a prompt of the length that was asked about."""
     problem = report["installation"]["problem"]
     if problem is not None:
         return [f"Starling does nothing here: {problem}"], OK
@@ -125,11 +125,11 @@ def reserved_output() -> Iterator[TextIO]:
 
 
 def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None) -> dict[str, Any]:
-    """What the server would decide for this model.
+    """Return what the server would decide for this model.
 
     Args:
-        serve_options: of `starling serve`.
-        prompt_tokens: the length of a prompt to show the cost of; None: no prompt.
+        serve_options: options of `starling serve`.
+        prompt_tokens: length of a prompt to show the cost of, or None for no prompt.
 
     Raises:
         ValueError, OSError: the server would not start.
@@ -187,7 +187,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
 
 
 def replicas_of(replicas: Any, starling: Any, shards: str) -> dict[str, Any]:
-    """How many replicas there are, and what of a prompt can be divided among them.
+    """Return how many replicas there are, and what of a prompt can be divided among them.
 
     Args:
         replicas: the engine's ReplicaSet, of more than one.
@@ -204,7 +204,7 @@ def replicas_of(replicas: Any, starling: Any, shards: str) -> dict[str, Any]:
 
 
 def messages_as_segments(config: Any, params: Any) -> str:
-    """Whether the messages of a chat can be segments, with the model's tokenizer and the server's template.
+    """Return whether the messages of a chat can be segments, with the model's tokenizer and the server's template.
 
     Args:
         params: vLLM's ChatParams of the server.
@@ -224,10 +224,10 @@ def messages_as_segments(config: Any, params: Any) -> str:
 
 
 def documents(config: Any, refusals: Sequence[str]) -> str:
-    """Whether documents are found in the cache wherever they stand, or why not.
+    """Return whether documents are found in the cache wherever they stand, or why not.
 
     Args:
-        refusals: why the engine can't attend to documents.
+        refusals: reasons why the engine can't attend to documents.
     """
     if refusals:
         return f"no: {'; '.join(refusals)}"
@@ -237,10 +237,10 @@ def documents(config: Any, refusals: Sequence[str]) -> str:
 
 
 def block_reuse(config: Any, scheduling: Any, refusals: list[str], has_overlap: bool) -> str:
-    """Whether star blocks are reused behind an edit, or why not.
+    """Return whether star blocks are reused behind an edit, or why not.
 
     Args:
-        has_overlap: whether blocks depend on one another under the server's defaults.
+        has_overlap: True if blocks depend on one another under the server's defaults.
     """
     from starling.features.reuse.block_reuse import reuse_refusal
 
@@ -253,7 +253,7 @@ def block_reuse(config: Any, scheduling: Any, refusals: list[str], has_overlap: 
 
 
 def page_and_token_size(config: Any) -> tuple[int, int]:
-    """(tokens of a KV page, bytes that a token takes in all attention layers of all ranks)."""
+    """Return (tokens of a KV page, bytes that a token takes in all attention layers of all ranks)."""
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
@@ -271,7 +271,7 @@ def page_and_token_size(config: Any) -> tuple[int, int]:
 
 
 def kv_cache(config: Any) -> dict[str, Any]:
-    """The sizes of a page and of a token, in all layers of all ranks; for Attamba also those of its three caches."""
+    """Return the sizes of a page and of a token, in all layers of all ranks; for Attamba also its three caches'."""
     page_size, bytes_per_token = page_and_token_size(config)
     specs = attamba_specs(config)
     if not specs:
@@ -301,7 +301,7 @@ def kv_cache(config: Any) -> dict[str, Any]:
 
 
 def attamba_specs(config: Any) -> dict[str, Any]:
-    """The specs of a layer's caches on one rank, by name, for an Attamba model; empty for other models."""
+    """Return the specs of a layer's caches on one rank, by name, for an Attamba model; empty for other models."""
     from starling.engine_ext.models.attamba_config import AttambaConfig
 
     model = config.model_config.hf_config
@@ -313,21 +313,21 @@ def attamba_specs(config: Any) -> dict[str, Any]:
 
 
 def num_pages_held(num_tokens: int, page_size: int, window: int | None) -> int:
-    """The pages that a request of ``num_tokens`` tokens holds for its next token.
+    """Return the number of pages that a request of ``num_tokens`` tokens holds for its next token.
 
     Args:
-        window: tokens that the next token attends to, itself included; None: all.
+        window: number of tokens that the next token attends to, itself included, or None for all.
     """
     first = 0 if window is None else max(0, num_tokens - window + 1)
     return -(-num_tokens // page_size) - first // page_size
 
 
 def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], engine: Any, config: Any) -> dict[str, Any]:
-    """Plan, KV memory and attention work of one prompt of text without documents.
+    """Return plan, KV memory and attention work of one prompt of text without documents.
 
     Args:
         star: the server's StarOptions.
-        cache: from ``kv_cache``.
+        cache: result of ``kv_cache``.
         engine: the server's EngineFacts.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What each word of star_quality stands for on the user's prompts, by the losses of three plans, and the advice."""
+"""Meaning of each word of star_quality on the user's prompts, by the losses of three plans, and the advice."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def refuse_few(number: int) -> None:
 
 
 class Loss(Interval):
-    """By how much less probable the answers' tokens become, in nats for each token, the mean over prompts.
+    """Loss in log probability of the answers' tokens, in nats for each token, the mean over prompts.
 
     Attributes:
         low, high: one-sided bounds, each with a confidence of 95 %.
@@ -68,7 +68,7 @@ class Closest(BaseModel):
 
     Attributes:
         prompts_needed: about how many prompts would show that the plan is within the limit, if others lose what these
-            did; None: its mean loss is above the limit, or very many.
+            did, or None if its mean loss is above the limit, or very many are needed.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -79,12 +79,12 @@ class Closest(BaseModel):
 
 
 class Word(BaseModel):
-    """What a word of star_quality stands for on the user's prompts.
+    """Meaning of a word of star_quality on the user's prompts.
 
     Attributes:
         limit: the word by whose limit the plan was found: this one, or one that allows less.
-        num_blocks: into how many star blocks a prompt is cut; 1: it is dense, since no plan is shown to be good enough.
-        loss: on the held-out prompts; None where it is dense.
+        num_blocks: number of star blocks of a prompt; 1 if it is dense, since no plan is shown to be good enough.
+        loss: loss on the held-out prompts, or None where it is dense.
         closest: the plan that came closest, where it is dense.
     """
 
@@ -97,7 +97,7 @@ class Word(BaseModel):
 
 
 def plan_of(num_blocks: int) -> Plan:
-    """The plan of so many star blocks."""
+    """Return the plan of ``num_blocks`` star blocks."""
     return parse_plan(size_text(num_blocks))
 
 
@@ -107,7 +107,7 @@ class Candidate:
 
     Attributes:
         searched: the losses of the prompts by which a plan is chosen.
-        held_out: those of the others; empty where the plan was not chosen.
+        held_out: the losses of the others; empty where the plan was not chosen.
         keys: query-key pairs of each prefill as a share of dense's.
     """
 
@@ -137,18 +137,18 @@ class CandidateResult(BaseModel):
 
 
 class Advice(BaseModel):
-    """What was found; `advice.json`.
+    """The findings and the advice; `advice.json`.
 
     Attributes:
-        version: of this format. A field that is removed or changes its meaning raises it.
+        version: version of this format. A field that is removed or changes its meaning raises it.
         created: UTC, ISO 8601.
-        command: repeats the measurement.
+        command: command line that repeats the measurement.
         server: base URL, model, max_model_len, version of vLLM.
-        prompts: how many were searched and held out, how many were equal to others and left out, their lengths, and how
-            many of their tokens are texts that an earlier one has too (``repeats.repeated_tokens``).
-        words: each word of star_quality, and what it stands for.
-        flags: of `starling serve`; empty where the advice is to serve without star.
-        additional_config: of `vllm serve` and ``LLM``; None as ``flags``.
+        prompts: numbers of prompts searched, held out, and left out as equal to others, their lengths, and how many
+            of their tokens are texts that an earlier one has too (``repeats.repeated_tokens``).
+        words: each word of star_quality, and its meaning.
+        flags: options of `starling serve`; empty where the advice is to serve without star.
+        additional_config: the same for `vllm serve` and ``LLM``; None where ``flags`` is empty.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -166,7 +166,7 @@ class Advice(BaseModel):
 
 
 def halves(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts by which plans are chosen, and those that confirm them.
+    """Return the prompts by which plans are chosen, and those that confirm them.
 
     A prompt's half depends on the hash of its tokens, not on its place in a file.
     """
@@ -175,7 +175,7 @@ def halves(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
 
 
 def make_loss(losses: Sequence[float]) -> Loss:
-    """The mean and its bounds. Each bound adds the largest loss, or gain, that was seen, to the sample."""
+    """Return the mean and its bounds. Each bound adds the largest loss, or gain, that was seen, to the sample."""
     return Loss(
         prompts=len(losses),
         mean=float(np.mean(losses)),
@@ -185,20 +185,20 @@ def make_loss(losses: Sequence[float]) -> Loss:
 
 
 def is_within(losses: Sequence[float], limit: float) -> bool:
-    """Whether a mean loss is shown to be within a limit in percent."""
+    """Return whether a mean loss is shown to be within a limit in percent."""
     return make_loss(losses).high <= limit / 100
 
 
 def chosen(candidates: Sequence[Candidate], limit: float) -> Candidate | None:
-    """The cheapest plan that the searched prompts show to be within a limit in percent."""
+    """Return the cheapest plan that the searched prompts show to be within a limit in percent, or None."""
     return next((candidate for candidate in candidates if is_within(candidate.searched, limit)), None)
 
 
 def find_words(candidates: Sequence[Candidate]) -> dict[str, Word]:
-    """What each word stands for: the cheapest plan that both halves show to be within its limit, or a stricter one.
+    """Find, for each word, the cheapest plan that both halves show to be within its limit, or a stricter one.
 
     Args:
-        candidates: the cheapest first.
+        candidates: plans with their losses, the cheapest first.
     """
     words: dict[str, Word] = {}
     shown: Word | None = None
@@ -215,10 +215,10 @@ def find_words(candidates: Sequence[Candidate]) -> dict[str, Word]:
 
 
 def find_closest(candidates: Sequence[Candidate], unconfirmed: Candidate | None, limit: float) -> Closest:
-    """The plan that was chosen and not confirmed, or else the one with the lowest upper bound.
+    """Return the plan that was chosen and not confirmed, or else the one with the lowest upper bound.
 
     Args:
-        limit: percent.
+        limit: limit in percent.
     """
     found = unconfirmed or min(candidates, key=lambda candidate: make_loss(candidate.searched).high)
     losses = found.held_out if unconfirmed else found.searched
@@ -239,10 +239,10 @@ def results(candidates: Sequence[Candidate]) -> list[CandidateResult]:
 
 
 def served_options(words: Mapping[str, Word], min_tokens: int) -> dict[str, Any]:
-    """The server's options with which the words stand for what was found; none where the default one is dense.
+    """Return the server's options with which the words have the found meaning; none where the default one is dense.
 
     Args:
-        min_tokens: shorter prompts stay dense: none was measured.
+        min_tokens: length below which prompts stay dense: no shorter one was measured.
     """
     if words[DEFAULT_QUALITY].num_blocks == 1:
         return {}
@@ -251,7 +251,7 @@ def served_options(words: Mapping[str, Word], min_tokens: int) -> dict[str, Any]
 
 
 def server_flags(options: Mapping[str, Any]) -> list[str]:
-    """Options of a server as words of its command line."""
+    """Return the options of a server as words of its command line."""
     flags = []
     for name, value in options.items():
         text = ",".join(f"{key}={part}" for key, part in value.items()) if isinstance(value, dict) else str(value)
@@ -260,7 +260,7 @@ def server_flags(options: Mapping[str, Any]) -> list[str]:
 
 
 def table_rows(advice: Advice) -> list[list[str]]:
-    """The candidates as texts for COLUMNS."""
+    """Return the candidates as texts for COLUMNS."""
     return [
         [row.plan, percent(row.attended_keys), points(row.searched), points(row.held_out) if row.held_out else ""]
         for row in advice.candidates
@@ -268,12 +268,12 @@ def table_rows(advice: Advice) -> list[list[str]]:
 
 
 def advice_lines(advice: Advice, served: Sequence[str], speed: str, *, pays: bool = True) -> list[str]:
-    """What to do, in lines.
+    """Return the advice, in lines.
 
     Args:
         served: the model, and further options of the server.
-        speed: how much sooner the first token comes, in words.
-        pays: whether it does.
+        speed: time by which the first token comes sooner, in words.
+        pays: True if star pays.
     """
     word, limit = advice.words[DEFAULT_QUALITY], LIMITS[DEFAULT_QUALITY]
     if word.loss is None:
@@ -300,10 +300,10 @@ def advice_lines(advice: Advice, served: Sequence[str], speed: str, *, pays: boo
 
 
 def meaning(word: Word, limit: float) -> str:
-    """What a word stands for, and what that costs.
+    """Return a word's meaning and its cost.
 
     Args:
-        limit: percent, of the word.
+        limit: limit of the word, in percent.
     """
     if word.loss is not None:
         loss = f"at most {100 * word.loss.high:.1f} % less probable"
@@ -314,12 +314,12 @@ def meaning(word: Word, limit: float) -> str:
 
 
 def changed(loss: float) -> str:
-    """A mean loss in words: "1.2 % less probable"."""
+    """Return a mean loss in words: "1.2 % less probable"."""
     return f"{100 * abs(loss):.1f} % {'less' if loss > 0 else 'more'} probable"
 
 
 def document_lines(advice: Advice, served: Sequence[str]) -> list[str]:
-    """What documents would find of the prompts' texts, in lines; none where that is little.
+    """Return what documents would find of the prompts' texts, in lines; none where that is little.
 
     Args:
         served: the model, and further options of the server.

@@ -1,4 +1,4 @@
-"""What a server answers: read within bounds, understood, and held against the plan that was asked for."""
+"""Answers of a server: read within bounds, understood, and checked against the plan that was asked for."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ class Completion:
     """One output.
 
     Attributes:
-        text, finish_reason: as the server sent them.
-        token_ids: of the output; None where the server does not send them.
-        plan: the server's ``x-starling-plan``; None without Starling.
-        score: the distribution at the first output position; None where it was not asked for.
+        text, finish_reason: the values that the server sent.
+        token_ids: tokens of the output, or None where the server does not send them.
+        plan: the server's ``x-starling-plan``, or None without Starling.
+        score: the distribution at the first output position, or None where it was not asked for.
     """
 
     text: str
@@ -76,13 +76,13 @@ class Completion:
 
 
 def retry_after(response: httpx.Response) -> float:
-    """Seconds after which the server wants to be asked again, at most MOST_PAUSE; 0 where it gives no number."""
+    """Return the seconds after which the server wants to be asked again, at most MOST_PAUSE; 0 if it gives none."""
     value = response.headers.get("retry-after", "")
     return min(float(value), MOST_PAUSE) if value.isascii() and value.isdigit() else 0.0
 
 
 async def read_answer(response: httpx.Response) -> httpx.Response:
-    """The whole answer of a response that was not read yet, within bounds, whatever the server sends.
+    """Read the whole answer of a response that was not read yet, within bounds, whatever the server sends.
 
     Its text is UTF-8: what the server says about the characters may name any codec of Python, decompressors too.
 
@@ -125,17 +125,17 @@ def naming(prompt: str) -> Iterator[None]:
 
 
 def answer_json(response: httpx.Response) -> Any:
-    """The JSON of an answer, each text of which is plain (raises ValueError or RecursionError for another answer)."""
+    """Return the JSON of an answer, each text of which is plain (raises ValueError or RecursionError for another)."""
     return plain_json(response.json())
 
 
 def optional_count(value: Any) -> int | None:
-    """A number of tokens, or none (raises ValueError or TypeError for something else)."""
+    """Return a number of tokens, or None (raises ValueError or TypeError for something else)."""
     return None if value is None else int(value)
 
 
 def as_completion(response: httpx.Response) -> Completion:
-    """The first choice of a response."""
+    """Return the first choice of a response."""
     with understood(response):
         choice, header = answer_json(response)["choices"][0], response.headers.get(PLAN_HEADER)
         plan = plain_json(json.loads(header)) if header else None
@@ -150,7 +150,7 @@ def understood(response: httpx.Response, instead: str = "docs/eval.md") -> Itera
     """Raise ServerError where a response does not have the form that the block expects.
 
     Args:
-        instead: what the user can do.
+        instead: advice for the user.
     """
     try:
         yield
@@ -165,7 +165,7 @@ def check_engaged(header: str | None, plan: Plan, num_tokens: int) -> None:
     """Refuse an answer that was not prefilled as ``plan`` says.
 
     Raises:
-        NotEngaged: with the reason.
+        NotEngaged: it was not; the message has the reason.
         ValueError, LookupError, TypeError, RecursionError: the header is not one of Starling's.
     """
     found = json.loads(header) if header else {"attention": "nothing"}
@@ -194,7 +194,7 @@ def check_whole(response: httpx.Response, num_tokens: int) -> None:
 
 
 def error_message(response: httpx.Response) -> str:
-    """What a server says about an error, up to MAX_SERVER_WORDS characters."""
+    """Return what a server says about an error, up to MAX_SERVER_WORDS characters."""
     try:
         answer = response.json()
     except (ValueError, RecursionError):

@@ -45,7 +45,7 @@ CACHED_PATH = "/starling/cached"
 
 
 def make_http(base_url: str, api_key: str | None, timeout: float) -> httpx.AsyncClient:
-    """The connections to a server. Those to this machine go to no proxy, whatever the environment says.
+    """Make the connections to a server. Those to this machine go to no proxy, whatever the environment says.
 
     Raises:
         ValueError: a key that can't be sent; a URL, a proxy or a file with certificates that can't be used.
@@ -69,7 +69,7 @@ def make_http(base_url: str, api_key: str | None, timeout: float) -> httpx.Async
 
 
 def is_this_machine(base_url: str) -> bool:
-    """Whether a URL names a loopback address."""
+    """Return whether a URL names a loopback address."""
     host = httpx.URL(base_url).host
     try:
         address = ipaddress.ip_address(host)
@@ -92,13 +92,13 @@ def refuse_key(key: str, source: str) -> None:
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What a server says about itself.
+    """Facts that a server gives about itself.
 
     Attributes:
-        model: the name of the model that is asked.
-        max_model_len: tokens of a prompt and its output; None where the server does not say.
-        starling: whether Starling is activated, so that requests can have star plans.
-        version: of vLLM; None where the server does not say.
+        model: name of the model that is asked.
+        max_model_len: tokens of a prompt and its output, or None where the server does not say.
+        starling: True if Starling is activated, so that requests can have star plans.
+        version: version of vLLM, or None where the server does not say.
     """
 
     model: str
@@ -111,11 +111,11 @@ class Client:
     """A server, as an asynchronous context manager.
 
     Args:
-        base_url: such as http://localhost:8000, with or without /v1.
-        model: its name on the server; None: the server has only one.
-        api_key: sent as a bearer token.
+        base_url: URL such as http://localhost:8000, with or without /v1.
+        model: its name on the server, or None if the server has only one.
+        api_key: key that is sent as a bearer token.
         timeout: seconds that an answer may take.
-        tokenizer: the model's; None: the server's /tokenize.
+        tokenizer: the model's tokenizer, or None for the server's /tokenize.
 
     Raises:
         ValueError: a key that can't be sent; a URL, a proxy or a file with certificates that can't be used.
@@ -143,7 +143,7 @@ class Client:
         await self._http.aclose()
 
     async def facts(self) -> ServerFacts:
-        """What the server says about itself; asked once, with one short completion.
+        """Return what the server says about itself; asked once, with one short completion.
 
         Raises:
             ServerError: also where the server has no such model, more than one and none is named, or no /tokenize.
@@ -173,7 +173,7 @@ class Client:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """What makes the tokens of prompts."""
+        """Return the tokenizer of prompts."""
         return self if self._own_tokenizer is None else self._own_tokenizer
 
     async def _version(self) -> str | None:
@@ -183,15 +183,15 @@ class Client:
             return None
 
     async def tokenize(self, text: str) -> list[int]:
-        """The tokens of a text, without special ones."""
+        """Return the tokens of a text, without special ones."""
         return await self._tokens({"prompt": text, "add_special_tokens": False})
 
     async def tokenize_prompt(self, text: str) -> list[int]:
-        """The tokens of a prompt, with those that the tokenizer puts before each prompt."""
+        """Return the tokens of a prompt, with those that the tokenizer puts before each prompt."""
         return await self._tokens({"prompt": text})
 
     async def tokenize_chat(self, messages: Sequence[Any]) -> list[int]:
-        """The tokens of a chat with the model's template, up to where the answer begins.
+        """Return the tokens of a chat with the model's template, up to where the answer begins.
 
         Raises:
             ServerError: also where the model has no chat template.
@@ -214,10 +214,10 @@ class Client:
             return {"tokens": tokens, "max_model_len": optional_count(answer["max_model_len"])}
 
     async def complete(self, token_ids: Sequence[int], plan: Plan, max_tokens: int) -> Completion:
-        """The greedy output of a prompt.
+        """Return the greedy output of a prompt.
 
         Args:
-            token_ids: of the prompt.
+            token_ids: tokens of the prompt.
 
         Raises:
             ServerError: also where the plan did not engage.
@@ -226,14 +226,14 @@ class Client:
         return as_completion(response)
 
     async def seconds_to_first_token(self, token_ids: Sequence[int], plan: Plan) -> float:
-        """How long the first token of a prompt takes of which nothing is cached (raises ServerError)."""
+        """Return how long the first token of a prompt takes of which nothing is cached (raises ServerError)."""
         fields = {"max_tokens": 1, "cache_salt": uuid.uuid4().hex}
         started = time.perf_counter()
         await self._complete(token_ids, plan, fields)
         return time.perf_counter() - started
 
     async def score_token(self, token_ids: Sequence[int], plan: Plan, token_id: int) -> Completion:
-        """The log-probabilities at the position behind a prompt, of ``token_id`` and of the most probable tokens.
+        """Return the log-probabilities at the position behind a prompt, of ``token_id`` and the most probable tokens.
 
         The request forces the token as its output. The log-probabilities are those before that restriction, as vLLM
         reports them by default.
@@ -270,7 +270,7 @@ class Client:
             return dict(json.loads(response.headers.get(PLAN_HEADER, "{}")))
 
     async def look_up(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """What the server has cached of a request's prompt, which is not run (raises ServerError)."""
+        """Return what the server has cached of a request's prompt, which is not run (raises ServerError)."""
         response = await self._send("POST", f"{CACHED_PATH}{path}", {"model": (await self.facts()).model} | body)
         with understood(response):
             return dict(answer_json(response))
@@ -299,10 +299,10 @@ class Client:
             )
 
     async def _send(self, method: str, path: str, body: Any = None, instead: str = "") -> httpx.Response:
-        """One request, repeated where the connection fails, or the server says that it can't answer now.
+        """Send one request, again where the connection fails, or the server says that it can't answer now.
 
         Args:
-            instead: what the user can do where the server does not have the path, or refuses the request.
+            instead: advice for the user where the server does not have the path, or refuses the request.
 
         Raises:
             ServerError: the request is refused, took too long, or the last attempt failed.
@@ -339,7 +339,9 @@ class Client:
         raise ServerError(f"{url} failed {ATTEMPTS} times, the last time with {failure}")
 
     async def _answer(self, method: str, path: str, body: Any) -> httpx.Response:
-        """One attempt, with its whole answer. The time is that of all of it, however often the server sends a byte.
+        """Make one attempt, with its whole answer.
+
+        The time is that of all of it, however often the server sends a byte.
 
         Raises:
             ServerError: the answer is too large, or is compressed otherwise than asked for.

@@ -20,10 +20,10 @@ THIRDS = ("0-33 %", "33-66 %", "66-100 %")
 
 
 def score(output: str, references: Sequence[str], match: Match) -> float:
-    """How right an output is, from 0 to 1. Case and white space do not matter.
+    """Score an output, from 0 to 1. Case and white space do not matter.
 
     Args:
-        references: at least one.
+        references: at least one reference.
         match: ``all`` (RULER's string_match_all): the share of the references that the output contains; ``any``
             (string_match_part): 1 if it contains one of them.
     """
@@ -33,7 +33,7 @@ def score(output: str, references: Sequence[str], match: Match) -> float:
 
 
 def normalise(text: str) -> str:
-    """The text in lower case, composed (NFC), with one space for each run of white space."""
+    """Return the text in lower case, composed (NFC), with one space for each run of white space."""
     return " ".join(unicodedata.normalize("NFC", text.lower()).split())
 
 
@@ -58,15 +58,16 @@ class Cell(BaseModel):
         task: ``all`` for the mean over the tasks and lengths, each with equal weight. Its ``attended_keys`` is the
             mean over prompts, and its ``top1_agreement`` and ``kl`` are means over positions, whatever task has them.
         length: None over all lengths, and for the user's own prompts.
-        depth: one of THIRDS, where the prompt's fact begins: 0 % is the beginning of the text; None: anywhere.
-        prompts: how many.
-        sizes: those that the server reports; None for dense, and where the server does not say.
-        against_reference: whether outputs are scored against references; else against dense's outputs.
+        depth: one of THIRDS, where the prompt's fact begins: 0 % is the beginning of the text; or None for anywhere.
+        prompts: number of prompts.
+        sizes: sizes that the server reports; None for dense, and where the server does not say.
+        against_reference: True if outputs are scored against references; else against dense's outputs.
         dense_score, score: means, from 0 to 1.
-        difference: of score and dense_score, paired; None for dense.
+        difference: paired difference of score and dense_score; None for dense.
         same_as_dense: the share of outputs that equal dense's.
         attended_keys: query-key pairs of the prefill, as a share of dense's; None without Starling.
-        logprob_difference: of the answer's tokens, in nats for each token, to dense; None without --logprobs.
+        logprob_difference: difference to dense of the answer's tokens, in nats for each token; None without
+            --logprobs.
         top1_agreement: the share of positions where the most probable token is dense's.
         kl: Kullback-Leibler divergence from dense, in nats, the mean over all positions of all prompts; a lower bound
             (``kl_divergence``).
@@ -117,19 +118,19 @@ class Pair:
 
     @property
     def positions(self) -> list[tuple[TokenScore, TokenScore]]:
-        """The distributions of dense and of the plan at each position of the answer that was compared."""
+        """Return the distributions of dense and of the plan at each position of the answer that was compared."""
         return list(zip(self.dense.scores, self.answer.scores, strict=True))
 
 
 def answer_score(prompt: Prompt, answer: Answer, dense: Answer) -> float:
-    """RULER's score where the prompt has references; else 1 if the output equals dense's, and 0 if not."""
+    """Return RULER's score where the prompt has references; else 1 if the output equals dense's, and 0 if not."""
     if not prompt.references:
         return float(answer.text == dense.text)
     return score(answer.text, prompt.references, prompt.match)
 
 
 def make_pairs(prompts: Iterable[Prompt], answers: Iterable[Answer]) -> list[Pair]:
-    """Each answer of each plan, dense too, beside dense's answer to the same prompt."""
+    """Return each answer of each plan, dense too, beside dense's answer to the same prompt."""
     of_name = {prompt.name: prompt for prompt in prompts}
     listed = list(answers)
     dense = {answer.prompt: answer for answer in listed if answer.plan == DENSE.name}
@@ -137,7 +138,7 @@ def make_pairs(prompts: Iterable[Prompt], answers: Iterable[Answer]) -> list[Pai
 
 
 def compare(pairs: Sequence[Pair]) -> list[Cell]:
-    """A cell for each task, length and plan, and one over all tasks and lengths for each plan.
+    """Return a cell for each task, length and plan, and one over all tasks and lengths for each plan.
 
     The cells over all tasks weigh each task and length equally, except where ``Cell`` says otherwise. With more than
     one plan, there are no cells for dense: its score is in the others.
@@ -161,7 +162,7 @@ def compare(pairs: Sequence[Pair]) -> list[Cell]:
 
 
 def make_cell(task: str, length: int | None, plan: str, groups: Sequence[Sequence[Pair]]) -> Cell:
-    """The cell of a plan over groups of prompts, of which each has the same weight in scores and log-probabilities."""
+    """Make the cell of a plan over groups of prompts, each with the same weight in scores and log-probabilities."""
     scored = [[pair for pair in group if pair.answer.scores and pair.dense.scores] for group in groups]
     has_scores = all(scored)
     pairs = [pair for group in groups for pair in group]
@@ -191,17 +192,17 @@ def make_cell(task: str, length: int | None, plan: str, groups: Sequence[Sequenc
 
 
 def logprob_difference(pair: Pair) -> float:
-    """How much more probable the answer's tokens are than under dense, in nats for each token."""
+    """Return how much more probable the answer's tokens are than under dense, in nats for each token."""
     return float(np.mean([two.logprob - one.logprob for one, two in pair.positions]))
 
 
 def top(position: TokenScore) -> int:
-    """The most probable token."""
+    """Return the most probable token."""
     return max(position.top, key=lambda token: position.top[token])
 
 
 def star_sizes(answers: Sequence[Answer]) -> StarSizes | None:
-    """The sizes under which the prompts ran; None where the server does not say it of each."""
+    """Return the sizes under which the prompts ran, or None where the server does not say it of each."""
     plans, names = [answer.server_plan or {} for answer in answers], tuple(StarSizes.model_fields)
     if not all(name in plan for plan in plans for name in names):
         return None
@@ -210,7 +211,7 @@ def star_sizes(answers: Sequence[Answer]) -> StarSizes | None:
 
 
 def key_share(answer: Answer) -> float | None:
-    """Query-key pairs of the prefill, as a share of dense's; None where the server does not say."""
+    """Return the query-key pairs of the prefill, as a share of dense's, or None where the server does not say."""
     plan = answer.server_plan
     if plan is None:
         return None
@@ -218,9 +219,10 @@ def key_share(answer: Answer) -> float | None:
 
 
 def compare_depths(pairs: Sequence[Pair]) -> list[Cell]:
-    """A cell for each length, star plan and third of the text in which a fact begins; none where no prompt has a depth.
+    """Return a cell for each length, star plan and third of the text in which a fact begins.
 
-    Prompts of all tasks that have a depth, each prompt with equal weight.
+    The cells are over the prompts of all tasks that have a depth, each prompt with equal weight; there are none where
+    no prompt has one.
     """
     groups: dict[tuple[int | None, str], list[list[Pair]]] = {}
     for pair in pairs:
@@ -236,5 +238,5 @@ def compare_depths(pairs: Sequence[Pair]) -> list[Cell]:
 
 
 def third(depth: float) -> int:
-    """The index in THIRDS of a depth from 0 to 1."""
+    """Return the index in THIRDS of a depth from 0 to 1."""
     return min(int(depth * len(THIRDS)), len(THIRDS) - 1)

@@ -38,9 +38,9 @@ class Asked:
     """A question about documents, as token ids.
 
     Attributes:
-        question: with all that stands before the answer.
+        question: the question, with all that stands before the answer.
         answer: the first tokens of the right answer.
-        is_recall: whether it asks for a passage, and is no question of the prompt's own.
+        is_recall: True if it asks for a passage, and is no question of the prompt's own.
     """
 
     question: Tokens
@@ -53,8 +53,8 @@ class DocumentPrompt:
     """Documents as token ids, and questions about them.
 
     Attributes:
-        task: of `starling eval`, or what else the prompt was made by.
-        head: what all documents see.
+        task: task of `starling eval`, or what else the prompt was made by.
+        head: tokens that all documents see.
         asked: questions, of which each is asked by itself.
     """
 
@@ -65,22 +65,22 @@ class DocumentPrompt:
 
     @property
     def question(self) -> Tokens:
-        """The first question."""
+        """Return the first question."""
         return self.asked[0].question
 
     @property
     def answer(self) -> Tokens:
-        """The answer of the first question."""
+        """Return the answer of the first question."""
         return self.asked[0].answer
 
     @property
     def context(self) -> list[int]:
-        """The tokens of head and documents."""
+        """Return the tokens of head and documents."""
         return [*self.head, *(token for document in self.documents for token in document)]
 
     @property
     def starts(self) -> list[int]:
-        """The position of the first token of each document."""
+        """Return the position of the first token of each document."""
         return list(accumulate(map(len, self.documents[:-1]), initial=len(self.head)))
 
 
@@ -92,12 +92,12 @@ FILE_MARKS = ("<|file_sep|>", "<file_sep>")
 
 @dataclass(frozen=True)
 class Style:
-    """How an example becomes a prompt.
+    """Style in which an example becomes a prompt.
 
     Attributes:
-        system: the message before the documents; empty: none.
-        least_tokens: of a document: shorter pieces are joined.
-        answer_tokens: of an answer.
+        system: message before the documents, or empty if there is none.
+        least_tokens: minimum length of a document: shorter pieces are joined.
+        answer_tokens: length of an answer.
         shape: documents are passages of one message; each begins with a token of FILE_MARKS; or each is a message.
     """
 
@@ -128,21 +128,21 @@ class Encoder:
     """Makes tokens of texts, and of a chat around documents.
 
     Args:
-        tokenizer: of Transformers.
+        tokenizer: a tokenizer of Transformers.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
     def encode(self, text: str) -> Tokens:
-        """The tokens of a text, without special ones."""
+        """Return the tokens of a text, without special ones."""
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def layout(self, style: Style, about: str = "") -> Layout:
-        """The texts around documents, in the style's shape, or as passages where the model has no such shape.
+        """Return the texts around documents, in the style's shape, or as passages where the model has no such shape.
 
         Args:
-            about: what the documents are about.
+            about: subject of the documents.
         """
         if style.shape == "messages" and (found := self._messages(style.system, about)):
             return found
@@ -157,7 +157,7 @@ class Encoder:
         return [mark for mark in FILE_MARKS if mark in known]
 
     def _around(self, system: str) -> tuple[str, str]:
-        """What a chat has before the text of the user, and behind it up to the answer. Without a template: little."""
+        """Return a chat's text before the user's, and behind it up to the answer. Without a template: little."""
         if not self.tokenizer.chat_template:
             return f"{self.tokenizer.bos_token or ''}{system}\n\n", "\n\n"
         messages = [{"role": "system", "content": system}] if system else []
@@ -167,7 +167,10 @@ class Encoder:
         return before, after
 
     def _messages(self, system: str, about: str) -> Layout | None:
-        """Of a chat whose documents are messages of the user; None: the template does not have them one by one."""
+        """Return the layout of a chat whose documents are messages of the user.
+
+        The result is None if the template does not have them one by one.
+        """
         if not (self.tokenizer.chat_template and system):
             return None
         messages = [{"role": "system", "content": f"{system}\n\n{about}".rstrip()}]
@@ -189,7 +192,7 @@ class Encoder:
 
 
 def joined(pieces: Sequence[Tokens], least_tokens: int) -> tuple[Tokens, ...]:
-    """The pieces as documents: consecutive ones are joined until a document has so many tokens."""
+    """Join consecutive pieces to documents of at least ``least_tokens`` tokens."""
     documents: list[Tokens] = [()]
     for piece in pieces:
         if len(documents[-1]) >= least_tokens:
@@ -199,7 +202,10 @@ def joined(pieces: Sequence[Tokens], least_tokens: int) -> tuple[Tokens, ...]:
 
 
 def as_prompt(examples: Sequence[Example], task: str, encoder: Encoder, style: Style) -> DocumentPrompt:
-    """Examples of one task with one text as documents. Each is tokenised by itself, as its KV is computed by itself."""
+    """Return examples of one task with one text as documents.
+
+    Each is tokenised by itself, as its KV is computed by itself.
+    """
     about, _, rest = examples[0].text.partition("\n\n")
     text = rest.rpartition("\n\n")[0]
     pieces = [encoder.encode(piece) for piece in re.split(BORDERS.get(task, SENTENCES), text) if piece]
@@ -225,13 +231,13 @@ def as_prompt(examples: Sequence[Example], task: str, encoder: Encoder, style: S
 def make_prompt(
     task: str, name: str, tokens: int, encoder: Encoder, style: Style = Style(), questions: int = 1
 ) -> DocumentPrompt:
-    """A prompt whose context and question have at most ``tokens`` tokens, and nearly so many.
+    """Make a prompt whose context and question have at most ``tokens`` tokens, and nearly that number.
 
     It depends on its arguments alone.
 
     Args:
-        name: for the random generators.
-        questions: as many as the text has, and at most so many.
+        name: seed of the random generators.
+        questions: maximum number of questions; fewer where the text has fewer.
     """
 
     def make(size: int, number: int = 0) -> Example:

@@ -25,10 +25,10 @@ ALLOWED = (
 
 @dataclass(frozen=True)
 class Plan:
-    """How the prompts are prefilled.
+    """Plan by which the prompts are prefilled.
 
     Attributes:
-        name: in tables, results and errors.
+        name: name in tables, results and errors.
         options: the star options of a request, under their flat names (`vllm_xargs`).
     """
 
@@ -44,7 +44,7 @@ DENSE = Plan("dense", {"star": "off"})
 
 
 def parse_plan(text: str) -> Plan:
-    """The plan of one --plan.
+    """Parse the plan of one --plan.
 
     Args:
         text: ``dense``; ``default``; or parts with a comma between them: ``n/8`` or ``B=n/8``; ``B=``, ``A=``, ``O=``,
@@ -76,7 +76,7 @@ def parse_plan(text: str) -> Plan:
 
 
 def with_dense(plans: Iterable[Plan]) -> list[Plan]:
-    """Dense, and then the other plans, each once.
+    """Return dense, and then the other plans, each once.
 
     Raises:
         ValueError: two plans have the same name, or the same options.

@@ -1,4 +1,4 @@
-"""What a command measures, and on which prompts."""
+"""Options that say what a command measures, and on which prompts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class PromptOptions(CommandOptions):
 
     @property
     def compares_text(self) -> bool:
-        """Whether the texts of answers are compared."""
+        """Return whether the texts of answers are compared."""
         return True
 
     @property
@@ -74,7 +74,7 @@ class PromptOptions(CommandOptions):
         _ = self.chosen_tasks, self.prompts and read_own_prompts(self.prompts)
 
     def prompts_setup(self) -> dict[str, Any]:
-        """What decides the prompts, as JSON."""
+        """Return the options that decide the prompts, as JSON."""
         if self.prompts is not None:
             content = hashlib.sha256(self.prompts.read_bytes()).hexdigest()
             return {"prompts_sha256": content, "max_tokens": self.max_tokens}
@@ -87,10 +87,10 @@ class PromptOptions(CommandOptions):
         }
 
     def command(self, target: Sequence[str]) -> str:
-        """The command that measures the same.
+        """Return the command that measures the same.
 
         Args:
-            target: the arguments that name the server or the model to serve.
+            target: arguments that name the server or the model to serve.
         """
         parts = ["starling", self.subcommand, *without_secrets(target)]
         for field, value in sorted(self, key=lambda item: item[0] != "plans"):
@@ -106,10 +106,11 @@ class PromptOptions(CommandOptions):
 
 
 def folder_setup(model: str, server_options: Sequence[str] | None) -> dict[str, Any]:
-    """What all answers in a folder have in common, as JSON. An answer's key says the rest: its prompt and plan.
+    """Return what all answers in a folder have in common, as JSON. An answer's key says the rest: its prompt and plan.
 
     Args:
-        server_options: of the server that was started for the command; None: of one that runs, they are not known.
+        server_options: options of the server that was started for the command, or None for a running one, whose options
+            are not known.
     """
     setup: dict[str, Any] = {"version": SETUP_VERSION, "model": model}
     return setup if server_options is None else setup | {SERVER_OPTIONS: without_secrets(server_options)}
@@ -124,7 +125,7 @@ class EvalOptions(PromptOptions):
 
     @property
     def all_plans(self) -> list[Plan]:
-        """Dense, and then the others."""
+        """Return dense, and then the others."""
         return with_dense(map(parse_plan, self.plans))
 
     def check(self) -> None:
@@ -133,10 +134,10 @@ class EvalOptions(PromptOptions):
         _ = self.all_plans
 
     def setup(self, model: str, server_options: Sequence[str] | None) -> dict[str, Any]:
-        """What is measured, as JSON.
+        """Return what is measured, as JSON.
 
         Args:
-            server_options: as of ``folder_setup``.
+            server_options: the same as for ``folder_setup``.
         """
         setup = folder_setup(model, server_options) | {
             "plans": {plan.name: plan.options for plan in self.all_plans},
@@ -146,7 +147,7 @@ class EvalOptions(PromptOptions):
 
 
 def without_secrets(arguments: Sequence[str]) -> list[str]:
-    """The arguments with `...` for the values of options whose names say that they are secret, such as --hf-token.
+    """Return the arguments with `...` for the values of options that are secret by their names, such as --hf-token.
 
     vLLM's --api-key takes several values, so all are hidden up to the next option.
     """
@@ -164,13 +165,13 @@ def without_secrets(arguments: Sequence[str]) -> list[str]:
 
 
 def parse_options(model: type[Options], values: dict[str, Any]) -> Options:
-    """Options from a command line.
+    """Parse options from a command line.
 
     Args:
         model: the command's options.
 
     Raises:
-        ValueError: with the option, its value and what is allowed.
+        ValueError: an option is wrong; the message has the option, its value and what is allowed.
     """
     try:
         options = model(**values)

@@ -30,7 +30,7 @@ class TooLong(ValueError):
 
 
 class Tokenizer(Protocol):
-    """What counts and makes tokens: the server (``client.Client``), or a ``tokenizer.LocalTokenizer``."""
+    """Protocol that counts and makes tokens: the server (``client.Client``), or a ``tokenizer.LocalTokenizer``."""
 
     async def tokenize(self, text: str) -> list[int]: ...
 
@@ -41,19 +41,20 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is sent, and what is expected.
+    """A prompt to send, and the expected answer.
 
     Attributes:
-        name: unique within an evaluation.
+        name: name that is unique within an evaluation.
         task: the task's name, or OWN or OWN_WITHOUT_ANSWER.
-        length: the tokens that prompt and answer may have; None for the user's own prompts.
-        token_ids: of the prompt.
+        length: number of tokens that prompt and answer may have; None for the user's own prompts.
+        token_ids: tokens of the prompt.
         end: the last characters of the prompt, for reports.
-        references: the strings that a right answer contains; empty: the answer is compared with dense's.
-        match: how they are counted.
+        references: strings that a right answer contains; if empty, the answer is compared with dense's.
+        match: rule by which they are counted.
         answer_ids: the tokens of a right answer; empty where there are no references.
-        max_tokens: of the answer; 0: its text is not needed, but only the log-probabilities of an answer.
-        depth: where the fact begins that the answer needs (``Example.depth``); None for the user's own prompts.
+        max_tokens: maximum tokens of the answer; 0 if its text is not needed, but only the log-probabilities of an
+            answer.
+        depth: place where the fact begins that the answer needs (``Example.depth``); None for the user's own prompts.
     """
 
     name: str
@@ -102,7 +103,7 @@ class OwnPrompt(BaseModel):
 
 
 def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts, each text once: an equal prompt says nothing new."""
+    """Return the prompts, each text once: an equal prompt says nothing new."""
     found: dict[tuple[int, ...], Prompt] = {}
     for prompt in prompts:
         found.setdefault(prompt.token_ids, prompt)
@@ -112,13 +113,13 @@ def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
 async def fit(
     make: Callable[[int], Example], measure: Callable[[Example], Awaitable[int]], budget: int, least: int, guess: int
 ) -> tuple[int, int]:
-    """The size whose example has at most ``budget`` tokens, and comes near it.
+    """Find the size whose example has at most ``budget`` tokens, and comes near it.
 
     Args:
         make: size -> example; a larger size has more tokens.
-        measure: the tokens of an example.
+        measure: function that returns the tokens of an example.
         least: the smallest size.
-        guess: where the search begins.
+        guess: size at which the search begins.
 
     Returns:
         (size, its tokens).
@@ -152,7 +153,7 @@ async def fit(
 async def task_prompts(
     task: Task, length: int, count: int, *, seed: int, prompt_format: Format, tokenizer: Tokenizer
 ) -> list[Prompt]:
-    """``count`` prompts of a task that fit, with their answers, into ``length`` tokens.
+    """Return ``count`` prompts of a task that fit, with their answers, into ``length`` tokens.
 
     They depend on the task, the length, the index, the seed and the tokenizer, and on nothing else.
 
@@ -193,7 +194,7 @@ async def task_prompts(
 
 
 async def example_tokens(example: Example, prompt_format: Format, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of an example's prompt, up to where the model goes on."""
+    """Return the tokens of an example's prompt, up to where the model goes on."""
     if prompt_format == "text":
         return await tokenizer.tokenize_prompt(f"{example.text}\n\n{example.answer_prefix}")
     chat = await tokenizer.tokenize_chat([{"role": "user", "content": example.text}])
@@ -201,13 +202,13 @@ async def example_tokens(example: Example, prompt_format: Format, tokenizer: Tok
 
 
 def read_json_lines(path: Path, option: str, allowed: str) -> list[tuple[int, Any]]:
-    """(line number, value) of each line of a JSONL file that is not empty.
+    """Return (line number, value) of each line of a JSONL file that is not empty.
 
     A line ends at a line feed alone: JSON may hold the other characters that Unicode ends lines with.
 
     Args:
-        option: that names the file.
-        allowed: what its lines may be, for messages.
+        option: option that names the file.
+        allowed: description of allowed lines, for messages.
 
     Raises:
         ValueError: the file can't be read, has no line, or a line is not JSON; with the line's number.
@@ -234,13 +235,13 @@ def read_json_lines(path: Path, option: str, allowed: str) -> list[tuple[int, An
 
 
 def read_own_prompts(path: Path) -> list[tuple[int, OwnPrompt]]:
-    """(line number, prompt) of each line of the user's file (raises ValueError: a line is not a prompt)."""
+    """Return (line number, prompt) of each line of the user's file (raises ValueError: a line is not a prompt)."""
     lines = read_json_lines(path, "prompts", LINES)
     return [(number, as_own_prompt(value, f"{path}, line {number}")) for number, value in lines]
 
 
 def as_own_prompt(value: Any, place: str) -> OwnPrompt:
-    """The prompt of a line; ``place`` names it in the message of a ValueError for a line that is none."""
+    """Return the prompt of a line; ``place`` names it in the message of a ValueError for a line that is none."""
     if not isinstance(value, dict):
         raise ValueError(f"{place}: it is no object. Allowed: {LINES}")
     try:
@@ -254,7 +255,7 @@ def as_own_prompt(value: Any, place: str) -> OwnPrompt:
 
 
 async def own_prompt(own: OwnPrompt, line: int, max_tokens: int, tokenizer: Tokenizer) -> Prompt:
-    """One of the user's prompts as tokens: a text as it is, messages with the model's chat template."""
+    """Return one of the user's prompts as tokens: a text as it is, messages with the model's chat template."""
     if own.prompt is not None:
         token_ids, end = await tokenizer.tokenize_prompt(own.prompt), own.prompt
     else:

@@ -15,7 +15,7 @@ Hashes = npt.NDArray[np.uint64]
 
 
 def repeated_tokens(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens of prompts stand in a text, of RUN tokens or more, that an earlier prompt has too.
+    """Count the tokens of prompts that stand in a text, of RUN tokens or more, that an earlier prompt has too.
 
     Without the tokens of the beginning that an earlier prompt has too: vLLM's prefix cache finds those.
     """
@@ -34,7 +34,7 @@ def repeated_tokens(prompts: Sequence[Sequence[int]]) -> int:
 
 
 def prefix_hashes(tokens: Hashes) -> Hashes:
-    """(n + 1,) The hash of each beginning of n tokens: a polynomial in BASE, modulo 2^64."""
+    """Return (n + 1,) the hash of each beginning of n tokens: a polynomial in BASE, modulo 2^64."""
     powers = np.full(len(tokens), BASE, dtype=np.uint64)
     powers[:1] = 1
     terms = (tokens + np.uint64(1)) * np.multiply.accumulate(powers)
@@ -42,7 +42,7 @@ def prefix_hashes(tokens: Hashes) -> Hashes:
 
 
 def run_hashes(prefix: Hashes) -> Hashes:
-    """(n - RUN + 1,) The hash of each RUN tokens, wherever they stand."""
+    """Return (n - RUN + 1,) the hash of each RUN tokens, wherever they stand."""
     sums = prefix[RUN:] - prefix[:-RUN]
     powers = np.full(len(sums), INVERSE, dtype=np.uint64)
     powers[:1] = 1
@@ -50,7 +50,7 @@ def run_hashes(prefix: Hashes) -> Hashes:
 
 
 def seen_before(hashes: Sequence[Hashes]) -> list[npt.NDArray[np.bool_]]:
-    """For each hash of each prompt, whether an earlier prompt has it."""
+    """Return, for each hash of each prompt, whether an earlier prompt has it."""
     owners = np.repeat(np.arange(len(hashes)), [len(each) for each in hashes])
     _, first, which = np.unique(np.concatenate(hashes), return_index=True, return_inverse=True)
     seen = owners[first][which] < owners

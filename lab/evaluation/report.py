@@ -64,13 +64,13 @@ class DifferentAnswer(BaseModel):
 
 
 class Report(BaseModel):
-    """What an evaluation found; `results.json`.
+    """Results of an evaluation; `results.json`.
 
     Attributes:
-        version: of this format. A field that is removed or changes its meaning raises it.
+        version: version of this format. A field that is removed or changes its meaning raises it.
         created: UTC, ISO 8601.
-        setup: what was measured (``EvalOptions.setup``).
-        command: repeats the evaluation.
+        setup: description of what was measured (``EvalOptions.setup``).
+        command: command line that repeats the evaluation.
         server: base URL, model, max_model_len, version of vLLM.
     """
 
@@ -88,7 +88,7 @@ class Report(BaseModel):
 
 
 def worst(pairs: Sequence[Pair], count: int = NUM_EXAMPLES) -> list[DifferentAnswer]:
-    """The answers that differ from dense's, those that lose the most first."""
+    """Return the answers that differ from dense's, those that lose the most first."""
     differ = sorted((pair for pair in pairs if not pair.same), key=lambda pair: pair.difference)
     return [
         DifferentAnswer(
@@ -106,19 +106,19 @@ def worst(pairs: Sequence[Pair], count: int = NUM_EXAMPLES) -> list[DifferentAns
 
 
 def overall(cells: Sequence[Cell]) -> list[Cell]:
-    """For each plan the cells over all tasks; where a plan has none, its only cell of that kind."""
+    """Return, for each plan, the cells over all tasks; where a plan has none, its only cell of that kind."""
     found = [cell for cell in cells if cell.task == ALL]
     have = {(cell.plan, cell.against_reference) for cell in found}
     return found + [cell for cell in cells if cell.task != ALL and (cell.plan, cell.against_reference) not in have]
 
 
 def summary(cells: Sequence[Cell]) -> list[str]:
-    """A sentence for each plan."""
+    """Return a sentence for each plan."""
     return [sentence(cell) for cell in overall(cells)]
 
 
 def sentence(cell: Cell) -> str:
-    """What a cell says."""
+    """Return the content of a cell as a sentence."""
     over = f"over {cell.prompts} prompts"
     if cell.difference is None:
         found = f"Dense scores {percent(cell.dense_score)} {over}"
@@ -145,17 +145,17 @@ def percent(share: float) -> str:
 
 
 def points(interval: Interval) -> str:
-    """A difference of scores with its interval, in points of 100."""
+    """Return a difference of scores with its interval, in points of 100."""
     return f"{100 * interval.mean:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
 
 
 def nats(change: Interval | None) -> str:
-    """A difference of log-probabilities with its interval; empty where there is none."""
+    """Return a difference of log-probabilities with its interval; empty where there is none."""
     return f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]" if change else ""
 
 
 def table_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows) as texts; the columns of --logprobs only where they were measured."""
+    """Return (columns, rows) as texts; the columns of --logprobs only where they were measured."""
     with_logprobs = any(cell.kl is not None for cell in cells)
     columns = [*COLUMNS, *(LOGPROB_COLUMNS if with_logprobs else ())]
     rows = []
@@ -181,7 +181,7 @@ def table_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
 
 
 def depth_rows(depths: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows) of the table by depth as texts."""
+    """Return (columns, rows) of the table by depth as texts."""
     with_logprobs = any(cell.logprob_difference for cell in depths)
     columns = [*DEPTH_COLUMNS, *(LOGPROB_COLUMNS[:1] if with_logprobs else ())]
     rows = []
@@ -195,7 +195,7 @@ def depth_rows(depths: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
 
 
 def terminal_tables(report: Report) -> list[Table]:
-    """The tables for rich; that by depth only where prompts have one."""
+    """Return the tables for rich; that by depth only where prompts have one."""
     columns, rows = table_rows(report.cells)
     bold = [cell.task == ALL for cell in report.cells]
     tables = [terminal_table("Scores, and differences to dense in points", columns, rows, bold)]
@@ -208,10 +208,10 @@ def terminal_tables(report: Report) -> list[Table]:
 def terminal_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool] = ()
 ) -> Table:
-    """A table of texts for rich.
+    """Make a table of texts for rich.
 
     Args:
-        bold: of each row; by default none is.
+        bold: True for each bold row; by default none is.
     """
     table = Table(title=title)
     for name in columns:
@@ -233,10 +233,10 @@ def write_files(folder: Path, files: Mapping[str, str | bytes | None]) -> str:
 
 
 def html_report(report: Report, figure: bytes | None) -> str:
-    """A page without scripts and links.
+    """Return a page without scripts and links.
 
     Args:
-        figure: as PNG.
+        figure: the figure as PNG.
     """
     image = ""
     if figure is not None:
@@ -263,7 +263,7 @@ def html_report(report: Report, figure: bytes | None) -> str:
 
 
 def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of texts."""
+    """Return a table of texts."""
     kinds = [' class="left"' if name in LEFT_COLUMNS else "" for name in columns]
 
     def cells(tag: str, row: Sequence[str]) -> str:
@@ -274,7 +274,7 @@ def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def html_example(example: DifferentAnswer) -> str:
-    """One answer beside dense's."""
+    """Return one answer beside dense's."""
     scores = "" if not example.references else f", {example.score:.2f} (dense {example.dense_score:.2f})"
     parts = [("End of the prompt", example.prompt_end), ("Dense", example.dense), (example.plan, example.answer)]
     if example.references:
@@ -285,12 +285,12 @@ def html_example(example: DifferentAnswer) -> str:
 
 @dataclass(frozen=True)
 class Panel:
-    """What one part of the figure shows.
+    """One part of the figure.
 
     Attributes:
-        label: of the horizontal axis.
-        equal: where a plan that equals dense would be.
-        values: of the cells; an interval without width has no bar.
+        label: label of the horizontal axis.
+        equal: value of a plan that equals dense.
+        values: values of the cells; an interval without width has no bar.
     """
 
     title: str
@@ -300,7 +300,7 @@ class Panel:
 
 
 def make_panels(cells: Sequence[Cell]) -> list[Panel]:
-    """Differences of scores; and for prompts without references the KL, or the share of equal answers without it."""
+    """Return the panels: differences of scores; without references the KL, or the share of equal answers."""
     scored: list[tuple[Cell, Interval]] = []
     equal: list[tuple[Cell, Interval]] = []
     apart: list[tuple[Cell, Interval]] = []
@@ -328,7 +328,7 @@ def scaled(interval: Interval, factor: float, offset: float) -> Interval:
 
 
 def figure_png(cells: Sequence[Cell]) -> bytes | None:
-    """The figure as PNG; None without matplotlib, or without a star plan."""
+    """Return the figure as PNG, or None without matplotlib, or without a star plan."""
     panels = make_panels(cells)
     if not panels or find_spec("matplotlib") is None:
         return None
@@ -345,7 +345,7 @@ def figure_png(cells: Sequence[Cell]) -> bytes | None:
 
 
 def rows_of(panel: Panel) -> list[tuple[str, int | None]]:
-    """The tasks and lengths of a panel."""
+    """Return the tasks and lengths of a panel."""
     return list(dict.fromkeys((cell.task, cell.length) for cell, _ in panel.values))
 
 
@@ -370,7 +370,7 @@ def draw(panel: Panel, axes: Any) -> None:
 
 
 def in_words(plan: str) -> str:
-    """The name of a plan as a legend shows it: "blocks of 512, anchor 64, overlap 448"."""
+    """Return the name of a plan as a legend shows it: "blocks of 512, anchor 64, overlap 448"."""
     parts = []
     for part in plan.split(","):
         name, _, value = ("B", "=", part) if part.startswith("n/") else part.partition("=")

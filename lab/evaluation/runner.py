@@ -37,7 +37,7 @@ class Memory:
 
 
 def key_of(prompt: Prompt, plan: Plan, model: str, num_logprobs: int) -> str:
-    """The key of an answer: of everything that the request for it has."""
+    """Return the key of an answer, made of everything that the request for it has."""
     scored = [num_logprobs, *prompt.answer_ids[:num_logprobs]]
     return answer_key(model, plan.options, prompt.token_ids, prompt.max_tokens, scored)
 
@@ -52,14 +52,14 @@ async def evaluate(
     store: Store | Memory | None = None,
     on_answer: Callable[[Answer], object] = lambda answer: None,
 ) -> list[Answer]:
-    """The answers of all prompts under dense and all other plans.
+    """Return the answers of all prompts under dense and all other plans.
 
     Args:
-        plans: dense is measured in any case.
-        num_logprobs: tokens of the answer at which the distributions are compared; 0: none.
+        plans: plans to measure; dense is measured in any case.
+        num_logprobs: tokens of the answer at which the distributions are compared, or 0 for none.
         concurrency: prompts at the same time. The plans of one prompt follow one another.
         store: has the answers of an earlier run, and gets each new one.
-        on_answer: called after each new answer.
+        on_answer: function called after each new answer.
 
     Returns:
         For each prompt, the answers in the order of the plans, dense first.
@@ -94,7 +94,7 @@ async def evaluate(
 
 
 async def ask(server: Client, prompt: Prompt, plan: Plan, key: str, num_logprobs: int, dense: Answer | None) -> Answer:
-    """One answer; with ``num_logprobs``, also the distributions along the reference answer or else dense's answer.
+    """Return one answer; with ``num_logprobs``, also the distributions along the reference answer or else dense's.
 
     Nothing is generated that is not compared: no text of a prompt with ``max_tokens`` 0 whose answer is known.
 
@@ -127,14 +127,14 @@ async def ask(server: Client, prompt: Prompt, plan: Plan, key: str, num_logprobs
 async def score_tokens(
     server: Client, token_ids: Sequence[int], plan: Plan, followed: Sequence[int], output: Completion | None = None
 ) -> list[Completion]:
-    """The log-probabilities at each token of an answer.
+    """Return the log-probabilities at each token of an answer.
 
     The first request computes the prompt, and the others, all at once, find it in the prefix cache.
 
     Args:
-        token_ids: of the prompt.
+        token_ids: tokens of the prompt.
         followed: the tokens of the answer.
-        output: of the same prompt and plan; None: none was asked for.
+        output: output of the same prompt and plan, or None if none was asked for.
 
     Raises:
         ServerError: a request failed, or the server changed the plan for a longer prompt.
@@ -154,12 +154,12 @@ async def score_tokens(
 
 
 def same_plan(plan: Plan, server_plan: dict[str, Any] | None, num_tokens: int) -> Plan:
-    """The plan with the server's exact numbers, so that it stays the same for a prompt with more tokens at its end.
+    """Return the plan with the server's exact numbers, to stay the same for a prompt with more tokens at its end.
 
     n/8, for example, would cut a longer prompt into larger blocks, and the query would begin later.
 
     Args:
-        num_tokens: of the longer prompt.
+        num_tokens: length of the longer prompt.
     """
     if plan.is_dense or server_plan is None:
         return DENSE

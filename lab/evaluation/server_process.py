@@ -29,7 +29,9 @@ class StartError(CommandFailed):
 
 @contextlib.contextmanager
 def served(model: str, options: Sequence[str], log: Path) -> Iterator[str]:
-    """The base URL of `starling serve MODEL` on a free loopback port, until the block or this process ends.
+    """Run `starling serve MODEL` on a free loopback port for the duration of the block and yield its base URL.
+
+    The server also ends when this process ends.
 
     Args:
         options: further options of `starling serve`.
@@ -65,12 +67,12 @@ def served(model: str, options: Sequence[str], log: Path) -> Iterator[str]:
 
 
 def option_name(argument: str) -> str:
-    """The name of a command line's option, which may have its value behind a "=", as vLLM's parser reads it."""
+    """Return the name of a command line's option, which may have its value behind a "=", as vLLM's parser reads it."""
     return argument.partition("=")[0].replace("_", "-")
 
 
 def free_port() -> int:
-    """A loopback port below Linux's ephemeral ports, so that no outgoing connection takes it before the server does.
+    """Return a loopback port below Linux's ephemeral ports, so that no outgoing connection takes it before the server.
 
     Raises:
         StartError: none of the ports that were tried is free.
@@ -97,7 +99,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], base_url: str, log: Path)
 
 
 def last_words(process: subprocess.Popen[bytes], log: Path) -> str:
-    """The exit code of a server that ended, and the end of its log."""
+    """Return the exit code of a server that ended, and the end of its log."""
     tail = plain("\n".join(log.read_text(errors="replace").splitlines()[-15:]))
     return f"`starling serve` ended with exit code {process.returncode} (log: {log}):\n{tail}"
 

@@ -20,7 +20,7 @@ class TokenScore(BaseModel):
     """The distribution at one position of the reference answer, or of dense's answer where there is no reference.
 
     Attributes:
-        logprob: of the answer's token, in nats.
+        logprob: log-probability of the answer's token, in nats.
         top: token id -> log-probability, of the most probable tokens and of the answer's.
     """
 
@@ -36,8 +36,8 @@ class Answer(BaseModel):
     Attributes:
         key: a hash of everything that the answer depends on.
         prompt, plan: their names.
-        server_plan: the server's ``x-starling-plan``; None without Starling.
-        scores: with --logprobs.
+        server_plan: the server's ``x-starling-plan``, or None without Starling.
+        scores: distributions at the answer's tokens, with --logprobs.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -53,7 +53,7 @@ class Answer(BaseModel):
 
 
 def answer_key(*content: Any) -> str:
-    """A key for values that JSON holds."""
+    """Return a key for values that JSON holds."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -137,7 +137,7 @@ def check_setup(folder: Path, setup: dict[str, Any]) -> None:
 
 
 def stored_setup(folder: Path) -> dict[str, Any] | None:
-    """The setup of a folder; None where there is none (raises ValueError for a damaged one)."""
+    """Return the setup of a folder, or None if there is none (raises ValueError for a damaged one)."""
     path = folder / SETUP
     if not path.exists():
         return None
@@ -148,7 +148,7 @@ def stored_setup(folder: Path) -> dict[str, Any] | None:
 
 
 def read_answers(path: Path, lines: Sequence[bytes]) -> list[Answer]:
-    """The answers of a file's lines (raises ValueError for a line that holds none)."""
+    """Return the answers of a file's lines (raises ValueError for a line that holds none)."""
     answers = []
     for number, line in enumerate(lines, start=1):
         try:

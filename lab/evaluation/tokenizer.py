@@ -19,7 +19,7 @@ class LocalTokenizer:
     """A model's tokenizer, with the calls of ``prompts.Tokenizer``. They run in a thread, so that signals are seen.
 
     Args:
-        folder: with a tokenizer of Transformers, such as the model's.
+        folder: folder with a tokenizer of Transformers, such as the model's.
 
     Raises:
         ValueError: Transformers is not installed, or finds no tokenizer there.
@@ -40,15 +40,15 @@ class LocalTokenizer:
         self._tokenizer = tokenizer
 
     async def tokenize(self, text: str) -> list[int]:
-        """The tokens of a text, without special ones."""
+        """Return the tokens of a text, without special ones."""
         return list(await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=False))
 
     async def tokenize_prompt(self, text: str) -> list[int]:
-        """The tokens of a prompt, with those that the tokenizer puts before each prompt."""
+        """Return the tokens of a prompt, with those that the tokenizer puts before each prompt."""
         return list(await asyncio.to_thread(self._tokenizer.encode, text))
 
     async def tokenize_chat(self, messages: Sequence[Any]) -> list[int]:
-        """The tokens of a chat with the folder's template, up to where the answer begins.
+        """Return the tokens of a chat with the folder's template, up to where the answer begins.
 
         Raises:
             ValueError: there is no template, or it does not take these messages.
@@ -60,7 +60,7 @@ class LocalTokenizer:
             raise ValueError(f"the tokenizer's chat template can't make the chat: {error}{hint}") from None
 
     def _chat(self, messages: list[Any]) -> str:
-        """A chat as text. Some templates take texts, others lists of parts, and leave a text out without a word."""
+        """Return a chat as text. Some templates take texts, others lists of parts, and silently leave a text out."""
         of_user = [message["content"] for message in messages if message.get("role") == "user" and message["content"]]
         for form in (messages, [in_parts(message) for message in messages]):
             chat: str = self._tokenizer.apply_chat_template(form, add_generation_prompt=True, tokenize=False)
@@ -70,7 +70,9 @@ class LocalTokenizer:
 
 
 def joined(message: Any) -> dict[str, Any]:
-    """A message as vLLM gives it to most templates: one text, a line for each part, and arguments of tools as objects.
+    """Return a message as vLLM gives it to most templates.
+
+    Its content is one text, with a line for each part, and arguments of tools are objects.
 
     Raises:
         ValueError: a part is no text.
@@ -88,7 +90,7 @@ def joined(message: Any) -> dict[str, Any]:
 
 
 def with_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """A call of a tool whose arguments, a JSON text in OpenAI's API, are an object, as templates expect them.
+    """Return a call of a tool with its arguments, a JSON text in OpenAI's API, as an object, as templates expect them.
 
     As in vLLM, arguments that are no object are an empty one.
     """
@@ -100,6 +102,6 @@ def with_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_parts(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with its text as a list of one part."""
+    """Return the message with its text as a list of one part."""
     text = message.get("content")
     return message | {"content": [{"type": "text", "text": text}]} if isinstance(text, str) else message

@@ -25,13 +25,16 @@ Prompt = dict[str, Any]
 
 
 def make_prompt(seed: int, length: int, vocabulary: int, **fields: Any) -> Prompt:
-    """Random tokens, and by default ``NEW`` tokens of output."""
+    """Return random tokens, and by default ``NEW`` tokens of output."""
     draw = random.Random(seed)
     return {"ids": [draw.randrange(vocabulary) for _ in range(length)], "max_tokens": NEW} | fields
 
 
 def plain_batches(vocabulary: int) -> dict[str, list[Prompt]]:
-    """Dense prompts that both a plain and an activated engine run: several, and one alone and beside the others."""
+    """Return dense prompts that both a plain and an activated engine run.
+
+    They run several together, and one alone and beside the others.
+    """
     off = [make_prompt(seed, length, vocabulary, cold=True) for seed, length in enumerate((LENGTH, 1, 33, 300, 20))]
     prompt = make_prompt(1, LENGTH, vocabulary, prompt_logprobs=True)
     return {"off": off, "dense": [prompt], "dense, beside": [*off, prompt]}
@@ -42,7 +45,7 @@ WITH_DOCUMENTS = {"star_segments": "auto"}
 
 
 def document_batches(vocabulary: int) -> dict[str, list[Prompt]]:
-    """Prompts of the same documents in two orders."""
+    """Return prompts of the same documents in two orders."""
     documents = [make_prompt(300 + length, length, vocabulary)["ids"] for length in DOCUMENTS]
     question = make_prompt(2, QUERY, vocabulary)["ids"]
 
@@ -60,7 +63,7 @@ def document_batches(vocabulary: int) -> dict[str, list[Prompt]]:
 
 
 def library_batches(vocabulary: int) -> dict[str, list[Prompt]]:
-    """The documents of ``document_batches`` again, behind prompts that take every page of the KV cache."""
+    """Return the documents of ``document_batches`` again, behind prompts that take every page of the KV cache."""
     (documents,) = document_batches(vocabulary)["computed"]
     count = -(-NUM_PAGES // (LENGTH // PAGE_SIZE))  # a page that is not full is used again at once
     others = [make_prompt(400 + seed, LENGTH, vocabulary, max_tokens=2, bare=True) for seed in range(count)]
@@ -68,7 +71,7 @@ def library_batches(vocabulary: int) -> dict[str, list[Prompt]]:
 
 
 def head_batches(vocabulary: int) -> dict[str, list[Prompt]]:
-    """A prompt of which half of the KV heads see everything: alone, beside one without such heads, and cached."""
+    """Return a prompt with half of its KV heads dense: alone, beside one without such heads, and cached."""
     prompt = make_prompt(1, LENGTH, vocabulary, star=STAR | {"star_dense_heads": DENSE_HEADS})
     other = make_prompt(4, LENGTH, vocabulary, star=STAR | {"star_dense_heads": 0}, cold=True)
     return {
@@ -81,7 +84,7 @@ def head_batches(vocabulary: int) -> dict[str, list[Prompt]]:
 
 
 def star_batches(vocabulary: int, num_decodes: int) -> dict[str, list[Prompt]]:
-    """The batches of an activated engine, in the order in which they have to run.
+    """Return the batches of an activated engine, in the order in which they have to run.
 
     Args:
         num_decodes: prompts that decode beside a star prompt.

@@ -32,7 +32,7 @@ QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFL
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options of `starling selftest`."""
+    """Return the parser of the options of `starling selftest`."""
     parser = argparse.ArgumentParser(
         prog="starling selftest",
         description="Checks whether Starling computes the right thing on this machine. Takes minutes.",
@@ -85,7 +85,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def environments(engines: dict[str, Engines]) -> dict[str, dict[str, str]]:
-    """The environment of each setting's activated engine, if it has run."""
+    """Return the environment of each setting's activated engine, if it has run."""
     return {name: made.ours.environment() for name, made in engines.items() if made.ours.has_run}
 
 
@@ -97,13 +97,13 @@ def print_table(console: Console, rows: dict[str, Any]) -> None:
 
 
 def format_outcome(outcome: Outcome) -> str:
-    """A check's line: verdict, name, measured, bound, detail, in rich's markup."""
+    """Return a check's line: verdict, name, measured, bound, detail, in rich's markup."""
     colour = COLOURS[outcome.verdict]
     parts = [outcome.name, figure(outcome), outcome.detail]
     return f"[{colour}]{outcome.verdict}[/{colour}] " + escape(" | ".join(filter(None, parts)))
 
 
 def summary(outcomes: Sequence[Outcome], gpu: bool) -> str:
-    """The last line: how many checks have each verdict, and what was not checked."""
+    """Return the last line: how many checks have each verdict, and what was not checked."""
     counts = count_verdicts(outcomes)
     return counts if gpu else f"{counts}. No GPU was found: nothing of the CUDA path was checked."

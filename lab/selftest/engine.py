@@ -70,9 +70,9 @@ def run_batch(llm: Any, prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_output(output: Any) -> dict[str, Any]:
-    """Tokens, log-probabilities and times of a request.
+    """Return tokens, log-probabilities and times of a request.
 
-    ``margins`` has, for each generated token, by how much it is more probable than the second best, in nats.
+    ``margins`` has, for each generated token, how much more probable it is than the second best, in nats.
     ``adapter`` says whether the prompt ran with the server's, and ``stored`` how many tokens of documents came from its
     library.
     """
@@ -97,7 +97,7 @@ def read_output(output: Any) -> dict[str, Any]:
 
 
 def environment(config: Any) -> dict[str, str]:
-    """Model runner, attention backend, KV layout, graph mode and dtypes of an engine."""
+    """Return model runner, attention backend, KV layout, graph mode and dtypes of an engine."""
     from starling.vllm_compat.config import model_runner
 
     layers = config.compilation_config.static_forward_context

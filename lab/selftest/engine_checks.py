@@ -35,10 +35,10 @@ READS_LENGTHS = "xformers makes its masks on the host, from lengths that it read
 
 @dataclass(frozen=True)
 class Setting:
-    """How an engine runs.
+    """Setting in which an engine runs.
 
     Attributes:
-        runner: "V1" or "V2" model runner; None for vLLM's choice.
+        runner: "V1" or "V2" model runner, or None for vLLM's choice.
         eager: without CUDA graphs and compilation.
         kv_dtype: vLLM's kv_cache_dtype.
     """
@@ -53,7 +53,7 @@ class Setting:
 
 
 def settings(gpu: bool, quick: bool) -> list[Setting]:
-    """The settings to check on a GPU or on a CPU; with ``quick`` one, as vLLM would run.
+    """Return the settings to check on a GPU or on a CPU; with ``quick`` one, as vLLM would run.
 
     On a GPU, each two values of different fields meet in one of four settings. Since vLLM 0.34 there is one runner.
     """
@@ -86,23 +86,23 @@ class Engines:
 
     @functools.cached_property
     def dense_gap(self) -> float | None:
-        """RMS gap of dense logprobs to the reference; None where there is no reference."""
+        """Return the RMS gap of dense logprobs to the reference, or None where there is no reference."""
         return None if reference_refusal(self.model) else gap_to_reference(self, "dense")
 
     @functools.cached_property
     def own_gap(self) -> float:
-        """RMS gap of dense logprobs to the reference; without one, to those of the same prompt beside others."""
+        """Return the RMS gap of dense logprobs to the reference, or without one to the same prompt's beside others."""
         if self.dense_gap is not None:
             return self.dense_gap
         alone, beside = self.plain.outputs("dense")[0], self.plain.outputs("dense, beside")[-1]
         return rms(torch.tensor(all_logprobs(alone)) - torch.tensor(all_logprobs(beside)))
 
     def noise(self) -> float:
-        """Below which difference in nats two tokens are equally probable to two runs of this setting."""
+        """Return the difference in nats below which two tokens are equally probable to two runs of this setting."""
         return NOISE * self.own_gap
 
     def documents_refusal(self) -> str | None:
-        """Why there are no documents; None where there are."""
+        """Return why there are no documents, or None if there are."""
         return self.ours.refusal(DOCUMENTS) if DOCUMENTS in self.ours.features else NO_DOCUMENTS
 
 
@@ -117,7 +117,7 @@ def make_engines(
     starling: Mapping[str, Any],
     **arguments: Any,
 ) -> Engines:
-    """The engines of a setting; none is started yet.
+    """Make the engines of a setting; none is started yet.
 
     Args:
         max_length: tokens that the model takes, at least ``check_prompts.LONGEST``.
@@ -150,7 +150,7 @@ def make_engines(
 
 
 def engine_checks(name: str, engines: Engines) -> list[Check]:
-    """The checks of a setting, which ``name`` describes."""
+    """Return the checks of a setting, which ``name`` describes."""
     checks: dict[str, Callable[[Engines], Result | Skip]] = {
         "engines start": check_start,
         "star off equals plain vLLM": check_off,
@@ -199,7 +199,7 @@ def check_off(engines: Engines) -> Result:
 
 
 def check_one_block(engines: Engines) -> Result:
-    """The RMS distance of all logprobs; NaN where tokens differ too."""
+    """Measure the RMS distance of all logprobs; NaN where tokens differ too."""
     (one_block,), (dense,) = engines.ours.outputs("one block"), engines.ours.outputs("dense")
     difference = torch.tensor(all_logprobs(one_block)) - torch.tensor(all_logprobs(dense))
     tokens = judge_tokens([one_block], [dense], engines.noise())
@@ -208,15 +208,15 @@ def check_one_block(engines: Engines) -> Result:
 
 
 def all_logprobs(output: dict) -> list[float]:
-    """The log-probabilities of the prompt's tokens after the first, and of the generated tokens."""
+    """Return the log-probabilities of the prompt's tokens after the first, and of the generated tokens."""
     return output["prompt_logprobs"] + output["logprobs"]
 
 
 def gap_to_reference(engines: Engines, batch: str, **mask: int) -> float:
-    """RMS distance of an engine's logprobs, prompt and output, from the float32 reference.
+    """Return the RMS distance of an engine's logprobs, prompt and output, from the float32 reference.
 
     Args:
-        batch: of one prompt.
+        batch: batch of one prompt.
         mask: the sizes that ``star_mask`` takes; none for the causal mask.
     """
     (output,), (prompt,) = engines.ours.outputs(batch), engines.ours.batches[batch]
@@ -226,10 +226,10 @@ def gap_to_reference(engines: Engines, batch: str, **mask: int) -> float:
 
 
 def check_mask(engines: Engines, bound: float = GAP, anchor_size: int = p.BLOCK) -> Result | Skip:
-    """Star's RMS gap to the reference with the explicit mask, over dense's gap to the causal reference.
+    """Measure star's RMS gap to the reference with the explicit mask, over dense's gap to the causal reference.
 
     Args:
-        anchor_size: of the mask.
+        anchor_size: anchor size of the mask.
     """
     refusal, dense_gap = reference_refusal(engines.model), engines.dense_gap
     if refusal or not dense_gap:
@@ -242,7 +242,7 @@ def check_mask(engines: Engines, bound: float = GAP, anchor_size: int = p.BLOCK)
 
 
 def check_heads(engines: Engines) -> Result | Skip:
-    """The RMS gap of a plan with dense heads to the reference with a mask for each head, over dense's gap."""
+    """Measure the RMS gap of a plan with dense heads to the reference with a mask for each head, over dense's gap."""
     refusal, dense_gap = engines.ours.refusal(HEADS) or reference_refusal(engines.model), engines.dense_gap
     if refusal or not dense_gap:
         return Skip(str(refusal))
@@ -259,7 +259,7 @@ def check_heads(engines: Engines) -> Result | Skip:
 
 
 def check_heads_beside(engines: Engines) -> Result | Skip:
-    """A prompt with dense heads beside one without, and with a cached context, and alone. NaN: it was not cached."""
+    """Compare a prompt with dense heads beside one without, with a cached context, and alone. NaN: not cached."""
     refusal = engines.ours.refusal(HEADS)
     if refusal:
         return Skip(refusal)
@@ -271,10 +271,11 @@ def check_heads_beside(engines: Engines) -> Result | Skip:
 
 
 def check_documents(engines: Engines, bound: float = TURNED_GAP) -> Result | Skip:
-    """The RMS gap to the reference of documents with positions of their own, over dense's gap to its reference.
+    """Measure the RMS gap of documents to their reference, over dense's gap to its reference.
 
     Without an anchor, a document's tokens see one another alone, and their distances are those of the prompt. So the
-    reference is the explicit mask at the prompt's positions, while the engine turns the question for each document.
+    reference is the explicit mask at the prompt's positions, while the engine re-rotates the question's queries for
+    each document.
     """
     refusal, dense_gap = engines.documents_refusal() or reference_refusal(engines.model), engines.dense_gap
     if refusal or not dense_gap:
@@ -295,7 +296,7 @@ def check_documents(engines: Engines, bound: float = TURNED_GAP) -> Result | Ski
 
 
 def check_reordered(engines: Engines) -> Result | Skip:
-    """Documents whose KV is cached in another order, and computed anew. NaN where not all were cached."""
+    """Compare documents whose KV is cached in another order, and computed anew. NaN where not all were cached."""
     refusal = engines.documents_refusal()
     if refusal:
         return Skip(refusal)
@@ -307,14 +308,14 @@ def check_reordered(engines: Engines) -> Result | Skip:
 
 
 def check_beside(engines: Engines) -> Result:
-    """The star prompt beside prompts that decode, and alone."""
+    """Compare the star prompt beside prompts that decode, and alone."""
     outputs = engines.ours.outputs("beside")
     beside = f"beside {len(outputs) - 1} decodes"
     return judge_tokens(outputs[-1:], engines.ours.outputs("alone"), engines.noise(), beside)
 
 
 def check_preemption(engines: Engines) -> Result:
-    """Prompts that exceed the KV cache together, and in two halves that fit. NaN where nothing was preempted."""
+    """Compare prompts that exceed the KV cache together, and in two halves that fit. NaN: nothing was preempted."""
     calm = engines.ours.outputs("calm 1") + engines.ours.outputs("calm 2")
     batches = engines.ours.result()["batches"]
     preemptions = batches["preempted"]["preemptions"]
@@ -325,7 +326,7 @@ def check_preemption(engines: Engines) -> Result:
 
 
 def check_cached(engines: Engines, warm: str, cold: str) -> Result:
-    """A prompt whose KV is cached in part, and the same prompt cold. NaN where too few tokens were cached.
+    """Compare a prompt whose KV is cached in part, and the same prompt cold. NaN where too few tokens were cached.
 
     Args:
         warm, cold: batches of one prompt. An edited prompt is cached up to the edit and again behind its star block.
@@ -338,20 +339,20 @@ def check_cached(engines: Engines, warm: str, cold: str) -> Result:
 
 
 def bare(batches: Batches) -> Batches:
-    """The same prompts without log-probabilities, for which vLLM itself waits."""
+    """Return the same prompts without log-probabilities, for which vLLM itself waits."""
     return {
         name: [prompt | {"bare": True, "prompt_logprobs": False} for prompt in batch] for name, batch in batches.items()
     }
 
 
 def steady(run: EngineRun) -> EngineRun:
-    """An engine as ``run``, which fails if a step waits for the GPU or compiles a kernel."""
+    """Return an engine as ``run``, which fails if a step waits for the GPU or compiles a kernel."""
     features = {name: Feature(feature.options, bare(feature.batches)) for name, feature in run.features.items()}
     return EngineRun(run.engine | JIT_MONITOR, bare(run.batches), run.env | SYNC_CHECK, features)
 
 
 def without_starling(run: EngineRun, plain: EngineRun) -> EngineRun:
-    """A plain engine with the prompts of an activated one, dense: its steps are as wide."""
+    """Return a plain engine with the prompts of an activated one, dense: its steps are as wide."""
     batches = {
         name: [{field: value for field, value in prompt.items() if field != "star"} for prompt in batch]
         for name, batch in run.all_batches.items()
@@ -360,7 +361,7 @@ def without_starling(run: EngineRun, plain: EngineRun) -> EngineRun:
 
 
 def steady_checks(name: str, plain: EngineRun, ours: EngineRun, gpu: bool) -> list[Check]:
-    """The check of the setting that ``name`` describes.
+    """Return the check of the setting that ``name`` describes.
 
     Args:
         plain: an engine without Starling.

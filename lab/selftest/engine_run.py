@@ -35,7 +35,7 @@ Batches = dict[str, list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Feature:
-    """What not every model can have: options of an activated engine that is made for it, and prompts that use it."""
+    """A feature that not every model can have: options of an engine that is made for it, and prompts that use it."""
 
     options: dict[str, Any]
     batches: Batches
@@ -47,7 +47,7 @@ class EngineRun:
 
     Attributes:
         engine: arguments of vllm.LLM.
-        batches: of prompts.
+        batches: batches of prompts.
         env: further environment of the process.
         features: name -> what the engine is made for. One whose options are refused is left out.
     """
@@ -82,7 +82,7 @@ class EngineRun:
 
     @property
     def all_batches(self) -> Batches:
-        """The batches, and those of all features."""
+        """Return the batches, and those of all features."""
         return dict(self._job(self.features.values())["batches"])
 
     @property
@@ -90,7 +90,7 @@ class EngineRun:
         return "_result_or_error" in vars(self)
 
     def result(self) -> dict[str, Any]:
-        """What ``run_job`` of engine.py returns.
+        """Return what ``run_job`` of engine.py returns.
 
         Raises:
             EngineError: the engine failed, in this call or in an earlier one.
@@ -100,35 +100,35 @@ class EngineRun:
         return self._result_or_error
 
     def refusal(self, feature: str | None = None) -> str | None:
-        """Why the engine is made without a feature, or did not start because its options can't be used."""
+        """Return why the engine is made without a feature, or did not start because its options can't be used."""
         error = self._result_or_error
         return refusal_in(error) if isinstance(error, EngineError) else error.get("refused", {}).get(feature)
 
     def environment(self) -> dict[str, str]:
-        """The environment of engine.py, and the steps by their graphs; of an engine that failed, the reason alone."""
+        """Return the environment of engine.py and the steps by their graphs; of a failed engine, the reason alone."""
         try:
             return self.result()["environment"] | {"steps by graphs": by_mode(self.graphs())}
         except EngineError as error:
             return {"failed": str(error).splitlines()[0]}
 
     def graphs(self, batches: Iterable[str] | None = None) -> Counter[str]:
-        """Steps of these batches, or of all, by the mode of their CUDA graphs (raises EngineError)."""
+        """Count the steps of these batches, or of all, by the mode of their CUDA graphs (raises EngineError)."""
         found = self.result()["batches"]
         return sum((Counter(found[name]["graphs"]) for name in batches or found), Counter())
 
     def outputs(self, batch: str) -> list[dict[str, Any]]:
-        """The outputs of a batch's prompts (raises EngineError)."""
+        """Return the outputs of a batch's prompts (raises EngineError)."""
         return self.result()["batches"][batch]["outputs"]
 
 
 def refusal_in(error: EngineError) -> str | None:
-    """What was refused, where an engine failed because options can't be used with its model."""
+    """Return what was refused, where an engine failed because options can't be used with its model."""
     found = (line.rpartition("Error: ")[2].strip() for line in str(error).splitlines())
     return next((line for line in found if " is refused: " in line), None)
 
 
 def by_mode(steps: Counter[str]) -> str:
-    """Steps by the mode of their CUDA graphs: "31 FULL + 1 NONE"."""
+    """Return steps by the mode of their CUDA graphs: "31 FULL + 1 NONE"."""
     return " + ".join(f"{count} {mode}" for mode, count in steps.most_common()) or "none"
 
 
@@ -149,11 +149,11 @@ def run_engine(job: dict[str, Any], env: dict[str, str]) -> dict[str, Any]:
 
 
 def read_result(what: str, arguments: Sequence[str], timeout: float, env: Mapping[str, str]) -> dict[str, Any]:
-    """What a process of this Python prints behind ``RESULT``, as JSON.
+    """Return what a process of this Python prints behind ``RESULT``, as JSON.
 
     Args:
-        what: says in messages what runs in it.
-        timeout: seconds.
+        what: description for messages of what runs in it.
+        timeout: maximum run time, in seconds.
 
     Raises:
         EngineError: it fails, or prints no result, with the last lines that it printed; or it takes too long.

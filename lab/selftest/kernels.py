@@ -30,7 +30,7 @@ NO_GPU = "no GPU: the kernel is compiled for one"
 
 
 def make_operands(rows: Rows, dtype: torch.dtype) -> Operands:
-    """Rows in scattered pages of layout PAGES, on the CPU, with a fixed seed. Memory without a key holds NaN."""
+    """Make rows in scattered pages of layout PAGES, on the CPU, with a fixed seed. Memory without a key holds NaN."""
     query_lens, seq_lens = rows
     generator = torch.Generator().manual_seed(0)
     counts = [-(-length // PAGE_SIZE) for length in seq_lens]
@@ -80,7 +80,7 @@ def measure(attention: Attention, operands: Operands, device: str) -> Errors:
 
 
 def sdpa(operands: Operands) -> torch.Tensor:
-    """torch's SDPA on the CPU for the same numbers, in the query's dtype, row by row."""
+    """Compute torch's SDPA on the CPU for the same numbers, in the query's dtype, row by row."""
     out = torch.zeros_like(operands.query)
     for row in range(operands.sizes.rows):
         first, last = operands.query_start_loc[row : row + 2].tolist()
@@ -106,7 +106,7 @@ def rms(difference: torch.Tensor) -> float:
 
 
 def kernel_checks() -> list[Check]:
-    """The checks; those of implementations that can't run here are skipped with the reason."""
+    """Return the checks; those of implementations that can't run here are skipped with the reason."""
     wide, half = (torch.float32, torch.bfloat16, torch.float16), (torch.bfloat16, torch.float16)
     return [
         Check("kernel: CPU op", functools.partial(check_cpu_op, wide)),
@@ -119,7 +119,7 @@ def kernel_checks() -> list[Check]:
 
 
 def check_kernel(attention: Attention, dtypes: tuple[torch.dtype, ...], device: str) -> Result:
-    """The largest ratio of errors over a mixed and a decode batch in each dtype."""
+    """Measure the largest ratio of errors over a mixed and a decode batch in each dtype."""
     return judge_cases(attention, [make_operands(rows, dtype) for rows in (MIXED, DECODE) for dtype in dtypes], device)
 
 
@@ -133,7 +133,7 @@ def judge_cases(attention: Attention, cases: list[Operands], device: str) -> Res
 
 
 def cpu_op_missing() -> Skip | None:
-    """Why there is no CPU op; engines use vLLM's then."""
+    """Return why there is no CPU op; engines use vLLM's then."""
     return None if cpu.built_op() else Skip("the C++ op can't be built: install g++ 12 or newer, or set CXX")
 
 
@@ -159,7 +159,7 @@ def check_xformers(dtypes: tuple[torch.dtype, ...]) -> Result | Skip:
 
 
 def in_large_cache(attention: Attention) -> Attention:
-    """``attention`` on the last pages of caches whose offsets do not fit in 32 bits.
+    """Return ``attention`` on the last pages of caches whose offsets do not fit in 32 bits.
 
     On a CPU, the system gives the other pages no memory, because nothing writes them.
     """
@@ -183,7 +183,7 @@ def in_large_cache(attention: Attention) -> Attention:
 
 
 def large_num_pages(operands: Operands) -> int:
-    """Pages of a cache of more than 2^31 elements."""
+    """Return the number of pages of a cache of more than 2^31 elements."""
     return LARGE // operands.keys[0].numel() + len(operands.keys)
 
 

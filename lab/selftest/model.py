@@ -48,7 +48,11 @@ MAX_REFERENCE_BYTES = 8 << 30
 
 
 def timed_shape(memory: int) -> tuple[str, dict[str, int]]:
-    """The largest model for times that fits into so many bytes of a GPU: the name of its shape, LlamaConfig fields."""
+    """Return the largest model for times that fits into a GPU's memory: the name of its shape, LlamaConfig fields.
+
+    Args:
+        memory: memory of the GPU, in bytes.
+    """
     return next((name, sizes) for gib, name, sizes in TIMED if memory >= gib << 30)
 
 
@@ -91,14 +95,16 @@ def make_model(path: Path, dtype: torch.dtype, sizes: dict[str, int]) -> Path:
 
 
 def vocabulary(model: str) -> int:
-    """Entries of a model's vocabulary."""
+    """Return the number of entries of a model's vocabulary."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(model).get_text_config().vocab_size
 
 
 def max_length(model: str) -> int:
-    """Tokens of the longest prompt with its output for which vLLM starts a model, by vLLM's own reading of its config.
+    """Return the longest prompt with its output for which vLLM starts a model, in tokens.
+
+    The length is by vLLM's own reading of the model's config.
 
     Raises:
         ValueError, OSError: vLLM can't serve the model.
@@ -109,7 +115,7 @@ def max_length(model: str) -> int:
 
 
 def alternating_scores(model: str) -> HeadScores:
-    """Scores with which every second KV head of each full-attention layer comes first."""
+    """Return scores with which every second KV head of each full-attention layer comes first."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model).get_text_config()
@@ -120,7 +126,7 @@ def alternating_scores(model: str) -> HeadScores:
 
 
 def adapter_refusal(model: str) -> str | None:
-    """Why ``zero_adapter`` makes no adapter of a model; None where it does."""
+    """Return why ``zero_adapter`` makes no adapter of a model, or None if it does."""
     from transformers import AutoConfig
 
     kind = AutoConfig.from_pretrained(model).model_type
@@ -128,10 +134,12 @@ def adapter_refusal(model: str) -> str | None:
 
 
 def zero_adapter(folder: Path, model: str) -> Path:
-    """Write an adapter for documents that changes all linear layers by zero, as `starling distil` does; its folder.
+    """Write an adapter for documents that changes all linear layers by zero, as `starling distil` does.
+
+    Returns its folder.
 
     Args:
-        model: of which ``adapter_refusal`` says None.
+        model: model for which ``adapter_refusal`` returns None.
     """
     from safetensors.torch import save_file
     from transformers import AutoConfig
@@ -166,7 +174,7 @@ def zero_adapter(folder: Path, model: str) -> Path:
 
 
 def reference_refusal(model: str) -> str | None:
-    """Why there is no float32 reference for a checkpoint; None where there is one."""
+    """Return why there is no float32 reference for a checkpoint, or None if there is one."""
     if not Path(model).is_dir():
         return "the reference needs a checkpoint in a local folder"
     size = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
@@ -177,7 +185,7 @@ def reference_refusal(model: str) -> str | None:
 
 @functools.lru_cache(maxsize=1)
 def load_reference(model: str) -> Any:
-    """Transformers' own model in float32 with eager attention. It shares no code with vLLM and Starling."""
+    """Load Transformers' own model in float32 with eager attention. It shares no code with vLLM and Starling."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -186,7 +194,7 @@ def load_reference(model: str) -> Any:
 
 
 def reference_logprobs(model: str, ids: list[int], mask: torch.Tensor, dense_heads: Heads = ()) -> torch.Tensor:
-    """(len(ids) - 1,) log-probability of each of ``ids[1:]`` in float32.
+    """Return (len(ids) - 1,) log-probability of each of ``ids[1:]`` in float32.
 
     Args:
         mask: (len(ids), len(ids)) bool, which key (column) a query (row) sees.

@@ -27,10 +27,10 @@ SECONDS = 60.0
 
 
 def make_caches(device: str, first: int) -> dict[str, torch.Tensor]:
-    """The KV cache of each layer, (pages, heads, page size, 2 * head size), of two bytes an element.
+    """Make the KV cache of each layer, (pages, heads, page size, 2 * head size), of two bytes an element.
 
     Args:
-        first: the content of the first layer's first page; each page of each layer has another one.
+        first: content of the first layer's first page; each page of each layer has another one.
     """
     shape = (PAGES[torch.device(device).type], *PAGE_SHAPE)
     numbers = torch.arange(first, first + shape[0] * LAYERS, dtype=torch.int16).view(LAYERS, -1, 1, 1, 1)
@@ -38,7 +38,7 @@ def make_caches(device: str, first: int) -> dict[str, torch.Tensor]:
 
 
 def make_reader(name: str, caches: dict[str, torch.Tensor]) -> PageReader:
-    """As a worker of a replica on this host makes it."""
+    """Make a reader as a worker of a replica on this host makes it."""
     use_devices(True, os.environ)
     device = next(iter(caches.values())).device
     if device.type != "cpu":

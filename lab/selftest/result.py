@@ -28,10 +28,10 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Result:
-    """What a check measured.
+    """Measurement of a check.
 
     Attributes:
-        measured: passes if it is at most ``bound``. NaN fails.
+        measured: value that passes if it is at most ``bound``. NaN fails.
         bound: None for a measurement without a bound, which always passes.
         detail: further figures for the reader.
     """
@@ -44,7 +44,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Skip:
-    """Why a check can't run on this machine."""
+    """The reason why a check can't run on this machine."""
 
     reason: str
 
@@ -90,7 +90,7 @@ def judge(check: Check) -> Outcome:
 
 
 def exit_code(outcomes: Iterable[Outcome], has_gpu: bool) -> int:
-    """1 if a check failed; else ``NO_GPU`` without a GPU, where the CPU part passed; else 0."""
+    """Return 1 if a check failed; else ``NO_GPU`` without a GPU, where the CPU part passed; else 0."""
     if any(outcome.verdict is Verdict.FAIL for outcome in outcomes):
         return 1
     return 0 if has_gpu else NO_GPU
@@ -102,12 +102,12 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """What `report.json` has. A figure that is not finite is null there.
+    """Content of `report.json`. A figure that is not finite is null there.
 
     Attributes:
-        options: of the command, without the folder.
+        options: options of the command, without the folder.
         engines: name of a setting -> the environment of its engine, for those that have run.
-        exit: the exit code; None while checks are left.
+        exit: the exit code, or None while checks are left.
     """
 
     machine: dict[str, Any]
@@ -118,12 +118,12 @@ class Record:
 
 
 class Report:
-    """What a folder has, and what a run adds.
+    """Report of a folder, to which a run adds.
 
     Args:
-        folder: is made if it does not exist.
+        folder: folder of the report; made if it does not exist.
         machine: its description, as machine.py has it.
-        options: of the command, without the folder.
+        options: options of the command, without the folder.
 
     Raises:
         ReportError: the folder has a report of another machine or of other options, or a file that is none.
@@ -158,13 +158,13 @@ class Report:
 
 
 def figure(outcome: Outcome) -> str:
-    """What was measured, and the bound: "0.9 x (at most 1.5)"."""
+    """Return what was measured, and the bound: "0.9 x (at most 1.5)"."""
     measured = "" if outcome.measured is None else f"{outcome.measured:.3g} {outcome.unit}"
     return measured + ("" if outcome.bound is None else f" (at most {outcome.bound:.3g})")
 
 
 def page(record: Record) -> str:
-    """A report as Markdown: the machine, the engines, and a table of the checks."""
+    """Return a report as Markdown: the machine, the engines, and a table of the checks."""
     ended = "" if record.exit is not None else "; the run has not ended"
     lines = [f"# starling selftest: {count_verdicts(record.checks)}{ended}", ""]
     facts = {name: value for name, value in (record.machine | record.options).items() if value not in (None, [])}
@@ -179,5 +179,5 @@ def page(record: Record) -> str:
 
 
 def count_verdicts(outcomes: Sequence[Outcome]) -> str:
-    """How many checks have each verdict."""
+    """Return how many checks have each verdict."""
     return ", ".join(f"{sum(one.verdict is verdict for one in outcomes)} {verdict}" for verdict in Verdict)

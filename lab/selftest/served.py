@@ -24,19 +24,19 @@ MEMORY = {True: "4GiB", False: "64MiB"}
 
 
 def adapter_feature(model: str, folder: Path) -> dict[str, Feature]:
-    """An engine with an adapter of zeros, which is written to ``folder``; nothing for a model without one."""
+    """Return an engine with an adapter of zeros, which is written to ``folder``; nothing for a model without one."""
     if adapter_refusal(model) is not None:
         return {}
     return {ADAPTER: Feature({STAR_ADAPTER: str(zero_adapter(folder, model))}, {})}
 
 
 def served(engines: Engines, folder: Path, memory: str) -> EngineRun:
-    """The activated engine of a setting, with an adapter and a library; it is not started yet.
+    """Return the activated engine of a setting, with an adapter and a library; it is not started yet.
 
     Args:
-        engines: of a setting with documents.
+        engines: engines of a setting with documents.
         folder: gets the adapter.
-        memory: of the library.
+        memory: size of the library's memory.
     """
     ours = engines.ours
     library = Feature({STAR_LIBRARY: f":{memory}"}, p.library_batches(vocabulary(engines.model)))
@@ -47,7 +47,7 @@ def served(engines: Engines, folder: Path, memory: str) -> EngineRun:
 
 
 def served_checks(where: str, engines: Engines, run: EngineRun) -> list[Check]:
-    """The checks of an engine that ``served`` made, or of one like it; ``where`` begins their names."""
+    """Return the checks of an engine that ``served`` made, or of one like it; ``where`` begins their names."""
     checks: dict[str, Callable[[Engines, EngineRun], Result | Skip]] = {
         "documents with an adapter": check_adapter,
         "documents from a library": check_library,
@@ -56,7 +56,7 @@ def served_checks(where: str, engines: Engines, run: EngineRun) -> list[Check]:
 
 
 def check_adapter(engines: Engines, run: EngineRun) -> Result | Skip:
-    """Documents with an adapter of zeros, and without one. NaN where a prompt did not run with it."""
+    """Compare documents with an adapter of zeros, and without one. NaN where a prompt did not run with it."""
     refusal = adapter_refusal(engines.model) or refusal_of(engines, run, ADAPTER)
     if refusal:
         return Skip(refusal)
@@ -70,7 +70,7 @@ def check_adapter(engines: Engines, run: EngineRun) -> Result | Skip:
 
 
 def check_library(engines: Engines, run: EngineRun) -> Result | Skip:
-    """Documents from the library, and computed. NaN where not all were there."""
+    """Compare documents from the library, and computed. NaN where not all were there."""
     refusal = refusal_of(engines, run, LIBRARY)
     if refusal:
         return Skip(refusal)
@@ -82,7 +82,7 @@ def check_library(engines: Engines, run: EngineRun) -> Result | Skip:
 
 
 def refusal_of(engines: Engines, run: EngineRun, feature: str) -> str | None:
-    """Why an engine has no documents, or not the feature; None where it has both.
+    """Return why an engine has no documents, or not the feature; None where it has both.
 
     Raises:
         EngineError: the engine to compare with failed. The other one is not started.

@@ -42,12 +42,12 @@ SHORTEST = 2 * STEP  # a shorter prefill has too little attention to show what s
 
 
 def lengths_within(lengths: Sequence[int], max_length: int) -> dict[int, int | None]:
-    """The prompts to measure instead of those of ``lengths`` tokens, for a model that takes ``max_length`` tokens.
+    """Return the prompts to measure instead of those of ``lengths`` tokens, for a model that takes ``max_length``.
 
     One token is left for the output.
 
     Args:
-        lengths: ascending.
+        lengths: lengths in ascending order.
 
     Returns:
         Each length -> the same, or the longest one that fits; None where that is too short, or is another's already.
@@ -71,14 +71,14 @@ def speed_checks(
     note: str = "",
     **arguments: Any,
 ) -> list[Check]:
-    """The measurements, of two engines.
+    """Return the measurements of two engines.
 
     Args:
         max_length: tokens that the model takes.
         folder: gets the file of the scores of KV heads.
         starling: options of the activated engines.
-        quick: without long prompts.
-        note: what the reader has to know of the model.
+        quick: True to leave out long prompts.
+        note: fact that the reader has to know of the model.
         arguments: further arguments of vllm.LLM.
     """
     lengths = {} if quick else lengths_within(LENGTHS[gpu], max_length)
@@ -141,13 +141,13 @@ def speed_checks(
 
 
 def decode_batches(vocabulary: int, max_length: int) -> Batches:
-    """A prompt that decodes, several times; none where the model does not take so many tokens."""
+    """Return a prompt that decodes, several times; none where the model does not take its length."""
     decode = make_prompt(1, DECODE_PROMPT, vocabulary, max_tokens=DECODED, cold=True)
     return {f"decode {run}": [decode] for run in range(RUNS)} if max_length >= DECODE_LENGTH else {}
 
 
 def prefill_batches(vocabulary: int, lengths: Iterable[int], plans: Mapping[str, float | None]) -> Batches:
-    """For each length and plan a prompt.
+    """Return a prompt for each length and plan.
 
     Args:
         plans: name -> share of dense heads of a star plan, or None for dense attention.
@@ -163,11 +163,11 @@ def prefill_batches(vocabulary: int, lengths: Iterable[int], plans: Mapping[str,
 
 
 def document_batches(vocabulary: int, lengths: Sequence[int], gpu: bool, max_length: int, star: bool) -> Batches:
-    """Prompts of the same documents, whose context is cached when they are timed; none where they do not fit.
+    """Return prompts of the same documents, whose context is cached when they are timed; none where they do not fit.
 
     Args:
-        lengths: of long prompts, of which the last one decodes beside some of them.
-        star: whether documents have positions of their own.
+        lengths: lengths of long prompts, of which the last one decodes beside some of them.
+        star: True if the documents are computed with a star plan.
     """
     size = DOCUMENT_TOKENS[gpu]
     starts = [size * number for number in range(COUNT + 1)]
@@ -188,20 +188,20 @@ def document_batches(vocabulary: int, lengths: Sequence[int], gpu: bool, max_len
 
 
 def requests(gpu: bool) -> dict[str, int]:
-    """The batches of equal prompts behind documents: name -> how many they are."""
+    """Return the batches of equal prompts behind documents: name -> how many they are."""
     return {f"{count} requests": count for count in DOCUMENT_REQUESTS[gpu]}
 
 
 def tail_length(gpu: bool) -> int:
-    """Tokens of a prompt with a long tail, and one of output."""
+    """Return the tokens of a prompt with a long tail, and one of output."""
     return COUNT * TAIL_DOCUMENTS[gpu] + TAIL_TOKENS[gpu] + 1
 
 
 def tail_batches(vocabulary: int, gpu: bool, max_length: int, star: bool) -> Batches:
-    """Long documents, and then the same with many tokens behind them; none where they do not fit.
+    """Return long documents, and then the same with many tokens behind them; none where they do not fit.
 
     Args:
-        star: whether documents have positions of their own.
+        star: True if the documents are computed with a star plan.
     """
     if tail_length(gpu) > max_length:
         return {}
@@ -218,10 +218,10 @@ def tail_batches(vocabulary: int, gpu: bool, max_length: int, star: bool) -> Bat
 
 
 def wide_batches(vocabulary: int, gpu: bool, max_length: int, star: bool) -> Batches:
-    """A dense prompt that decodes while many documents are computed in one step; none on a CPU, or without room.
+    """Return a dense prompt that decodes while many documents are computed in one step; none on a CPU, or without room.
 
     Args:
-        star: whether documents have positions of their own.
+        star: True if the documents are computed with a star plan.
     """
     starts = [WIDE_TOKENS * number for number in range(WIDE_DOCUMENTS + 1)]
     if not gpu or STEP_TOKENS[gpu] + DECODED > max_length:
@@ -232,11 +232,11 @@ def wide_batches(vocabulary: int, gpu: bool, max_length: int, star: bool) -> Bat
 
 
 def prefill_check(engines: Engines, wanted: int, length: int | None, limit: str, note: str = "") -> Check:
-    """The measurement of a prompt's first token.
+    """Return the measurement of a prompt's first token.
 
     Args:
-        wanted: tokens of the prompt, if the model takes so many.
-        length: tokens of the prompt; None: it is left out.
+        wanted: tokens of the prompt, if the model takes that many.
+        length: tokens of the prompt, or None if it is left out.
         limit: says how many tokens the model takes.
         note: ends the detail.
     """
@@ -248,7 +248,7 @@ def prefill_check(engines: Engines, wanted: int, length: int | None, limit: str,
 
 
 def document_check(engines: Engines, batch: str) -> Check:
-    """The measurement of a batch of prompts with documents: of the first token where their order is another one."""
+    """Return the measurement of a batch of prompts with documents: of the first token where their order differs."""
     if batch == REORDERED:
         return Check(
             f"speed: first token behind {COUNT} documents in {batch}",
@@ -260,7 +260,7 @@ def document_check(engines: Engines, batch: str) -> Check:
 
 
 def measure_ttft(engines: Engines, length: int, notes: Iterable[str]) -> Result:
-    """Seconds to the first token of a prompt of ``length`` tokens; ``notes`` end the detail."""
+    """Measure the seconds to the first token of a prompt of ``length`` tokens; ``notes`` end the detail."""
     (dense,), (star,) = engines.ours.outputs(f"dense {length}"), engines.ours.outputs(f"star {length}")
     details = [f"dense {dense['ttft']:.3g} s, {dense['ttft'] / star['ttft']:.2f} times star's; block of n/8"]
     if engines.ours.refusal(HEADS) is None:
@@ -279,7 +279,7 @@ def measure_decode(engines: Engines) -> Result:
 
 
 def measure_reordered(engines: Engines) -> Result | Skip:
-    """Seconds to the first token of cached documents in another order, and of the same prompt with dense attention."""
+    """Measure the seconds to the first token of cached documents in another order, and of the same prompt dense."""
     refusal = engines.ours.refusal(DOCUMENTS)
     if refusal is not None:
         return Skip(refusal)
@@ -289,7 +289,7 @@ def measure_reordered(engines: Engines) -> Result | Skip:
 
 
 def measure_documents(engines: Engines, batch: str) -> Result | Skip:
-    """Milliseconds between two tokens of a prompt with documents, and of the same prompt with dense attention."""
+    """Measure the milliseconds between two tokens of a prompt with documents, and of the same prompt dense."""
     refusal = engines.ours.refusal(DOCUMENTS)
     if refusal is not None:
         return Skip(refusal)
@@ -298,12 +298,12 @@ def measure_documents(engines: Engines, batch: str) -> Result | Skip:
 
 
 def per_token(run: EngineRun, batch: str) -> float:
-    """Milliseconds between two tokens of a request, the median of a batch (raises EngineError)."""
+    """Return the milliseconds between two tokens of a request, the median of a batch (raises EngineError)."""
     return 1000 * statistics.median(output["seconds_per_token"] for output in run.outputs(batch))
 
 
 def measure_tail(engines: Engines) -> Result | Skip:
-    """Seconds to the first token of many tokens behind cached documents, and of the same prompt with dense attention.
+    """Measure the seconds to the first token of many tokens behind cached documents, and of the same prompt dense.
 
     A plain engine has the documents cached too, as they stand where they stood.
     """
@@ -319,13 +319,13 @@ def measure_tail(engines: Engines) -> Result | Skip:
 
 
 def adapter_check(engines: Engines, adapted: EngineRun, batch: str) -> Check:
-    """The measurement of what an adapter adds to a token."""
+    """Return the measurement of what an adapter adds to a token."""
     name = f"speed: a token behind {COUNT} documents with an adapter, {batch}"
     return Check(name, functools.partial(measure_adapter, engines, adapted, batch))
 
 
 def measure_adapter(engines: Engines, adapted: EngineRun, batch: str) -> Result | Skip:
-    """Milliseconds between two tokens of a prompt that runs with an adapter, and with documents alone.
+    """Measure the milliseconds between two tokens of a prompt with an adapter, and with documents alone.
 
     Args:
         adapted: an engine as ``engines.ours``, with the adapter.
@@ -339,11 +339,11 @@ def measure_adapter(engines: Engines, adapted: EngineRun, batch: str) -> Result 
 
 
 def usage_checks(plain: EngineRun, ours: EngineRun, batches: Mapping[str, Sequence[str]], gpu: bool) -> list[Check]:
-    """The measurements of an activated engine, beside those of plain vLLM.
+    """Return the measurements of an activated engine, beside those of plain vLLM.
 
     Args:
         plain: an engine without Starling.
-        batches: what prompts are -> batches of decodes, which both engines have. Kinds without batches have no check.
+        batches: kind of prompts -> batches of decodes, which both engines have. Kinds without batches have no check.
     """
     checks = []
     for kind, names in batches.items():
@@ -356,7 +356,7 @@ def usage_checks(plain: EngineRun, ours: EngineRun, batches: Mapping[str, Sequen
 
 
 def measure_graphs(ours: EngineRun, plain: EngineRun, kind: str, batches: Sequence[str]) -> Result | Skip:
-    """The share of an engine's steps that ran in full CUDA graphs, and of plain vLLM's with the same prompts."""
+    """Measure the share of an engine's steps in full CUDA graphs, and of plain vLLM's with the same prompts."""
     refusal = ours.refusal(kind)
     if refusal is not None:
         return Skip(refusal)
@@ -370,7 +370,10 @@ def full_share(steps: Counter[str]) -> float:
 
 
 def measure_memory(ours: EngineRun, plain: EngineRun) -> Result | Skip:
-    """GiB that the batches took at most beside what was allocated before them, on the rank that took most."""
+    """Measure the GiB that the batches took at most.
+
+    That is beside what was allocated before them, on the rank that took most.
+    """
     refusal = ours.refusal()
     if refusal is not None:
         return Skip(refusal)
@@ -386,7 +389,9 @@ def measure_memory(ours: EngineRun, plain: EngineRun) -> Result | Skip:
 
 
 def measure_wide_step(engines: Engines) -> Result | Skip:
-    """GiB that documents beside a decode behind a long prompt took at most, and those of the same prompts, dense.
+    """Measure the GiB that documents beside a decode behind a long prompt took at most.
+
+    And those of the same prompts, dense.
 
     FlashAttention may keep partial results of split keys for such a step, of which no memory profile knows.
     """
@@ -401,7 +406,10 @@ def measure_wide_step(engines: Engines) -> Result | Skip:
 
 
 def taken(run: EngineRun, *names: str) -> float:
-    """GiB that some batches, or all, took at most beside what was allocated before them, on the rank that took most."""
+    """Return the GiB that some batches, or all, took at most.
+
+    That is beside what was allocated before them, on the rank that took most.
+    """
     result = run.result()
     batches = [result["batches"][name]["memory"] for name in names or result["batches"]]
     ranks = (pair for batch in batches for pair in zip(result["memory"], batch, strict=True))

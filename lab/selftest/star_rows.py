@@ -32,7 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def row_checks() -> list[Check]:
-    """A check for each attention op that CPU engines use."""
+    """Return a check for each attention op that CPU engines use."""
     return [
         Check("star rows: CPU_ATTN, vLLM's op", functools.partial(check_rows, False)),
         Check("star rows: CPU_ATTN, Starling's op", functools.partial(check_rows, True)),
@@ -40,11 +40,11 @@ def row_checks() -> list[Check]:
 
 
 def check_rows(own_op: bool, plan: StarPlan = PLAN) -> Result | Skip:
-    """The error of star rows over that of dense rows, both relative to their size, with the same Q, K and V.
+    """Measure the error of star rows over that of dense rows, both relative to their size, with the same Q, K and V.
 
     Args:
-        own_op: whether Starling's op runs the rows, or vLLM's.
-        plan: of the rows. The mask is that of ``PLAN``.
+        own_op: True if Starling's op runs the rows, False if vLLM's does.
+        plan: plan of the rows. The mask is that of ``PLAN``.
     """
     if has_gpu():
         return Skip("a GPU's backend is made by an engine: the engine checks compare its star rows with the mask")
@@ -62,7 +62,7 @@ def check_rows(own_op: bool, plan: StarPlan = PLAN) -> Result | Skip:
 
 @functools.cache
 def engine_config(dtype: torch.dtype) -> Any:
-    """As much of an engine's configuration as the backend reads."""
+    """Return as much of an engine's configuration as the backend reads."""
     from vllm.config import VllmConfig
 
     config: Any = VllmConfig()
@@ -74,15 +74,16 @@ def engine_config(dtype: torch.dtype) -> Any:
 
 
 def isa(dtype: torch.dtype) -> str:
-    """The instruction set that vLLM lays out the pages for."""
+    """Return the instruction set that vLLM lays out the pages for."""
     return cpu_attention_isa(engine_config(dtype))
 
 
 def relative_error(own_op: bool, dtype: torch.dtype, plan: StarPlan | None) -> float:
-    """RMS error over RMS of the attention that the wrapped backend computes for ``BATCH``.
+    """Return RMS error over RMS of the attention that the wrapped backend computes for ``BATCH``.
 
     Args:
-        plan: of the star row, which is compared with the mask of ``PLAN``; None runs it dense, against the causal mask.
+        plan: plan of the star row, which is compared with the mask of ``PLAN``, or None to run it dense, against the
+            causal mask.
     """
     generator = torch.Generator().manual_seed(0)
     keys = {name: torch.randn(2, end, KV_HEADS, SIZE, generator=generator).to(dtype) for name, _, end in BATCH}
@@ -139,7 +140,7 @@ def attend(own_op: bool, query: torch.Tensor, keys: dict[str, torch.Tensor], pla
 
 
 def make_layer(own_op: bool, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-    """Builder and implementation of the wrapped CPU_ATTN, and what they read of vLLM's layer."""
+    """Make builder and implementation of the wrapped CPU_ATTN, and what they read of vLLM's layer."""
     from vllm.config import set_current_vllm_config
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 

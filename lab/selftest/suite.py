@@ -49,14 +49,14 @@ def make_suite(
     backend: str | None = None,
     gpu_attention: str | None = None,
 ) -> Iterator[tuple[list[Check], dict[str, Engines]]]:
-    """The checks, and the engines of each setting by its name. The random models exist while the context is open.
+    """Yield the checks, and the engines of each setting by its name. The random models exist while the context is open.
 
     Args:
-        model: a checkpoint for the engine checks; None for random tiny weights.
-        gpu: whether to check a GPU, or the CPU part.
+        model: checkpoint for the engine checks, or None for random tiny weights.
+        gpu: True to check a GPU, False for the CPU part.
         quick: one setting, and of the times those of a token alone.
-        backend: vLLM's attention backend; None for vLLM's choice.
-        gpu_attention: the option of this name, of activated engines; None for its default.
+        backend: vLLM's attention backend, or None for vLLM's choice.
+        gpu_attention: the option of this name, of activated engines, or None for its default.
     """
     arguments: dict[str, Any] = {"attention_backend": backend} if backend else {}
     arguments["starling"] = {GPU_ATTENTION: gpu_attention} if gpu_attention else {}
@@ -86,15 +86,15 @@ def make_suite(
 
 
 def make_tiny(folder: Path, gpu: bool) -> str:
-    """A tiny model with random weights for the engine checks."""
+    """Make a tiny model with random weights for the engine checks."""
     return str(make_model(folder / "tiny", torch.bfloat16 if gpu else torch.float32, TINY))
 
 
 def timed_checks(model: str | None, gpu: bool, folder: Path, **arguments: Any) -> list[Check]:
-    """The measurements of times, with the model, or with random weights that vLLM makes in a shape that fits.
+    """Return the measurements of times, with the model, or with random weights that vLLM makes in a shape that fits.
 
     Args:
-        arguments: of ``speed_checks``.
+        arguments: arguments of ``speed_checks``.
     """
     if model is not None:
         return speed_checks(model, vocabulary(model), max_length(model), gpu, folder, **arguments)
@@ -106,7 +106,7 @@ def timed_checks(model: str | None, gpu: bool, folder: Path, **arguments: Any) -
 
 
 def setting_refusal(setting: Setting) -> str | None:
-    """Why this card can't run a setting; None where it can."""
+    """Return why this card can't run a setting, or None if it can."""
     if setting.kv_dtype != "auto" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
         if capability < FP8_CAPABILITY:
@@ -115,17 +115,17 @@ def setting_refusal(setting: Setting) -> str | None:
 
 
 def length_refusal(longest: int) -> str | None:
-    """Why a model that takes ``longest`` tokens can't run the engine checks; None where it can."""
+    """Return why a model that takes ``longest`` tokens can't run the engine checks, or None if it can."""
     if longest >= LONGEST:
         return None
     return f"the model takes {longest:,} tokens at most, and the prompts of the engine checks have up to {LONGEST:,}"
 
 
 def two_gpu_checks(engines: Engines | None, run: EngineRun | None) -> list[Check]:
-    """The checks of two GPUs.
+    """Return the checks of two GPUs.
 
     Args:
-        engines: of one GPU; None where no setting can run.
+        engines: engines of one GPU, or None where no setting can run.
         run: the engine that ``served`` made of them.
     """
     if engines is None or run is None:
@@ -148,7 +148,7 @@ def two_gpus_missing() -> Skip | None:
 
 
 def check_tensor_parallel(engines: Engines, parallel: EngineRun) -> Result:
-    """The star prompt, and documents where there are any, on two GPUs and on one.
+    """Compare the star prompt, and documents where there are any, on two GPUs and on one.
 
     Args:
         parallel: the engine on two GPUs. Its adapter changes the model by zero.
@@ -164,7 +164,7 @@ def check_tensor_parallel(engines: Engines, parallel: EngineRun) -> Result:
 
 
 def check_moved_pages() -> Result | Skip:
-    """Scattered KV pages that one GPU's process reads from another one's."""
+    """Check scattered KV pages that one GPU's process reads from another one's."""
     missing = two_gpus_missing() or (None if find_spec("nixl") else Skip("NIXL is not installed"))
     return missing or judge_pages("cuda:0", "cuda:1")
 

@@ -27,7 +27,7 @@ ONE_TOKEN, QUESTION, TAIL = 1, 64, 4_000
 
 
 def tile_checks() -> list[Check]:
-    """The measurements; skipped without a GPU."""
+    """Return the measurements; skipped without a GPU."""
     return [
         Check("kernel: tile of a token behind documents", functools.partial(check_tiles, ONE_TOKEN)),
         Check("kernel: tile of a question behind documents", functools.partial(check_tiles, QUESTION)),
@@ -38,7 +38,7 @@ def tile_checks() -> list[Check]:
 
 
 def check_tiles(queries: int, **shape: int) -> Result | Skip:
-    """Whether another tile would be faster on this card, for rows of so many tokens.
+    """Measure whether another tile would be faster on this card, for rows of ``queries`` tokens.
 
     Args:
         shape: fields of ``Shape``.
@@ -116,7 +116,7 @@ class Call:
         )
 
     def default(self) -> Choice:
-        """What engines take."""
+        """Return the choice of engines."""
         from starling.attention_backends.kernels.triton.decode import PROGRAMS_PER_MULTIPROCESSOR
         from starling.attention_backends.kernels.triton.ranges import range_tile
 
@@ -125,7 +125,7 @@ class Call:
         return Choice(tile, PROGRAMS_PER_MULTIPROCESSOR)
 
     def choices(self) -> Iterator[Choice]:
-        """The default, and others."""
+        """Yield the default, and others."""
         default = self.default()
         tiles = [
             replace(default.tile, keys=keys, stages=stages, warps=warps)
@@ -137,7 +137,7 @@ class Call:
         yield from [default, *(each for each in found if each != default)]
 
     def run(self, choice: Choice) -> torch.Tensor:
-        """The attention of all tokens."""
+        """Compute the attention of all tokens."""
         from starling.attention_backends.kernels.triton.decode import multiprocessors, rows_that_fill
         from starling.attention_backends.kernels.triton.ranges import attend_ranges
 
@@ -149,10 +149,10 @@ class Call:
 
 
 def time_tiles(call: Call, milliseconds: Callable[[Callable[[], object]], float]) -> Result:
-    """How much longer the default takes than the best choice; those that do not fit the card are left out.
+    """Measure how much longer the default takes than the best choice; those that do not fit the card are left out.
 
     Args:
-        milliseconds: of a call.
+        milliseconds: function that times a call.
 
     Raises:
         RuntimeError: a choice has another result.

@@ -122,8 +122,8 @@ def _find_plan(case: Case) -> tuple[StarPlan | None, str | None]:
     if len(plan.starts) < 2:
         one_block = f"a context of {context_end:,} tokens is one star block of {plan.block_size:,}"
         return None, (None if plan.documents else case.dense_word) or one_block
-    for change in case.engine.changes:
-        plan = change(plan, case.options, case.prompt)
+    if case.engine.with_adapter is not None:
+        plan = case.engine.with_adapter(plan, case.options, case.prompt)
     return with_replicas(sized, plan), documents.why
 
 

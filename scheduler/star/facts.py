@@ -83,7 +83,7 @@ class EngineFacts:
         divides_kv: whether prompts may be longer than the memory of one replica.
         token_of: returns the token that a text is; None: it is none, or several.
         quality_sizes: word of ``star_quality`` -> the number of star blocks, 1: dense; None: those of the study.
-        changes: what features change in a plan, in their order (features/front_part.py).
+        with_adapter: returns a plan with the server's adapter where it runs with it, or None if there is no adapter.
     """
 
     page_size: int | None
@@ -99,7 +99,7 @@ class EngineFacts:
     divides_kv: bool = False
     token_of: Callable[[str], int | None] = lambda text: None
     quality_sizes: Mapping[str, int] | None = None
-    changes: tuple[Callable[[StarPlan, StarOptions, PromptFacts], StarPlan], ...] = ()
+    with_adapter: Callable[[StarPlan, StarOptions, PromptFacts], StarPlan] | None = None
 
     @property
     def document_refusals(self) -> tuple[str, ...]:

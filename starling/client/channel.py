@@ -18,7 +18,7 @@ Pem = bytes
 
 
 def channel_options(retries: int) -> list[tuple[str, Any]]:
-    """Options of a channel.
+    """Return the options of a channel.
 
     gRPC itself makes the retries. It waits as long as the server's pushback says; without pushback, it waits a
     doubling, jittered time. It keeps to the call's deadline, and retries no call once the server has begun to answer.
@@ -58,10 +58,10 @@ def channel_options(retries: int) -> list[tuple[str, Any]]:
 
 
 def channel_credentials(tls: bool | Pem | None, certificate: tuple[Pem, Pem] | None) -> grpc.ChannelCredentials | None:
-    """The channel's TLS credentials; None: plain text.
+    """Return the channel's TLS credentials, or None for plain text.
 
     Args:
-        tls: certificates of the trusted authorities, as PEM; True: the system's.
+        tls: certificates of the trusted authorities, as PEM, or True for the system's.
         certificate: the client's own chain and key, as PEM, for mTLS. With it the channel uses TLS in any case.
     """
     # Not `not tls`: an empty file of authorities must not mean plain text.

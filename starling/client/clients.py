@@ -43,15 +43,16 @@ class Connection:
         retries: int = 4,
         max_message_bytes: int = 4 * 2**20,
     ) -> None:
-        """
+        """Make the channel and the stubs of its calls.
+
         Args:
             address: host:port.
             api_key: the server's --api-key.
-            tls: certificates of the trusted authorities, as PEM; True: the system's. Default: plain text.
+            tls: certificates of the trusted authorities, as PEM, or True for the system's. Default: plain text.
             certificate: the client's own chain and key, as PEM, for mTLS.
-            retries: how often gRPC retries a call that an overloaded or unavailable server has not begun to answer,
-                0 to 4.
-            max_message_bytes: a larger request is uploaded in pieces. The server accepts messages of up to
+            retries: number of times that gRPC retries a call that an overloaded or unavailable server has not begun to
+                answer, 0 to 4.
+            max_message_bytes: size above which a request is uploaded in pieces. The server accepts messages of up to
                 GetCapabilities' max_request_bytes. The size of its responses has no limit.
 
         Raises:
@@ -88,15 +89,15 @@ class Connection:
         upload: bool,
         without: Sequence[str] = (),
     ) -> tuple[pb.GenerateStreamRequest, bool]:
-        """The request, and whether to upload it in pieces.
+        """Return the request, and whether to upload it in pieces.
 
         Args:
-            upload: whether the caller wants that also for a small request.
+            upload: True if the caller wants that also for a small request.
             without: fields that the call does not have.
 
         Raises:
-            TypeError, ValueError: as ``generate_request``; or the request would have to be uploaded, and its prompt is
-                messages or texts.
+            TypeError, ValueError: the same as ``generate_request``; or the request would have to be uploaded, and its
+                prompt is messages or texts.
         """
         given = fields if star is None else {**fields, "star": star}
         request = generate_request(prompt, given, messages=messages, without=without)
@@ -197,11 +198,11 @@ class Client(Connection):
         """Have documents computed, so that they are in the server's library; yields what became of each.
 
         Args:
-            documents: up to 256 texts.
+            documents: texts, up to 256.
             head: the text before the documents in every prompt.
-            concurrency: documents at the same time, up to 8.
-            cache_salt: only prompts with this salt find the documents.
-            segments: how your requests have their documents: "auto" (messages of a chat), the text of the token that
+            concurrency: number of documents at the same time, up to 8.
+            cache_salt: salt of the prompts that find the documents.
+            segments: form of the documents in your requests: "auto" (messages of a chat), the text of the token that
                 starts each, or "texts". Default: the server's --star-segments, or texts where it has none.
         """
         return self._events(self._start_warming(documents, head, concurrency, cache_salt, segments, timeout), read)
@@ -214,11 +215,11 @@ class Client(Connection):
         timeout: float | None = None,
         add_generation_prompt: bool | None = None,
     ) -> Tokens:
-        """The token ids of a text or of messages, by the model's tokenizer."""
+        """Return the token ids of a text or of messages, by the model's tokenizer."""
         return read(self._call(self._stub.Tokenize, tokenize_request(prompt, messages, add_generation_prompt), timeout))
 
     def capabilities(self, *, timeout: float | None = None) -> Capabilities:
-        """What the server supports, and its limits."""
+        """Return what the server supports, and its limits."""
         return read(self._call(self._stub.GetCapabilities, pb.GetCapabilitiesRequest(), timeout))
 
     def close(self) -> None:
@@ -249,7 +250,7 @@ class Client(Connection):
             call.cancel()
 
     def _probed(self, error: Any) -> Any:
-        """The error of a further call, where one that met its deadline does not say whether there is a server."""
+        """Return the error of a further call, where one that met its deadline leaves open whether there is a server."""
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             try:
                 self._probe(b"", timeout=PROBE_SECONDS)
@@ -273,7 +274,10 @@ class AsyncClient(Connection):
         upload: bool = False,
         **fields: Unpack[StreamFields],
     ) -> AsyncGenerator[Event, None]:
-        """As Client.stream. ``aclose()`` ends the call at once; leaving a loop ends it in asyncio's next iteration."""
+        """Stream as Client.stream.
+
+        ``aclose()`` ends the call at once; leaving a loop ends it in asyncio's next iteration.
+        """
         request, in_pieces = self._request(prompt, messages, star, fields, upload)
         return self._events(lambda: self._start(request, in_pieces, timeout), read_event)
 
@@ -287,7 +291,7 @@ class AsyncClient(Connection):
         upload: bool = False,
         **fields: Unpack[GenerateFields],
     ) -> Completion:
-        """As Client.generate."""
+        """Generate as Client.generate."""
         request, in_pieces = self._request(prompt, messages, star, fields, upload, without=("progress",))
         if not in_pieces:
             return read(await self._call(self._generate, request, timeout))
@@ -306,7 +310,7 @@ class AsyncClient(Connection):
         segments: str | None = None,
         timeout: float | None = None,
     ) -> AsyncGenerator[WarmedDocument, None]:
-        """As Client.warm_documents."""
+        """Warm documents as Client.warm_documents."""
         return self._events(self._start_warming(documents, head, concurrency, cache_salt, segments, timeout), read)
 
     async def tokenize(
@@ -317,16 +321,16 @@ class AsyncClient(Connection):
         timeout: float | None = None,
         add_generation_prompt: bool | None = None,
     ) -> Tokens:
-        """As Client.tokenize."""
+        """Tokenize as Client.tokenize."""
         request = tokenize_request(prompt, messages, add_generation_prompt)
         return read(await self._call(self._stub.Tokenize, request, timeout))
 
     async def capabilities(self, *, timeout: float | None = None) -> Capabilities:
-        """As Client.capabilities."""
+        """Return the same as Client.capabilities."""
         return read(await self._call(self._stub.GetCapabilities, pb.GetCapabilitiesRequest(), timeout))
 
     async def close(self) -> None:
-        """As Client.close."""
+        """Close the connection as Client.close."""
         await self.channel.close()
 
     async def __aenter__(self) -> AsyncClient:
@@ -357,7 +361,7 @@ class AsyncClient(Connection):
             call.cancel()
 
     async def _probed(self, error: Any) -> Any:
-        """As Client._probed."""
+        """Return the same as Client._probed."""
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             try:
                 await self._probe(b"", timeout=PROBE_SECONDS)
@@ -367,5 +371,5 @@ class AsyncClient(Connection):
 
 
 def as_it_is(message: T) -> T:
-    """The message itself, for Reply."""
+    """Return the message itself, for Reply."""
     return message

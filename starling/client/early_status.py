@@ -38,7 +38,7 @@ class EarlyStatus:
             self._known.set()
 
     async def of(self, error: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
-        """The server's status, where ``error`` is a failed write in place of it; else ``error``."""
+        """Return the server's status, where ``error`` is a failed write in place of it; else ``error``."""
         if not _is_failed_write(error.code(), error.details()):
             return error
         try:
@@ -53,7 +53,7 @@ def _is_failed_write(code: grpc.StatusCode, details: str | None) -> bool:
 
 
 def _result(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine that does not wait.
+    """Return the result of a coroutine that does not wait.
 
     Raises:
         RuntimeError: it waits.

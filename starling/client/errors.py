@@ -64,12 +64,12 @@ def starling_error(error: Any) -> StarlingError:
 
 
 def converted(error: Any, address: str, probed: Any) -> StarlingError:
-    """The exception of a failed call.
+    """Return the exception of a failed call.
 
     Args:
         error: a grpc.RpcError, of a blocking or an asyncio call.
-        address: of the server.
-        probed: the error of another call, where that says more about the connection; else ``error``.
+        address: address of the server.
+        probed: error of another call, where that says more about the connection; else ``error``.
     """
     details = probed.details() or ""
     if not UNCONNECTED.search(details):

@@ -26,7 +26,7 @@ class Message(TypedDict):
 
 
 class Options(Protocol):
-    """What starling.StarOptions is, which this package does not import: a pydantic model."""
+    """Protocol of starling.StarOptions, a pydantic model that this package does not import."""
 
     def model_dump(self, *, exclude_unset: bool = ...) -> dict[str, Any]: ...
 
@@ -88,7 +88,7 @@ class StarFields(TypedDict, total=False):
 
 
 class GenerateFields(Sampling, StarFields, total=False):
-    """What `generate` takes beside the prompt; ``add_generation_prompt`` is for messages."""
+    """Fields that `generate` takes beside the prompt; ``add_generation_prompt`` is for messages."""
 
     request_id: str | None
     cache_salt: str | None
@@ -99,6 +99,6 @@ class GenerateFields(Sampling, StarFields, total=False):
 
 
 class StreamFields(GenerateFields, total=False):
-    """What `stream` takes beside the prompt."""
+    """Fields that `stream` takes beside the prompt."""
 
     progress: bool | None

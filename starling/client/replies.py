@@ -1,4 +1,4 @@
-"""What calls return: dataclasses with the fields of the messages of starling/v1/inference.proto, which documents them.
+"""Results of calls: dataclasses with the fields of the messages of starling/v1/inference.proto, which documents them.
 
 A field that is not set is None, and an enum is its word: "stop", "star".
 """
@@ -44,7 +44,7 @@ class PromptLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class DocumentSource:
-    """Where the KV of a document came from, in tokens."""
+    """Sources of the KV of a document, in tokens."""
 
     memory: int
     host: int
@@ -55,7 +55,7 @@ class DocumentSource:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a prompt was prefilled; ``why`` says why it was dense."""
+    """The plan by which a prompt was prefilled; ``why`` says why it was dense."""
 
     attention: Literal["dense", "star", "unspecified"]
     star_blocks: int
@@ -80,7 +80,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one request."""
+    """Token counts of one request."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -111,7 +111,7 @@ class Final:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a prompt is, with ``progress=True``."""
+    """Progress of a prompt, with ``progress=True``."""
 
     computed_tokens: int
     prompt_tokens: int
@@ -148,7 +148,7 @@ class Completion:
 
     @property
     def text(self) -> str:
-        """The text of the first choice."""
+        """Return the text of the first choice."""
         return self.choices[0].text
 
 
@@ -163,7 +163,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class WarmedDocument:
-    """What became of one document; ``error`` is empty where it was not refused."""
+    """Result of one document; ``error`` is empty where it was not refused."""
 
     index: int
     tokens: int
@@ -173,7 +173,7 @@ class WarmedDocument:
 
 @dataclass(frozen=True, slots=True)
 class StarDefaults:
-    """The star options of a request that gives none; None: a value that depends on the prompt."""
+    """The star options of a request that gives none; None stands for a value that depends on the prompt."""
 
     mode: Literal["off", "on", "auto"] | None
     min_tokens: int | None
@@ -193,7 +193,7 @@ class StarDefaults:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a server supports, and its limits."""
+    """Features and limits of a server."""
 
     models: list[str]
     max_model_len: int
@@ -232,7 +232,7 @@ KINDS: dict[type[Message], type] = {
 
 
 def read(message: Any) -> Any:
-    """The dataclass of a message."""
+    """Return the dataclass of a message."""
     kind: Any = type(message)
     values = {}
     for name, has_presence, convert in readers(kind):
@@ -243,12 +243,12 @@ def read(message: Any) -> Any:
 
 @cache
 def readers(kind: type[Message]) -> list[tuple[str, bool, Callable[[Any], Any]]]:
-    """(name, whether it may be unset, what makes its value) of each field of a kind of message."""
+    """Return (name, whether it may be unset, what makes its value) of each field of a kind of message."""
     return [(field.name, field.has_presence, reader(field)) for field in kind.DESCRIPTOR.fields]
 
 
 def reader(field: Any) -> Callable[[Any], Any]:
-    """What makes the value of a field."""
+    """Return the function that makes the value of a field."""
     one: Callable[[Any], Any] | None = read if field.message_type is not None else None
     if field.enum_type is not None:
         names = [value.name for value in field.enum_type.values]
@@ -261,6 +261,6 @@ def reader(field: Any) -> Callable[[Any], Any]:
 
 
 def read_event(message: pb.GenerateStreamResponse) -> Event | None:
-    """The dataclass of a stream's event; None: a newer server's event, of a kind that this client does not know."""
+    """Return the dataclass of a stream's event, or None for a newer server's event of an unknown kind."""
     kind = message.WhichOneof("event")
     return None if kind is None else read(getattr(message, kind))

@@ -62,7 +62,7 @@ def generate_request(
 
 
 def no_such(kind: str, name: str, allowed: Sequence[str]) -> str:
-    """What is wrong with a name, the one that it may be meant for, and those that there are."""
+    """Return what is wrong with a name, the one that it may be meant for, and those that there are."""
     hint = "".join(f", did you mean {close}" for close in get_close_matches(name[:64], allowed, 1, 0.8))
     return f"there is no such {kind}{hint}. Allowed: {', '.join(allowed)}."
 
@@ -110,7 +110,7 @@ def warm_request(
 def prompt_field(
     prompt: Prompt | None, messages: Sequence[ChatMessage] | None, add_generation_prompt: bool | None
 ) -> tuple[str, Any]:
-    """The field for a prompt of this kind or for messages, and the field's value.
+    """Return the field for a prompt of this kind or for messages, and the field's value.
 
     Raises:
         TypeError: the prompt is of an unknown kind, or not one of prompt and messages is given, or
@@ -142,7 +142,7 @@ def prompt_field(
 
 
 def with_text(index: int, message: ChatMessage) -> Any:
-    """A message of a chat whose content is one text: parts of OpenAI's kind are joined by lines, as vLLM does it.
+    """Return a message of a chat whose content is one text: parts of OpenAI's kind are joined by lines, as in vLLM.
 
     Raises:
         TypeError: a field has no such name.
@@ -201,7 +201,7 @@ def _sampling_value(name: str, value: Any) -> Any:
 
 
 def share_of(name: str, value: Any) -> float:
-    """The share that a number or a text is, "0.1" or "10%" (raises ValueError)."""
+    """Return the share that a number or a text is, "0.1" or "10%" (raises ValueError)."""
     text = value.strip() if isinstance(value, str) else value
     try:
         if isinstance(text, bool):
@@ -213,7 +213,7 @@ def share_of(name: str, value: Any) -> float:
 
 
 def star_fields(star: Star | None) -> Mapping[str, Any]:
-    """Star options by their names: of a mode, of a mapping, or of starling.StarOptions those that it was made with."""
+    """Return star options by their names: of a mode, of a mapping, or those with which StarOptions were made."""
     if isinstance(star, Mapping):
         return star
     dump = getattr(star, "model_dump", None)

@@ -27,7 +27,6 @@ from starling.attention_backends.star.document_step import DocumentStep
 from starling.attention_backends.star.head_step import HeadStep
 from starling.attention_backends.star.rows import VirtualRows
 from starling.attention_backends.star.step import StarStep, open_step, set_positions
-from starling.attention_backends.star.step_part import StepPart
 from tests.gpu_contract.cases import HEAD_SIZE, ROTATION, SCALE, Case, Numbers
 from tests.gpu_contract.cuda_platform import CUDA
 
@@ -220,9 +219,15 @@ def run_case(
     scheduled = dict(zip(ids, case.query_lens, strict=True))
     ranks = {groups[0].name: np.array(case.ranks)} if case.ranks else {}
     documents, heads = DocumentStep(), HeadStep(plans.values(), ranks)
-    parts: list[StepPart] = [documents] if any(plan.documents for plan in plans.values()) else []
-    parts += [heads] if heads.counts else []
-    step = StarStep(plans, scheduled, lambda: ids, counted.append, parts)
+    has_documents = any(plan.documents for plan in plans.values())
+    step = StarStep(
+        plans,
+        scheduled,
+        lambda: ids,
+        counted.append,
+        documents if has_documents else None,
+        heads if heads.counts else None,
+    )
     outputs = []
 
     def build() -> dict[str, Any]:

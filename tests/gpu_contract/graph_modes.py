@@ -26,10 +26,10 @@ from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
 
+from starling.attention_backends.star.document_layers import DocumentLayers  # noqa: E402
+from starling.attention_backends.star.head_layers import HeadLayers  # noqa: E402
+from starling.attention_backends.star.refusals import star_refusals  # noqa: E402
 from starling.engine_ext.worker.backends import register_backends  # noqa: E402
-from starling.features import make_parts  # noqa: E402
-from starling.features.documents.worker import Documents  # noqa: E402
-from starling.features.star.rules import star_refusals  # noqa: E402
 from starling.lab.doctor.attention_report import cuda_graphs  # noqa: E402
 from starling.vllm_compat.worker import without_full_graphs  # noqa: E402
 from tests.model_runners import HAS_V1  # noqa: E402
@@ -97,10 +97,10 @@ def graphs_of(model: str, runner: str, options: dict[str, Any], graphs: dict[str
     except ValueError as error:
         return {"refused": str(error)}
     doctor = cuda_graphs(config)["mode"]
-    parts = make_parts("worker", config)
-    register_backends(config, star_refusals(config), parts)
+    documents, heads = DocumentLayers.make(config), HeadLayers.make(config)
+    register_backends(config, star_refusals(config), documents.attends_by_parts or heads.attends_by_parts)
     backend = AttentionBackendEnum.TRITON_ATTN.get_class()
-    if any(isinstance(part, Documents) and part.is_made_for_documents for part in parts):  # as once a model is loaded
+    if documents.is_made_for_documents:  # as once a model is loaded
         layer: Any = SimpleNamespace(impl=object.__new__(backend.get_impl_cls()))
         layer.impl.rotation = "a rotation"
         config.compilation_config.static_forward_context["layer"] = layer

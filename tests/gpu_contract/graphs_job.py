@@ -105,7 +105,7 @@ def replay(case: Case, graph: Graph, group: LayerGroup, metadata: Any) -> float:
     graph.query[:rows], graph.out[:] = drawn.queries[:rows], float("nan")
     names = [str(index) for index in range(rows)]
     plans = {name: one.plan for name, one in zip(names, case.requests, strict=True) if one.plan and one.plan.documents}
-    step = StarStep(plans, dict.fromkeys(names, 1), lambda: names, lambda rows: None, [DocumentStep()])
+    step = StarStep(plans, dict.fromkeys(names, 1), lambda: names, lambda rows: None, DocumentStep())
     with open_step(step if plans else None):
         build(graph, group, group.slot_mapping(), fields)
         set_positions(torch.zeros(ROWS, dtype=torch.int64))

@@ -23,7 +23,7 @@ from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import ( 
 )
 from vllm.scalar_type import scalar_types  # noqa: E402
 
-from starling.features.documents.rotations import block_positions_problem  # noqa: E402
+from starling.attention_backends.star.document_layers import block_positions_problem  # noqa: E402
 from starling.vllm_compat import rotary_layers  # noqa: E402
 from tests.gpu_contract.kernels import require  # noqa: E402
 from tests.unit.engine_ext.worker.test_rotations import HEADS, KV_HEADS, SIZE, Block, FakeAttention  # noqa: E402

@@ -66,16 +66,6 @@ def test_star_options_with_a_list_of_parameters_and_with_none(result):
 
 
 @pytest.mark.engine
-def test_a_feature_is_a_folder_and_a_line_and_is_seen_in_front_core_worker_and_response(model):
-    """tests/parity/toys/: by default, blocks of 256 tokens have an overlap of 224."""
-    found = result_of("toy_job", model)
-    assert found["plan"]["attention"] == "star" and found["plan"]["overlap_size"] == 0
-    assert sum(tokens for _, tokens in found["rows"]) >= 900 - 256
-    assert {overlap for overlap, _ in found["rows"]} == {0}
-    assert max(tokens for _, tokens in found["rows"]) == 64
-
-
-@pytest.mark.engine
 def test_a_quality_is_what_the_engine_says(result):
     plan = result["plans"]["quality"]
     assert (plan["attention"], plan["block_size"], plan["context_end"]) == ("star", 192, 900 - 450), (

@@ -1,5 +1,4 @@
-"""The contract on a CPU: the C++ op of attention.cpp, or plain torch (fallback.py) where the op can't be
-built or loaded."""
+"""Paged attention on a CPU: the C++ op of attention.cpp, or plain torch (fallback.py) where the op can't be built."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ VECTOR_SIZE = 16
 
 @functools.cache
 def built_op() -> Any | None:
-    """The C++ ops, or None where they can't be built or loaded. The reason is logged once."""
+    """Return the C++ ops, or None if they can't be built or loaded. The reason is logged once."""
     try:
         return load_op()
     except BuildError as error:
@@ -32,7 +31,7 @@ def built_op() -> Any | None:
 
 
 def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes the contract of contract.py.
+    """Compute the contract of contract.py.
 
     Raises:
         ValueError: ``refusal`` returns a reason; or, from the op alone, ``query_start_loc``, ``seq_lens`` or
@@ -61,7 +60,7 @@ def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def has_op_for(operands: Operands) -> bool:
-    """Whether ``turned_attention`` can run operands, which else are the work of ``paged_attention`` and torch."""
+    """Return whether ``turned_attention`` can run the operands; if not, ``paged_attention`` and torch compute them."""
     return operands.query.device.type == "cpu" and refusal(operands) is None and built_op() is not None
 
 
@@ -73,12 +72,12 @@ def turned_attention(
     out: torch.Tensor,
     lse: torch.Tensor | None,
 ) -> None:
-    """Computes what turned.py defines, by the C++ op.
+    """Compute the attention that turned.py defines, by the C++ op.
 
     Args:
-        operands: ``has_op_for`` is true of them.
+        operands: operands for which ``has_op_for`` is true.
         out: (T, H, Dv) to write to; float32 with ``lse``, else in the query's dtype.
-        lse: (T, H) float32, contiguous, of the attention to other keys that ``out`` has; None: it has none.
+        lse: (T, H) float32, contiguous, of the attention to other keys in ``out``, or None if ``out`` has none.
 
     Raises:
         ValueError: ``query_start_loc``, ``seq_lens``, ``block_table``, ``tokens`` or ``turns`` holds values that lead
@@ -103,13 +102,13 @@ def turned_attention(
 
 
 def tensors_of(operands: Operands) -> tuple[torch.Tensor, ...]:
-    """The first arguments of both ops."""
+    """Return the first arguments of both ops."""
     tables = (operands.block_table, operands.query_start_loc, operands.seq_lens)
     return operands.query, operands.keys, operands.values, *(table.contiguous() for table in tables)
 
 
 def refusal(operands: Operands) -> str | None:
-    """The reason why the op does not support the operands; None where it does."""
+    """Return the reason why the op does not support the operands, or None if it does."""
     query, sizes, layout = operands.query, operands.sizes, operands.layout
     if query.device.type != "cpu":
         return f"query on {query.device}: this op is for cpu tensors"

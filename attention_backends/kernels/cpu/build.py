@@ -35,7 +35,7 @@ class BuildError(RuntimeError):
 
 
 def cache_directory() -> Path:
-    """The directory of built ops: TORCH_EXTENSIONS_DIR, as for torch's own extensions, else one in the user's cache.
+    """Return the directory of built ops: TORCH_EXTENSIONS_DIR, as for torch's extensions, or one in the user's cache.
 
     Raises:
         BuildError: the user has no home directory, and neither variable is set.
@@ -56,7 +56,7 @@ def compiler() -> str | None:
 
 
 def cpu_flags() -> str:
-    """The processor's features, which -march=native compiles for."""
+    """Return the processor's features, which -march=native compiles for."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -65,7 +65,7 @@ def cpu_flags() -> str:
 
 
 def compiler_version() -> str | None:
-    """What identifies the compiler: its path and what it says of itself; None where there is none, or it fails."""
+    """Return the compiler's path and version text, or None if there is no compiler or it fails."""
     path = compiler()
     if path is None:
         return None
@@ -85,21 +85,21 @@ def c_library() -> str:
 
 
 def digest(parts: Sequence[str]) -> str:
-    """A short name for these texts together."""
+    """Return a short digest of the texts."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def machine_key() -> str:
-    """A digest of what a built op depends on: sources, flags, torch, C library and processor."""
+    """Return a digest of everything a built op depends on: sources, flags, torch, C library and processor."""
     here = Path(__file__).parent
     parts = [(here / name).read_text() for name in SOURCES]
     return digest([*parts, torch.__version__, c_library(), platform.machine(), cpu_flags(), *FLAGS])
 
 
 def built_op_path(directory: Path) -> Path:
-    """The file of the op of this machine and compiler.
+    """Return the file of the op of this machine and compiler.
 
-    Without a compiler, an op that any compiler has built for this machine, for example in an image from which the
+    Without a compiler, it is an op that any compiler has built for this machine, for example in an image from which the
     compiler was removed.
     """
     prefix, version = f"starling_kernels_{machine_key()}", compiler_version()

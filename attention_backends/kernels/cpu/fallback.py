@@ -18,7 +18,7 @@ TILE_QUERIES = 256
 
 
 def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes the contract of contract.py; sums in float32, or in float64 where the query is float64."""
+    """Compute the contract of contract.py; sums are float64 if the query is, else float32."""
     out, lse = operands.make_out(), operands.make_lse()
     starts, lens, group = operands.query_start_loc.tolist(), operands.seq_lens.tolist(), operands.sizes.group
     for row, length in enumerate(lens):
@@ -107,7 +107,7 @@ def _attend_group(
 
 
 def _gather(cache: torch.Tensor, page_ids: torch.Tensor) -> torch.Tensor:
-    """The tokens of n pages, (KV heads, n * page size, size), of a cache (pages, page size, KV heads, size)."""
+    """Gather the tokens of n pages, (KV heads, n * page size, size), of a cache (pages, page size, KV heads, size)."""
     if cache.element_size() == 1:  # torch can't index float8 on every device, so the bytes are gathered
         return cache.view(torch.uint8)[page_ids].flatten(0, 1).view(cache.dtype).transpose(0, 1).to(torch.float32)
     return cache[page_ids].flatten(0, 1).transpose(0, 1)

@@ -18,7 +18,7 @@ def seal(path: Path) -> None:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a file is there, can be read, and has the content that it was sealed with."""
+    """Return whether a file exists, can be read, and has the content that it was sealed with."""
     try:
         content = path.read_bytes()
     except OSError:

@@ -1,7 +1,7 @@
-"""Selects the faster of two CPU ops for a batch, by the measurements of benchmarks/kernels/cpu_kernels.py
-(results/cpu_kernels.json).
+"""Selection of the faster of two CPU ops for a batch.
 
-Both ops read vLLM's CPU layout. vLLM's op returns no log-sum-exp, so a caller that needs it takes Starling's.
+It follows the measurements of benchmarks/kernels/cpu_kernels.py (results/cpu_kernels.json). Both ops read vLLM's CPU
+layout. vLLM's op returns no log-sum-exp, so a caller that needs it takes Starling's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Processor:
 
     @classmethod
     def detect(cls) -> Processor:
-        """The features of the processor that this process runs on."""
+        """Return the features of the processor that this process runs on."""
         return cls(torch.cpu._is_avx512_supported(), torch.cpu._is_avx512_bf16_supported())
 
 
@@ -46,12 +46,12 @@ MAX_QUERIES_IN_FLOAT = 64
 
 
 def select_op(processor: Processor, dtype: torch.dtype, *, queries: int, keys: int, group: int) -> Op:
-    """The faster op for a batch.
+    """Select the faster op for a batch.
 
     Args:
-        dtype: of the query: float32, bfloat16 or float16.
-        queries: the most query tokens that a row of the batch has.
-        keys: the most keys that a row of the batch has.
+        dtype: dtype of the query: float32, bfloat16 or float16.
+        queries: maximum query tokens of a row of the batch.
+        keys: maximum keys of a row of the batch.
         group: query heads per KV head.
     """
     if not processor.avx512:

@@ -22,7 +22,7 @@ aligned pointer.
 
 @triton.jit
 def find_row(query_start_loc, tile, num_rows, BLOCK_Q: tl.constexpr):
-    """The row that a query tile belongs to. The tiles of row r start at query_start_loc[r] // BLOCK_Q + r.
+    """Find the row that a query tile belongs to. The tiles of row r start at query_start_loc[r] // BLOCK_Q + r.
 
     So every row has enough tiles, wherever it starts, and the host can size the grid without reading query lengths
     back from the device.
@@ -40,7 +40,7 @@ def find_row(query_start_loc, tile, num_rows, BLOCK_Q: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """tanh by the exponential of -2 |x|, which can't overflow."""
+    """Compute tanh from the exponential of -2 |x|, which can't overflow."""
     decay = tl.exp2(tl.abs(x) * (-2 * LOG2E))
     size = (1 - decay) / (1 + decay)
     return tl.where(x < 0, -size, size)

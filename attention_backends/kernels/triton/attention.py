@@ -12,7 +12,7 @@ MAX_QUERIES_PER_DECODE_ROW = 8
 
 
 def is_decode(tokens: int, rows: int) -> bool:
-    """Whether a batch has few enough queries per row, on average, to split the rows by keys.
+    """Return whether a batch has few enough queries per row, on average, to split the rows by keys.
 
     The limit leaves room for the draft tokens of speculative decoding. Both kernels are correct for every batch. Only
     the average is known without reading a tensor back from the device.
@@ -21,7 +21,7 @@ def is_decode(tokens: int, rows: int) -> bool:
 
 
 def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes the contract of contract.py. Reads no tensor on the host, so a CUDA graph can capture it.
+    """Compute the contract of contract.py without reading a tensor on the host, so that a CUDA graph can capture it.
 
     Raises:
         ValueError: the kernels, or the card, do not support the operands (see launch.py).

@@ -24,13 +24,13 @@ MAX_SPLITS = 128
 
 
 def num_splits(rows: int, heads: int, seq_len: int, multiprocessors: int) -> int:
-    """The number of parts to split each row's keys into: enough programs to fill the card, but no part too short.
+    """Return the number of parts to split each row's keys into: enough programs to fill the card, no part too short.
 
     Args:
         rows: rows of the batch.
         heads: KV heads. A batch that is not split has rows x heads programs.
         seq_len: an upper bound of the keys of a row.
-        multiprocessors: of the card.
+        multiprocessors: multiprocessors of the card.
     """
     wanted = -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // max(1, rows * heads))
     worth = -(-seq_len // MIN_KEYS_PER_SPLIT)
@@ -44,10 +44,10 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def rows_that_fill(multiprocessors: int, heads: int, programs: int = PROGRAMS_PER_MULTIPROCESSOR) -> int:
-    """The number of rows whose programs, one for each of the KV heads, fill a card of so many multiprocessors.
+    """Return the number of rows whose programs, one per KV head, fill a card with ``multiprocessors`` multiprocessors.
 
     Args:
-        programs: of a multiprocessor.
+        programs: programs per multiprocessor.
     """
     return -(-programs * multiprocessors // heads)
 
@@ -101,7 +101,7 @@ def merge_kernel(
 
 
 def paged_attention(operands: Operands, splits: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes the contract of contract.py: correct for rows of any length, fast for rows of few queries.
+    """Compute the contract of contract.py: correct for rows of any length, fast for rows of few queries.
 
     Args:
         splits: parts of each row's keys; by default ``num_splits`` of the longest row that the block table can hold.

@@ -37,26 +37,25 @@ class Tile:
     stages: int = STAGES
 
     def queries(self, group: int) -> int:
-        """Queries of a tile, for ``group`` query heads per KV head."""
+        """Return the queries of a tile, for ``group`` query heads per KV head."""
         return self.lanes // group
 
 
 def head_block(head_size: int) -> int:
-    """The power of two, at least 16, that a head size is padded to in a tile."""
+    """Return the power of two, at least 16, that a head size is padded to in a tile."""
     return max(16, power_of_two(head_size))
 
 
 def make_tile(sizes: Sizes, element_bytes: int, lanes: int) -> Tile:
-    """A tile whose operands fit the shared memory of every card from compute capability 8.0 on.
+    """Make a tile whose operands fit the shared memory of every card from compute capability 8.0 on.
 
-    Two K and V tiles of 8 KB each, a Q tile of 32 KB and what the compiler moves between layouts are 64 to 83 KB. The
+    Two K and V tiles of 8 KB each, a Q tile of 32 KB and the compiler's moves between layouts are 64 to 83 KB. The
     smallest cards have 99 KB (CUDA programming guide, table of compute capabilities: 8.6, 8.9 and 12.0).
 
     Args:
-        sizes: of the call.
-        element_bytes: of the query's dtype, in which the products are computed.
-        lanes: wanted query lanes. The tile has more where one KV head serves more heads, and fewer where that many do
-            not fit.
+        sizes: sizes of the call.
+        element_bytes: bytes of an element of the query, in whose dtype the products are computed.
+        lanes: wanted query lanes. The tile has more if one KV head serves more heads, fewer if so many do not fit.
 
     Raises:
         ValueError: the heads of one query do not fit a tile.

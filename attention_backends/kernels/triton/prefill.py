@@ -11,7 +11,7 @@ LANES = 128
 
 
 def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes the contract of contract.py; raises ValueError for operands that ``launch`` refuses."""
+    """Compute the contract of contract.py; raises ValueError for operands that ``launch`` refuses."""
     out, lse = operands.make_out(), operands.make_lse()
     launch(operands, out[None], lse[None], LANES)
     return out, lse

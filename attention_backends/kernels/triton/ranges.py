@@ -47,7 +47,7 @@ UNSPECIALISED = (
 
 @triton.jit
 def last_up_to(values, count, value, STRIDE: tl.constexpr):
-    """The last of some ascending values that is not above ``value``; the first one is not."""
+    """Return the index of the last of some ascending values that is not above ``value``; the first one is not."""
     low = 0
     high = count
     while low < high:
@@ -102,7 +102,7 @@ def load_turned(
 
 @triton.jit
 def tiles_of_a_program(tiles, programs):
-    """How many tiles of work each program has; the last ones may have fewer, or none."""
+    """Return the number of work tiles of each program; the last programs may have fewer, or none."""
     return tl.maximum(tl.cdiv(tiles, programs), LEAST)
 
 
@@ -327,10 +327,10 @@ def prefill_tile_queries(sizes: Sizes, element_bytes: int) -> int:
 
 
 def range_tile(sizes: Sizes, element_bytes: int, queries: int, capability: tuple[int, int] | None) -> Tile:
-    """The sizes of a program of so many queries.
+    """Return the tile of a program with ``queries`` queries.
 
     Args:
-        capability: compute capability of the card; None without a card.
+        capability: compute capability of the card, or None without a card.
 
     Raises:
         ValueError: the heads of one query do not fit a tile.
@@ -344,7 +344,7 @@ def range_tile(sizes: Sizes, element_bytes: int, queries: int, capability: tuple
 
 
 def partial_bytes(programs: int, kv_heads: int, lanes: int, value_size: int) -> int:
-    """What the parts of a call take while it runs."""
+    """Return the bytes of the partial results of a call while it runs."""
     return 4 * 2 * programs * kv_heads * lanes * (value_size + 1)
 
 

@@ -28,20 +28,20 @@ from starling.attention_backends.kernels.xformers.probe import DTYPES, HEAD_SIZE
 def context_bias(
     query_lens: Sequence[int], key_lens: Sequence[int], block_table: torch.Tensor, page_size: int
 ) -> attn_bias.PagedBlockDiagonalPaddedKeysMask:
-    """A mask with which every query of row r sees the first ``key_lens[r]`` keys of block table row r."""
+    """Make a mask with which every query of row r sees the first ``key_lens[r]`` keys of block table row r."""
     return attn_bias.PagedBlockDiagonalPaddedKeysMask.from_seqlens(
         query_lens, key_lens, block_table, page_size, device=block_table.device
     )
 
 
 def own_bias(lens: Sequence[int], device: torch.device) -> attn_bias.BlockDiagonalCausalMask:
-    """A mask with which token i of a row sees the row's tokens up to itself."""
+    """Make a mask with which token i of a row sees the row's tokens up to itself."""
     return attn_bias.BlockDiagonalMask.from_seqlens(lens, device=device).make_causal()
 
 
 @functools.cache
 def paged_op(page_size: int) -> type[triton_splitk.FwOp]:
-    """xformers' split-K operator with key blocks that divide a page. Its own blocks have 64 keys.
+    """Return xformers' split-K operator with key blocks that divide a page. Its own blocks have 64 keys.
 
     Raises:
         ValueError: the page size is no multiple of 16, the minimum of keys in a block.
@@ -91,7 +91,7 @@ def causal_part(
 
 
 def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes the contract of contract.py.
+    """Compute the contract of contract.py.
 
     Raises:
         ValueError: ``check_supported``, ``flat_cache`` or ``paged_op`` refuses the operands, or the pages of keys and
@@ -173,18 +173,18 @@ def check_supported(operands: Operands) -> None:
 
 
 def own_lens(queries: Sequence[int], lens: Sequence[int]) -> list[int]:
-    """The number of each causal row's last queries that have a key of their own: min(queries, keys)."""
+    """Return the number of each causal row's last queries that have a key of their own: min(queries, keys)."""
     return [min(pair) for pair in zip(queries, lens, strict=True)]
 
 
 def own_tokens(
     queries: Sequence[int], lens: Sequence[int], own: Sequence[int], block_table: torch.Tensor, page_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The queries that have a key of their own, and where these keys are.
+    """Return the queries that have a key of their own, and the locations of these keys.
 
     Args:
         queries, lens: query tokens and keys of each row.
-        own: as ``own_lens`` returns it: the row's last ``own`` queries belong to its last ``own`` keys, in order.
+        own: result of ``own_lens``: the row's last ``own`` queries belong to its last ``own`` keys, in order.
         block_table: (R, C) int, on the host.
         page_size: tokens per page.
 
@@ -206,6 +206,6 @@ def _expand(flat: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def _ungroup(result: tuple[Any, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """xformers' (1, T, KV heads, group, D) and (1, KV heads, group, T) -> (T, H, D) and (T, H)."""
+    """Reshape xformers' (1, T, KV heads, group, D) and (1, KV heads, group, T) to (T, H, D) and (T, H)."""
     out, lse = result
     return out[0].flatten(1, 2), lse[0].flatten(0, 1).T.float()

@@ -20,11 +20,11 @@ PAGED_OP = "xformers/ops/fmha/triton_splitk.py"
 
 @dataclass(frozen=True)
 class Facts:
-    """What decides whether xformers is usable.
+    """The facts that decide whether xformers is usable.
 
     Attributes:
-        xformers, triton: versions of the distributions; None where one is not installed.
-        capability: compute capability of the CUDA device; None without a device.
+        xformers, triton: versions of the distributions, or None if one is not installed.
+        capability: compute capability of the CUDA device, or None without a device.
         paged_op: whether xformers has the file ``PAGED_OP``.
     """
 
@@ -35,7 +35,7 @@ class Facts:
 
 
 def unavailable_reason(facts: Facts) -> str | None:
-    """The reason why xformers is not usable, for a log; None where it is usable."""
+    """Return the reason why xformers is not usable, for a log, or None if it is usable."""
     if facts.xformers is None:
         return "xformers is not installed: vllm-starling's extra `xformers` installs it"
     if Version(facts.xformers) != XFORMERS:
@@ -54,7 +54,7 @@ def unavailable_reason(facts: Facts) -> str | None:
 
 
 def gather_facts() -> Facts:
-    """The facts of this process. xformers is not imported for them, as its import takes seconds and may warn."""
+    """Gather the facts of this process without importing xformers, as its import takes seconds and may warn."""
     try:
         files = importlib.metadata.files("xformers") or []
     except importlib.metadata.PackageNotFoundError:

@@ -26,7 +26,7 @@ from vllm.utils.system_utils import decorate_logs
 from starling.engine_ext.environment import ADMIN_KEY_ENV
 from starling.engine_ext.front.bounds import MAX_CHOICES, MAX_CHOICES_ENV
 from starling.engine_ext.front.client_keys import api_keys
-from starling.engine_ext.front.front_state import front_state, split_state
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.planning import PromptPlanner
 from starling.engine_ext.serving.cli.cores import CORES_ENV, bound_cores, core_binding, free_cores, physical_cores
 from starling.engine_ext.serving.cli.cpu_memory import memory_share
@@ -190,7 +190,8 @@ async def serve_both(args: Namespace, grpc_port: int | None, admin: AdminOptions
             logger.info("Starling: %s", addresses(listen_address, grpc_address, args))
             grace = max(GRACE_SECONDS, args.shutdown_timeout)
             if front is not None:
-                split_state(engine).let_split_requests_end(engine)  # after the front has stopped: health says so first
+                if (replicas := front_state(engine).replicas) is not None:
+                    replicas.state.let_split_requests_end(engine)  # after the front has stopped: health says so first
                 stop_before_engine(engine, front)
             try:
                 http_shutdown = await build_and_serve(engine, listen_address, sock, args)

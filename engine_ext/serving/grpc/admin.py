@@ -17,9 +17,10 @@ from grpc_reflection.v1alpha import reflection
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
+from starling.attention_backends.star.refusals import star_refusals
 from starling.config.star import StarOptions
 from starling.engine_ext.front.client_keys import digest, has_valid_key
-from starling.engine_ext.front.front_state import front_state, split_state
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.serving.errors import DrainingError
 from starling.engine_ext.serving.grpc.arrivals import ArrivalInterceptor
 from starling.engine_ext.serving.grpc.auth import (
@@ -35,7 +36,6 @@ from starling.engine_ext.serving.grpc.auth import (
 )
 from starling.engine_ext.serving.grpc.limits import MAX_ADMIN_BYTES, server_options
 from starling.engine_ext.serving.grpc.messages import MODES, abort
-from starling.features.star.rules import star_refusals
 from starling.scheduler.core_rpc import ATTENTION_BACKENDS, CACHE_STATE
 from starling.v1 import admin_pb2 as pb
 from starling.v1 import admin_pb2_grpc, inference_pb2
@@ -178,13 +178,13 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
 
     async def _look_up_backends(self) -> None:
         """Ask the replicas, which have the same ones: one that answers is enough."""
-        of_engines = await split_state(self.engine).rpc.ask_all(self.engine, ANSWER_SECONDS, ATTENTION_BACKENDS)
+        of_engines = await front_state(self.engine).rpc.ask_all(self.engine, ANSWER_SECONDS, ATTENTION_BACKENDS)
         if of_engines:
             self.backends = sorted({name for names in of_engines.values() for name in names})
 
     @answering
     async def GetCacheState(self, request: pb.GetCacheStateRequest) -> pb.GetCacheStateResponse:
-        rpc = split_state(self.engine).rpc
+        rpc = front_state(self.engine).rpc
         engines = await rpc.ask_all(self.engine, ANSWER_SECONDS, CACHE_STATE, request.per_request)
         for engine in engines.values():
             for held in engine.get("requests", ()):

@@ -18,6 +18,7 @@ from vllm.renderers import ChatParams
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from starling.attention_backends.star.refusals import has_library
 from starling.config.warm_prompts import NO_LIBRARY
 from starling.engine_ext.front.bounds import check_request
 from starling.engine_ext.front.call import note_star
@@ -36,8 +37,7 @@ from starling.engine_ext.serving.grpc.sampling import TEXT_FIELDS, constraint_pa
 from starling.engine_ext.serving.grpc.tokenizing import Tokenizing
 from starling.engine_ext.serving.grpc.upload import Upload, as_upload_event, upload_quota
 from starling.engine_ext.serving.grpc.warming import Warming
-from starling.features.front_part import TRACE_HEADERS
-from starling.features.server_options import has_library
+from starling.features.front_request import TRACE_HEADERS
 from starling.reply import Reply
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc

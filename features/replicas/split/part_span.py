@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm import tracing
 
-from starling.features.front_part import TRACE_HEADERS
+from starling.features.front_request import TRACE_HEADERS
 
 
 @contextmanager

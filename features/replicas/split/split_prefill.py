@@ -26,7 +26,7 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
-from starling.features.front_part import FrontRequest, empty_output
+from starling.features.front_request import FrontRequest, empty_output
 from starling.features.replicas.page_transfer import layout_mismatch
 from starling.features.replicas.split.end_of_reads import until_ended, until_fetched
 from starling.features.replicas.split.engine_replica import (

@@ -74,7 +74,7 @@ DEFAULT_FOLDER = "advice"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options of `starling advise`."""
+    """Return the parser of the options of `starling advise`."""
     parser = argparse.ArgumentParser(
         prog="starling advise",
         description="Measures on your model and prompts which star plan is good enough and how much sooner the first "
@@ -108,7 +108,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def prepare(serve_options: Sequence[str], args: argparse.Namespace) -> Measurement:
-    """What the arguments ask for (raises ValueError for what can't be measured)."""
+    """Return the measurement that the arguments ask for (raises ValueError for what can't be measured)."""
     for option in serve_options:
         if option_name(option) in MEASURED_HERE:
             raise ValueError(f"{option} is refused: it is what is measured. Allowed: options of other things")
@@ -134,7 +134,7 @@ def refuse_star_entry(serve_options: Sequence[str]) -> None:
 
 
 def given_value(serve_options: Sequence[str], name: str) -> str | None:
-    """The value of an option of the server, which vLLM takes with underscores too; None where it is not given."""
+    """Return the value of an option of the server, which vLLM takes with underscores too, or None if not given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", dest="value")
     value: str | None = parser.parse_known_args(serve_options)[0].value
@@ -142,7 +142,7 @@ def given_value(serve_options: Sequence[str], name: str) -> str | None:
 
 
 def files_of(served: Sequence[str]) -> dict[str, str]:
-    """The entries of ``additional_config`` that give a server the same --star-heads and --star-adapter, if any."""
+    """Return the entries of ``additional_config`` for the server's --star-heads and --star-adapter, if any."""
     given = {name: given_value(served, name.replace("_", "-")) for name in (STAR_HEADS, STAR_ADAPTER)}
     return {name: str(Path(path).resolve()) for name, path in given.items() if path is not None}
 
@@ -204,11 +204,11 @@ async def measure(args: argparse.Namespace, options: AdviseOptions, target: Sequ
 async def measure_candidates(
     session: Session, searched: Sequence[Prompt], held_out: Sequence[Prompt]
 ) -> list[Candidate]:
-    """The candidates with their losses, the cheapest first: on all searched prompts, and of those that are chosen on
-    the held-out ones.
+    """Return the candidates with their losses, the cheapest first.
 
-    None is measured that costs more than one that is within the strictest limit. None is left that costs what dense
-    attention does: it would be unmeasured on longer prompts.
+    The losses are on all searched prompts, and of the chosen candidates also on the held-out ones. None is measured
+    that costs more than one that is within the strictest limit. None is left that costs what dense attention does: it
+    would be unmeasured on longer prompts.
 
     Raises:
         ServerError: a request failed.
@@ -247,7 +247,7 @@ async def measure_candidates(
 
 
 async def usable_plans(session: Session) -> list[int]:
-    """The numbers of star blocks of the candidates, the cheapest first (raises ServerError).
+    """Return the numbers of star blocks of the candidates, the cheapest first (raises ServerError).
 
     Without those under which the shortest prompt is dense, or has blocks of the same size, of whole pages, as with
     fewer blocks.
@@ -270,7 +270,7 @@ def shortest_of(prompts: Sequence[Prompt]) -> Prompt:
 async def measure_losses(
     session: Session, prompts: Sequence[Prompt], plan: Plan, bar: TaskID
 ) -> tuple[list[float], list[float]]:
-    """(losses in nats for each token of the answer, query-key pairs as a share of dense's), of each prompt.
+    """Return (losses in nats for each token of the answer, query-key pairs as a share of dense's), of each prompt.
 
     Raises:
         ServerError: a request failed, or an answer has no token that could be compared.
@@ -292,7 +292,7 @@ async def measure_losses(
 
 
 async def measured_speed(client: Client, prompts: Sequence[Prompt], plan: Plan) -> tuple[str, bool]:
-    """How much sooner the first token of the longest prompts comes, and whether it does (raises ServerError)."""
+    """Return how much sooner the first token of the longest prompts comes, and whether it does (raises ServerError)."""
     longest = sorted(prompts, key=lambda prompt: -len(prompt.token_ids))[:TIMED]
     pairs = []
     for prompt in longest:

@@ -29,7 +29,7 @@ JSON_FILE, HTML_FILE, FIGURE_FILE = "results.json", "report.html", "differences.
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options of `starling eval`."""
+    """Return the parser of the options of `starling eval`."""
     parser = argparse.ArgumentParser(
         prog="starling eval",
         description="Measures what Star Attention costs in answers: dense and star plans, prompt by prompt.",
@@ -51,7 +51,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def prepare(args: argparse.Namespace) -> Measurement:
-    """What the arguments ask for (raises ValueError for what can't be measured)."""
+    """Return the measurement that the arguments ask for (raises ValueError for what can't be measured)."""
     options = parse_options(EvalOptions, given_options(args, EvalOptions))
     return partial(measure, args, options)
 
@@ -114,7 +114,7 @@ def write(report: Report, folder: Path, console: Console) -> None:
 
 
 def figure_or_reason(report: Report) -> tuple[bytes | None, str]:
-    """The figure as PNG, or why there is none. The report does without, whatever fails in matplotlib."""
+    """Return the figure as PNG, or why there is none. The report does without, whatever fails in matplotlib."""
     try:
         figure = figure_png(report.cells)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What `starling eval` and `starling advise` have in common: the server, the prompts, interruption and exit codes."""
+"""Common parts of `starling eval` and `starling advise`: the server, the prompts, interruption and exit codes."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ Measurement = Callable[[Sequence[str], Console], Awaitable[int]]
 
 
 def add_target_options(parser: argparse.ArgumentParser) -> None:
-    """MODEL, or a server that runs."""
+    """Add the options of the target: MODEL, or a server that runs."""
     add, model_help = parser.add_argument, "start `starling serve MODEL` for this command, and stop it"
     add("serve", nargs="?", metavar="MODEL", help=model_help)
     add("--base-url", metavar="URL", help="a server that runs, such as http://localhost:8000, in place of MODEL")
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
-    """MODEL, or a server that runs, and how it is asked."""
+    """Add the options of the server: MODEL, or a server that runs, and how it is asked."""
     add_target_options(parser)
     add = parser.add_argument
     add("--model", metavar="NAME", help="the model's name on the server; needed where it has several")
@@ -62,9 +62,10 @@ def run_measurement(
     """Check the arguments, start a server for MODEL, and measure.
 
     Args:
-        command: such as ``starling eval``, for messages.
+        command: name of the command for messages, such as ``starling eval``.
         serve_options: the arguments that the command does not know.
-        prepare: what the arguments ask for; it refuses (ValueError) what can be refused before a server starts.
+        prepare: function that returns what the arguments ask for; it refuses (ValueError) what can be refused before a
+            server starts.
 
     Returns:
         The exit code of the measurement, or those of ``run_command``.
@@ -133,7 +134,7 @@ def check_base_url(url: str) -> None:
 
 
 def chosen_key(args: argparse.Namespace) -> str | None:
-    """The key of the server (raises ValueError for one that can't be sent)."""
+    """Return the key of the server (raises ValueError for one that can't be sent)."""
     variable = KEY_ENV if args.serve is None else SERVE_KEY_ENV
     key = args.api_key or os.environ.get(variable)
     refuse_key(key or "", "--api-key" if args.api_key else variable)
@@ -148,13 +149,17 @@ def check_folder(folder: Path, server_options: Sequence[str] | None) -> None:
 
 
 def connect(args: argparse.Namespace) -> Client:
-    """A client of the server, as an asynchronous context manager (raises ValueError for a folder without tokenizer)."""
+    """Return a client of the server, as an asynchronous context manager.
+
+    Raises:
+        ValueError: a folder without tokenizer.
+    """
     tokenizer = None if args.tokenizer is None else LocalTokenizer(Path(args.tokenizer))
     return Client(args.base_url, args.model, chosen_key(args), args.timeout, tokenizer)
 
 
 def repeated(args: argparse.Namespace, model: str) -> list[str]:
-    """The arguments of a report's command that say how the server was asked."""
+    """Return the arguments of a report's command that say how the server was asked."""
     arguments = ["--model", model, "--concurrency", str(args.concurrency), "--timeout", f"{args.timeout:g}"]
     return arguments if args.tokenizer is None else [*arguments, "--tokenizer", args.tokenizer]
 
@@ -164,8 +169,8 @@ class Session:
     """A server, the folder of the answers, and the prompts, while a command measures.
 
     Attributes:
-        args: of the command line.
-        prompts: each one once.
+        args: arguments of the command line.
+        prompts: the prompts, each one once.
         num_equal: prompts that were left out, since others are equal.
     """
 
@@ -178,7 +183,7 @@ class Session:
     num_equal: int
 
     def described(self, command: str) -> dict[str, Any]:
-        """What the reports of both commands say of the measurement; ``command`` repeats it."""
+        """Return what the reports of both commands say of the measurement; ``command`` repeats it."""
         server = {"base_url": self.client.base_url, **vars(self.facts)}
         return {"created": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, "server": server}
 
@@ -213,7 +218,7 @@ async def open_session(
 
 
 async def checked_facts(client: Client, options: PromptOptions, star_plans: Sequence[str]) -> ServerFacts:
-    """What the server says about itself.
+    """Return what the server says about itself.
 
     Args:
         star_plans: names of the plans that need Starling.
@@ -232,7 +237,7 @@ async def checked_facts(client: Client, options: PromptOptions, star_plans: Sequ
 
 
 async def make_prompts(options: PromptOptions, tokenizer: Tokenizer, progress: Progress) -> list[Prompt]:
-    """The user's prompts, or those of all tasks and lengths; equal ones too.
+    """Make the user's prompts, or those of all tasks and lengths; equal ones too.
 
     Raises:
         ServerError: a request to a server that is the tokenizer failed.

@@ -50,12 +50,12 @@ Message = dict[str, Any]
 
 @dataclass
 class Warmed:
-    """What has been done.
+    """Counts of the work that is done.
 
     Attributes:
-        tokens: of the documents, with what their prompts put around each.
+        tokens: tokens of the documents, with what their prompts put around each.
         sources: memory, host, storage, peer or computed -> tokens of documents; empty where the server does not say.
-        failures: what was refused or is not found, by its line.
+        failures: documents that were refused or are not found, by their lines.
     """
 
     documents: int = 0
@@ -65,7 +65,7 @@ class Warmed:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options of `starling warm`."""
+    """Return the parser of the options of `starling warm`."""
     parser = argparse.ArgumentParser(
         prog="starling warm",
         description="Has a server compute documents, so that they are in its library (serve --star-library), and "
@@ -117,7 +117,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def read_head(path: Path | None) -> Message | None:
-    """The message of a head; None: there is none (raises ValueError: it can't be read)."""
+    """Return the message of a head, or None if there is none (raises ValueError: it can't be read)."""
     try:
         text = "" if path is None else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -135,7 +135,7 @@ def is_message(value: Any) -> bool:
 
 
 def read_documents(path: Path) -> list[tuple[int, Message]]:
-    """(line, message) of each document, equal ones once (raises ValueError: a line has no text)."""
+    """Return (line, message) of each document, equal ones once (raises ValueError: a line has no text)."""
     found: dict[str, tuple[int, Message]] = {}
     for number, value in read_json_lines(path, "documents", LINE):
         document = document_of(value, f"{path}, line {number}")
@@ -144,7 +144,7 @@ def read_documents(path: Path) -> list[tuple[int, Message]]:
 
 
 def document_of(value: Any, where: str) -> Message:
-    """The message of a document, from the value of its line."""
+    """Return the message of a document, from the value of its line."""
     if is_message(value):
         return dict(value)
     text = value.get("text") if isinstance(value, dict) else value
@@ -159,7 +159,7 @@ class Prompts:
 
     Attributes:
         form: CHAT, TEXTS, or the text of the token that starts each document.
-        is_default: whether the server has this form by itself.
+        is_default: True if the server has this form by itself.
     """
 
     client: Client
@@ -168,7 +168,7 @@ class Prompts:
     head: Message | None
 
     async def request(self, documents: Sequence[Message], question: str) -> tuple[str, dict[str, Any]]:
-        """The path and the body of a request (raises ValueError: a document is no text)."""
+        """Return the path and the body of a request (raises ValueError: a document is no text)."""
         star: dict[str, Any] = {"star": "on"} | ({} if self.is_default else {"star_segments": self.form})
         path, body = "/v1/completions", {"temperature": 0, "vllm_xargs": star}
         if self.form == CHAT:
@@ -188,17 +188,17 @@ class Prompts:
 
 
 def text_of(given: Message) -> str:
-    """The text of a message (raises ValueError: it has parts)."""
+    """Return the text of a message (raises ValueError: it has parts)."""
     if not isinstance(given["content"], str):
         raise ValueError("a message of parts is no text, and only a chat has such messages")
     return given["content"]
 
 
 async def prompts_for(client: Client, head: Message | None, form: str | None) -> Prompts:
-    """The prompts of a server.
+    """Return the prompts of a server.
 
     Args:
-        form: CHAT, TEXTS, or the text of the token that starts each document; None: the server's.
+        form: CHAT, TEXTS, or the text of the token that starts each document; or None for the server's form.
 
     Raises:
         ServerError: Starling is not activated, the server has no library, or does not say what it has cached.

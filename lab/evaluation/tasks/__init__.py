@@ -19,7 +19,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def choose_tasks(names: Sequence[str]) -> list[Task]:
-    """The tasks of these names, in the order of TASKS.
+    """Return the tasks of these names, in the order of TASKS.
 
     Args:
         names: a task's name; the start of names up to an underscore, such as niah or niah_multikey; or a group.

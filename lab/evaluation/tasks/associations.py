@@ -77,7 +77,7 @@ ASSOCIATIONS = [(needle, answer, question) for question, pairs in QUESTIONS for 
 
 
 def association(rng: Random, size: int, ask: Random | None = None) -> Example:
-    """Who has been to Paris? In ``size`` sentences of prose, someone lives beside the Eiffel Tower."""
+    """Ask who has been to Paris: in ``size`` sentences of prose, someone lives beside the Eiffel Tower."""
     needle, answer, question = rng.choice(ASSOCIATIONS)
     name = rng.choice(NAMES)
     fact = f"By the way, {name} {needle}."

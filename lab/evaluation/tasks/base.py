@@ -1,4 +1,4 @@
-"""What a task is: a pure function from a random generator and a size to a text, a question and its answer."""
+"""Definition of a task: a pure function from a random generator and a size to a text, a question and its answer."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Example:
         text: the context, and the question behind it.
         answer_prefix: the words with which the answer begins; they are given to the model.
         references: the strings that a right answer contains.
-        separator: what stands between them in a right answer.
-        depth: where in ``text`` the fact begins that the answer needs (``depth_of``); None where there are several
-            facts, or the whole text is needed.
+        separator: text between them in a right answer.
+        depth: place in ``text`` where the fact begins that the answer needs (``depth_of``), or None where there are
+            several facts, or the whole text is needed.
     """
 
     text: str
@@ -32,7 +32,7 @@ class Example:
 
     @property
     def answer(self) -> str:
-        """The right answer as the model would continue ``answer_prefix``."""
+        """Return the right answer as the model would continue ``answer_prefix``."""
         return " " + self.separator.join(self.references)
 
 
@@ -40,7 +40,7 @@ class MakeExample(Protocol):
     """Makes an example. A larger size gives a longer text.
 
     The same states of the generators and the same size give the same example. ``ask`` chooses the question where a text
-    has several: with another state, the question is another one about the same text. None: ``rng`` chooses it.
+    has several: with another state, the question is another one about the same text. With None, ``rng`` chooses it.
     """
 
     def __call__(self, rng: Random, size: int, ask: Random | None = None) -> Example: ...
@@ -51,12 +51,12 @@ class Task:
     """A family of prompts of any length.
 
     Attributes:
-        name: for --tasks.
-        make: makes an example.
+        name: name for --tasks.
+        make: function that makes an example.
         least: the smallest size.
-        max_tokens: of an answer.
-        measures: what the task measures, in a line.
-        source: whose definition it follows.
+        max_tokens: maximum tokens of an answer.
+        measures: line that says what the task measures.
+        source: source of the definition that it follows.
     """
 
     name: str
@@ -68,12 +68,12 @@ class Task:
 
 
 def depth_of(text: str, fact: str) -> float:
-    """Where a fact begins that stands in a text once, in characters: 0 at the beginning, towards 1 at the end."""
+    """Return where a fact begins that a text has once, in characters: 0 at the beginning, towards 1 at the end."""
     return text.index(fact) / len(text)
 
 
 def hide(rng: Random, sentences: Sequence[str], needles: Sequence[str]) -> str:
-    """The sentences as one text, with each needle at a random place between them; the needles keep their order."""
+    """Return the sentences as one text, with each needle at a random place between them, in the needles' order."""
     places = sorted(rng.randint(0, len(sentences)) for _ in needles)
     pieces: list[str] = []
     start = 0

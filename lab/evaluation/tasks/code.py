@@ -21,7 +21,7 @@ NOUNS = ("queue", "retry", "cache", "upload", "session", "token", "buffer", "wor
 
 
 def function_value(rng: Random, size: int, ask: Random | None = None) -> Example:
-    """Python files with ``size`` functions. Asks what one of them returns for one argument."""
+    """Return Python files with ``size`` functions; asks what one of them returns for one argument."""
     names = pseudo_words(rng, size)
     values = distinct(rng, number, 2 * size)
     modes = [rng.sample(MODES, 2) for _ in names]

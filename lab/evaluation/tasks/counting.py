@@ -1,4 +1,4 @@
-"""RULER's aggregation tasks (arXiv 2404.06654, section 3.3): which words are the most frequent?"""
+"""RULER's aggregation tasks (arXiv 2404.06654, section 3.3), which ask for the most frequent words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ZETA = 1.6449340668482264  # the sum of 1 / k^2 over all k
 
 
 def common_words(rng: Random, size: int, ask: Random | None = None) -> Example:
-    """Ten words that occur 30 times each, among ``size`` words that occur 3 times each."""
+    """Return ten words that occur 30 times each, among ``size`` words that occur 3 times each."""
     words = pseudo_words(rng, NUM_COMMON + size)
     common, others = words[:NUM_COMMON], words[NUM_COMMON:]
     listed = common * TIMES_COMMON + others * TIMES_OTHER
@@ -30,7 +30,7 @@ def common_words(rng: Random, size: int, ask: Random | None = None) -> Example:
 
 
 def frequent_words(rng: Random, size: int, ask: Random | None = None) -> Example:
-    """The three most frequent of the pseudo-words in ``size`` words, whose frequencies follow a zeta distribution.
+    """Ask for the three most frequent of the pseudo-words in ``size`` words, with frequencies of a zeta distribution.
 
     The word of rank k has the share 1 / (k^2 zeta(2)). The first rank is a filler, which the question excludes.
     """

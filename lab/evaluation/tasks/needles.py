@@ -36,7 +36,7 @@ class Needles:
     num_queries: int = 1
 
     def __call__(self, rng: Random, size: int, ask: Random | None = None) -> Example:
-        """An example with ``size`` sentences of haystack."""
+        """Return an example with ``size`` sentences of haystack."""
         num_keys = self.num_keys + (size if self.haystack == "needles" else 0)
         keys = pseudo_words(rng, num_keys) if self.keys == "words" else distinct(rng, random_uuid, num_keys)
         make_value = number if self.values == "numbers" else random_uuid
@@ -68,7 +68,7 @@ class Needles:
 
 
 def join(names: list[str]) -> str:
-    """``a``, ``a and b`` or ``a, b and c``."""
+    """Return ``a``, ``a and b`` or ``a, b and c``."""
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 

@@ -13,7 +13,7 @@ NUM_TOPICS, NUM_SENTENCES = 4, 2
 
 
 def nth_note(rng: Random, size: int, ask: Random | None = None) -> Example:
-    """Notes of two sentences about four topics; four of them, and ``size`` others. Asks for one of the four.
+    """Ask for one of four notes of two sentences about four topics, among ``size`` others.
 
     Each sentence of the note is a reference. No other note has it.
     """

@@ -15,7 +15,7 @@ OBJECTS = ("compass", "kettle", "lantern", "ledger", "mirror", "umbrella")
 
 
 def variables(rng: Random, size: int, ask: Random | None = None) -> Example:
-    """RULER's variable tracking with one chain of four hops, in ``size`` sentences of noise."""
+    """Return RULER's variable tracking with one chain of four hops, in ``size`` sentences of noise."""
     names = distinct(rng, lambda rng: "".join(rng.choices(string.ascii_uppercase, k=5)), NUM_HOPS + 1)
     value = str(rng.randint(10_000, 99_999))
     values = [value, *(f"VAR {name}" for name in names[:-1])]
@@ -37,7 +37,7 @@ def variables(rng: Random, size: int, ask: Random | None = None) -> Example:
 
 
 def moves(rng: Random, size: int, ask: Random | None = None) -> Example:
-    """Where is the object, which one person carries from room to room? In ``size`` sentences of prose.
+    """Ask for the place of an object, which one person carries from room to room, in ``size`` sentences of prose.
 
     The answer needs two facts: who has the object, and where this person went last. Others move too.
     """

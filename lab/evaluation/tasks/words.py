@@ -50,13 +50,13 @@ SENTENCES = (
 
 
 def pseudo_word(rng: Random) -> str:
-    """A word of two or three syllables that means nothing."""
+    """Return a word of two or three syllables that means nothing."""
     syllables = (rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(rng.choice((2, 3))))
     return "".join(syllables) + rng.choice(CODAS)
 
 
 def pseudo_words(rng: Random, count: int) -> list[str]:
-    """Different pseudo-words, of which none contains another one."""
+    """Return different pseudo-words, of which none contains another one."""
     words: dict[str, None] = {}
     parts: set[str] = set()
     while len(words) < count:
@@ -69,17 +69,17 @@ def pseudo_words(rng: Random, count: int) -> list[str]:
 
 
 def number(rng: Random) -> str:
-    """A number of seven digits."""
+    """Return a number of seven digits."""
     return str(rng.randint(1_000_000, 9_999_999))
 
 
 def random_uuid(rng: Random) -> str:
-    """A version-4 UUID."""
+    """Return a version-4 UUID."""
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
 def distinct(rng: Random, make: Callable[[Random], str], count: int) -> list[str]:
-    """Different values of ``make(rng)``."""
+    """Return different values of ``make(rng)``."""
     values: dict[str, None] = {}
     while len(values) < count:
         values[make(rng)] = None
@@ -87,12 +87,12 @@ def distinct(rng: Random, make: Callable[[Random], str], count: int) -> list[str
 
 
 def noise(count: int) -> list[str]:
-    """RULER's simplest haystack: the same few sentences again and again."""
+    """Return RULER's simplest haystack: the same few sentences again and again."""
     return [NOISE[i % len(NOISE)] for i in range(count)]
 
 
 def prose(rng: Random, count: int) -> list[str]:
-    """Sentences of a small grammar that read like an essay without a point. They have no digits and no names."""
+    """Return sentences of a small grammar that read like an essay without a point. They have no digits and no names."""
 
     def sentence() -> str:
         first, second = rng.sample(THINGS, 2)
@@ -116,7 +116,7 @@ def prose(rng: Random, count: int) -> list[str]:
 
 
 def with_articles(text: str) -> str:
-    """The text with "an" for "a" before a vowel."""
+    """Return the text with "an" for "a" before a vowel."""
     words = text.split(" ")
     for i, (word, following) in enumerate(pairwise(words)):
         if word in ("a", "A") and following[0] in "aeio":

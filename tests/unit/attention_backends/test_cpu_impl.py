@@ -14,7 +14,6 @@ from starling.attention_backends.kernels.rotary import NO_ROTATION
 from starling.attention_backends.star import cpu_impl
 from starling.attention_backends.star.head_calls import HeadBuilders, attend_by_heads
 from starling.attention_backends.star.head_step import HeadCall
-from starling.attention_backends.star.remote_step import RemoteStep
 from starling.features.replicas.remote_attention_server import attend_spans
 from starling.features.replicas.remote_query import Span
 from tests.unit.attention_backends.test_rows import batch_metadata
@@ -140,9 +139,8 @@ def test_keys_on_other_replicas_are_merged_whatever_the_setting(setting, monkeyp
     others.table = whole.block_table[0, :4].numpy()
     rest = metadata([10], [200 - 4 * PAGE_SIZE])
     rest.block_table = whole.block_table[:, 4:].contiguous()
-    elsewhere = SimpleNamespace(attention=lambda step, page_size: {PAGE_SIZE: others}[page_size])
-    monkeypatch.setattr(cpu_impl, "current_step", SimpleNamespace)
-    monkeypatch.setattr(cpu_impl, "current_part", {RemoteStep: elsewhere}.get)
+    step = SimpleNamespace(documents=None, heads=None, remote_attention={PAGE_SIZE: others}.__getitem__)
+    monkeypatch.setattr(cpu_impl, "current_step", lambda: step)
     torch.testing.assert_close(run(impl, rest, query, cache), wanted, rtol=1e-4, atol=1e-5)
     assert others.query == ("layer", 0.1, 0)
 

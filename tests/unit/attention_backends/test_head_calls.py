@@ -46,14 +46,14 @@ def heads_builder(by_parts=True):
 
 
 def step_with(ranks, plan=PLAN):
-    return StarStep({"r0": plan}, {"r0": 20}, lambda: ["r0"], lambda rows: None, [HeadStep([plan], ranks)])
+    return StarStep({"r0": plan}, {"r0": 20}, lambda: ["r0"], lambda rows: None, heads=HeadStep([plan], ranks))
 
 
 def test_metadata_is_made_once_for_rows_and_a_number_of_heads():
     step = step_with(RANKS)
     with open_step(step):
         whole = heads_builder().build(0, batch_metadata([20], [20], columns=12))
-        calls = step.part(HeadStep).calls("layer")
+        calls = step.heads.calls("layer")
     rows = [8, 16, 12]  # three star blocks; two have the anchor and the overlap before their own tokens
     assert whole == (8, 4, True, rows)
     assert [(call.first, call.stop) for call in calls] == [(0, 1), (1, 2), (2, 3), (3, 4)]
@@ -66,14 +66,14 @@ def test_a_layer_none_of_whose_heads_is_dense_is_one_call():
     step = step_with({"layer": RANKS["layer"] + 2})
     with open_step(step):
         heads_builder().build(0, batch_metadata([20], [20], columns=12))
-    assert step.part(HeadStep).calls("layer") is None
+    assert step.heads.calls("layer") is None
 
 
 def test_calls_that_no_layer_makes_are_an_error():
     step = step_with(RANKS)
     with pytest.raises(RuntimeError, match="dense heads ran, but no layer took them"), open_step(step):
         heads_builder().build(0, batch_metadata([20], [20], columns=12))
-        assert step.part(HeadStep).calls("a layer with a window") is None
+        assert step.heads.calls("a layer with a window") is None
 
 
 def test_a_server_that_is_not_started_for_dense_heads_has_vllms_implementation_and_does_not_run_them():
@@ -108,8 +108,7 @@ class FakeImpl:
 def test_a_call_has_the_slices_of_its_heads(backend, is_copied, monkeypatch):
     """Two of the kernels take the heads of an output to be next to one another. Padding is not written."""
     heads = SimpleNamespace(calls=lambda name: [HeadCall(0, 1, 100), HeadCall(1, 4, 200)])
-    monkeypatch.setattr(gpu_impl, "current_step", lambda: SimpleNamespace(num_tokens=3))
-    monkeypatch.setattr(gpu_impl, "current_part", {HeadStep: heads}.get)
+    monkeypatch.setattr(gpu_impl, "current_step", lambda: SimpleNamespace(num_tokens=3, documents=None, heads=heads))
     layer = SimpleNamespace(layer_name="layer", calls=[])
     query = torch.arange(4 * 16).view(4, 8, 2).float()
     cache = torch.arange(4.0)[None, :, None, None].expand(3, 4, 5, 4)

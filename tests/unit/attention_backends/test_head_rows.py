@@ -38,12 +38,12 @@ def built(plans: dict[str, StarPlan], query_lens: list[int], seq_lens: list[int]
         scheduled,
         lambda: names,
         lambda rows: None,
-        [HeadStep(plans.values(), {"layer": RANKS, "star": RANKS + 12})],
+        heads=HeadStep(plans.values(), {"layer": RANKS, "star": RANKS + 12}),
     )
     with open_step(step):
         make_builder().build(0, batch_metadata(query_lens, seq_lens, columns=12))
-        _ = step.part(HeadStep).row_heads("layer")
-        return step.part(HeadStep).row_heads(layer)
+        _ = step.heads.row_heads("layer")
+        return step.heads.row_heads(layer)
 
 
 @given(st.lists(st.tuples(st.sampled_from([None, 0, 1, 3, 6]), st.integers(1, 40)), min_size=1, max_size=4), st.data())
@@ -98,7 +98,7 @@ def test_dense_heads_that_no_layer_reads_are_an_error():
         {"r0": 20},
         lambda: ["r0"],
         lambda rows: None,
-        [HeadStep([plan_with(3)], {"layer": RANKS})],
+        heads=HeadStep([plan_with(3)], {"layer": RANKS}),
     )
     with pytest.raises(RuntimeError, match="dense heads ran, but no layer took them"), open_step(step):
         make_builder().build(0, batch_metadata([20], [20], columns=12))

@@ -88,7 +88,7 @@ def documents_beside_a_decode(document: int, count: int) -> tuple[Any, StarStep]
     spans = tuple((start, start + document) for start in range(0, context, document))
     plan = StarPlan(document, 0, 0, context, context + 16, documents=spans)
     batch = batch_metadata([1, context], [DECODE, context], columns=DECODE // PAGE)
-    step = StarStep({"documents": plan}, {"decode": 1, "documents": context}, lambda: ["decode", "documents"], id, [])
+    step = StarStep({"documents": plan}, {"decode": 1, "documents": context}, lambda: ["decode", "documents"], id)
     return batch, step
 
 
@@ -131,7 +131,7 @@ def test_calls_on_some_heads_above_graph_size_have_no_partial_results():
     plan = StarPlan(128, 0, 0, 1024, 1040, dense_heads=DenseHeads(2, 8, "digest"))
     batch = batch_metadata([1, 1024], [DECODE, 1024], columns=DECODE // PAGE)
     heads = HeadStep([plan], {"layer": torch.tensor([0, 5, 1, 4, 2, 3, 6, 7]).numpy()})
-    step = StarStep({"a": plan}, {"decode": 1, "a": 1024}, lambda: ["decode", "a"], id, [heads])
+    step = StarStep({"a": plan}, {"decode": 1, "a": 1024}, lambda: ["decode", "a"], id, heads=heads)
     with open_step(step):
         make_builder(by_parts=True).build(0, batch)
         calls = heads.calls("layer")

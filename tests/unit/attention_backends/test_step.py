@@ -20,7 +20,7 @@ from starling.attention_backends.star.backend import PATHS, WRAPPED, make_star_b
 from starling.attention_backends.star.document_step import DocumentStep
 from starling.attention_backends.star.remote_step import RemoteStep
 from starling.attention_backends.star.rows import split_rows
-from starling.attention_backends.star.step import StarStep, current_part, current_step, open_step, set_positions
+from starling.attention_backends.star.step import StarStep, current_step, open_step, set_positions
 from starling.engine_ext.worker.star_requests import StarRequests
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import KEY, RemoteShards, RequestMetadata, Shard
@@ -103,11 +103,13 @@ REMOTE = RemoteShards("own", (Shard("b", 16, 12, [{"name": "server"}]),))
 
 def test_a_decode_row_with_keys_on_another_replica_is_rewritten_and_has_a_query_for_that_replica():
     rows, builder = [], make_builder()
-    step = StarStep({"b": PLAN}, {"a": 1, "b": 1}, lambda: ["a", "b"], rows.append, [RemoteStep({"b": REMOTE}, list)])
+    step = StarStep(
+        {"b": PLAN}, {"a": 1, "b": 1}, lambda: ["a", "b"], rows.append, remote=RemoteStep({"b": REMOTE}, list)
+    )
     with open_step(step):
         built = builder.build(0, batch_metadata([1, 1], [9, 45], columns=12))
-        queries = current_part(RemoteStep).attention(step, 4)
-        assert current_part(RemoteStep).attention(step, 4) is queries, "the object is made once for each step"
+        queries = current_step().remote_attention(4)
+        assert current_step().remote_attention(4) is queries, "the object is made once for each step"
     assert built.seq_lens.tolist() == [9, 45 - 12]
     (query,) = queries
     assert query.tokens.tolist() == [1] and query.addresses == [{"name": "server"}]
@@ -118,13 +120,13 @@ def test_a_decode_row_with_keys_on_another_replica_is_rewritten_and_has_a_query_
 
 
 def test_a_step_whose_rows_see_no_keys_on_other_replicas_has_no_remote_queries():
-    builder, part = make_builder(), RemoteStep({}, list)
-    step = StarStep({"b": PLAN}, {"a": 1, "b": 20}, lambda: ["a", "b"], lambda rows: None, [part])
+    builder = make_builder()
+    step = StarStep({"b": PLAN}, {"a": 1, "b": 20}, lambda: ["a", "b"], lambda rows: None, remote=RemoteStep({}, list))
     with open_step(step):
         with pytest.raises(RuntimeError, match="before its rows are made"):
-            part.attention(step, 4)
+            step.remote_attention(4)
         builder.build(0, batch_metadata([1, 20], [9, 20], columns=12))
-        assert part.attention(step, 4) is None
+        assert step.remote_attention(4) is None
 
 
 def test_after_a_failed_step_no_step_is_open():
@@ -273,7 +275,7 @@ def test_a_request_with_keys_on_other_replicas_is_a_star_request_until_it_finish
 def test_positions_are_those_of_the_prompt_again_after_the_step(fails):
     """Model runner V2 samples after the step, and counts output tokens by them."""
     part, positions = DocumentStep(), torch.arange(7, 13)
-    step = StarStep({}, {}, list, lambda rows: None, [part])
+    step = StarStep({}, {}, list, lambda rows: None, part)
     part._shifts, step.engaged = np.array([0, 0, -6, -6, -6, 0]), True
     with pytest.raises(RuntimeError, match="no memory") if fails else nullcontext(), open_step(step):
         set_positions(positions)
@@ -291,7 +293,7 @@ def test_the_positions_of_all_requests_are_set_at_once(monkeypatch):
     plan = StarPlan(16, 0, 0, 8, 10, documents=blocks)
     ids = [str(index) for index in range(9)]
     part = DocumentStep()
-    step = StarStep(dict.fromkeys(ids[1:], plan), dict.fromkeys(ids, 1), lambda: ids, lambda rows: None, [part])
+    step = StarStep(dict.fromkeys(ids[1:], plan), dict.fromkeys(ids, 1), lambda: ids, lambda rows: None, part)
     step.rows(batch_metadata([1] * 9, [12] * 9, 4), 4)
     positions = torch.full((9,), 11)
     with AsyncCopies(monkeypatch, document_step) as copies:

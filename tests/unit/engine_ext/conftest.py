@@ -10,7 +10,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.core.kv_cache_utils import init_none_hash
 
 from benchmarks.random_llama import make_random_llama
-from starling.engine_ext.front.front_state import split_state
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.start import plugin
 from tests.parity.harness import TINY
 from tests.unit.engine_ext.front import virtual_time
@@ -51,7 +51,7 @@ def simulate(server_config):
             async with serving(server_config, num_pages) as server:
                 await scenario(server)
                 if not server.engine.errored:
-                    state = split_state(server.engine)
+                    state = front_state(server.engine).replicas.state
                     await asyncio.gather(*state.releases)
                     await asyncio.sleep(1)
                     server.check_all_is_free()

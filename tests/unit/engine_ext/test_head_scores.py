@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from starling.config.head_scores import HeadScores, ScoresError
-from starling.config.parsing import OptionError
-from starling.features.dense_heads import model_heads
-from starling.features.dense_heads.model_heads import (
+from starling.attention_backends.star import model_heads
+from starling.attention_backends.star.model_heads import (
     check_shape,
     checkpoint_digest,
     checkpoint_folder,
     ranks_of_layers,
     scores_of,
 )
+from starling.config.head_scores import HeadScores, ScoresError
+from starling.config.parsing import OptionError
 
 SCORES = [[0.1, 0.9, 0.2, 0.8], [], [0.7, 0.6, 0.5, 0.4]]
 

@@ -10,11 +10,10 @@ from transformers import FalconH1Config, GraniteMoeHybridConfig, JambaConfig, Qw
 from vllm.config import ParallelConfig
 
 from starling.attention_backends.star.metadata import ROW_FIELDS_WITHOUT_A_SPLIT
+from starling.attention_backends.star.refusals import CONNECTORS, HEAD_RULES, RULES, heads_refusals, star_refusals
 from starling.config.head_scores import HeadScores
 from starling.engine_ext.models.configs import KVShiftLlamaConfig
-from starling.features.dense_heads.rules import HEAD_RULES, heads_refusals
 from starling.features.replicas.rules import SHARD_RULES, SPLIT_RULES, replica_set
-from starling.features.star.rules import CONNECTORS, RULES, star_refusals
 from tests.unit.engine_ext.configs import CPU, FULL, drafting, fake_config
 
 REFUSED = {
@@ -218,7 +217,9 @@ WITHOUT_HEADS = {
 
 @pytest.mark.parametrize("reason", WITHOUT_HEADS)
 def test_the_reason_that_keeps_heads_from_seeing_other_keys_is_named(reason, monkeypatch):
-    monkeypatch.setattr("starling.features.dense_heads.rules.scores_of", lambda config: HeadScores(scores=[[0.1, 0.2]]))
+    monkeypatch.setattr(
+        "starling.attention_backends.star.refusals.scores_of", lambda config: HeadScores(scores=[[0.1, 0.2]])
+    )
     (found,) = heads_refusals(fake_config(**CPU | WITHOUT_HEADS[reason]))
     assert reason in found
 
@@ -228,7 +229,7 @@ def test_every_rule_about_heads_is_tested_and_both_cpus_and_gpus_run_them(monkey
     assert len(WITHOUT_HEADS) == len(HEAD_RULES)
     assert heads_refusals(fake_config(**CPU)) == []
     scores = HeadScores(scores=[[0.1, 0.2]])
-    monkeypatch.setattr("starling.features.dense_heads.rules.scores_of", lambda config: scores)
+    monkeypatch.setattr("starling.attention_backends.star.refusals.scores_of", lambda config: scores)
     for order in (scores.order_digest, None):
         assert heads_refusals(fake_config(**CPU, starling_reports=[{"heads": None, "heads_order": order}])) == []
     others = {"model_config__get_head_size": lambda: 72, "cache_config__cache_dtype": "fp8_e4m3"}

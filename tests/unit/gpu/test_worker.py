@@ -23,15 +23,13 @@ from starling.attention_backends.star.gpu_impl import attends_by_parts
 from starling.attention_backends.star.rows import is_split
 from starling.engine_ext.worker.backends import unsplit_layers
 from starling.engine_ext.worker.star_worker import make_star_worker
-from starling.features.dense_heads.worker import DenseHeads as DenseHeadsPart
-from starling.features.documents.worker import Documents
 from starling.scheduler.star.plan import DenseHeads, StarPlan
 from tests.unit.attention_backends.test_step import SPEC
 from tests.unit.engine_ext.configs import FULL, drafting, fake_config
 
 WORKER = "starling.engine_ext.worker.star_worker"
-DOCUMENTS = "starling.features.documents.worker"
-HEADS = "starling.features.dense_heads.worker"
+DOCUMENTS = "starling.attention_backends.star.document_layers"
+HEADS = "starling.attention_backends.star.head_layers"
 
 
 class FakeWorker:
@@ -123,9 +121,9 @@ def test_tables_of_angles_are_made_with_the_weights_and_so_counted_before_the_kv
     """67 MB at 128k tokens, 537 MB at 1M."""
     monkeypatch.setattr(f"{DOCUMENTS}.before_forward", lambda *args: None)
     worker = make_worker(**FOR_DOCUMENTS | {"additional_config": {"starling": options}})
-    assert worker.part(Documents).rotations is None
+    assert worker.documents.rotations is None
     worker.load_model()
-    assert (worker.part(Documents).rotations is not None) == made
+    assert (worker.documents.rotations is not None) == made
 
 
 def test_no_backend_is_registered_where_vllm_chooses():
@@ -202,7 +200,7 @@ def test_layers_that_can_not_attend_in_several_calls_end_the_start_of_a_server_f
         worker.initialize_from_config(None)
     attention.kv_cache_dtype = "auto"
     worker.initialize_from_config(None)
-    heads = worker.part(DenseHeadsPart)
+    heads = worker.heads
     assert heads.problem is None and heads.ranks == {"layer": [0]}
 
 
@@ -234,7 +232,7 @@ def test_what_layers_can_not_run_is_refused_or_not_captured_once_the_model_is_lo
     refusal = "star_segments=auto is refused: a reason. Allowed for this model: off"
     with pytest.raises(RuntimeError, match=refusal) if mode != "off" else nullcontext():
         worker.load_model()
-    assert worker.part(Documents).problem == "a reason" and worker.part(Documents).rotations is None
+    assert worker.documents.problem == "a reason" and worker.documents.rotations is None
     if mode == "off":
         assert warned == ["star_segments=auto has no effect here: a reason"]
         builder = AttentionBackendEnum.FLASH_ATTN.get_class().get_builder_cls()

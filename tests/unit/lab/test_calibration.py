@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks.random_llama import make_random_llama
+from starling.attention_backends.star.model_heads import checkpoint_digest
 from starling.config.head_scores import read_scores
 from starling.engine_ext.serving.cli.main import main
-from starling.features.dense_heads.model_heads import checkpoint_digest
 from starling.lab.calibration import command
 from starling.lab.calibration.gated_model import Case, GatedModel, ScoredPrompt, make_plan
 from starling.lab.models import ModelError, kl_at_each

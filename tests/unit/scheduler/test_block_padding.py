@@ -16,9 +16,9 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.request import RequestStatus
 
-from starling.features.documents.padding import BlockPadding, count_client_tokens, with_padding, without_padding
 from starling.features.schedulers import AsyncStarScheduler, StarScheduler
 from starling.scheduler.cache_state import prefill_progress
+from starling.scheduler.padding import BlockPadding, count_client_tokens, with_padding, without_padding
 from starling.scheduler.star.client_tokens import blocks_done, client_index, client_indexes, pad
 from starling.scheduler.star.documents import lay_out
 from starling.scheduler.star.plan import StarPlan

@@ -15,8 +15,6 @@ from starling.scheduler.part import HOOKS, CorePart, hooks_of
 from starling.vllm_compat.versions import release_of, vllm_version
 from tests.unit.scheduler.simulation import Engine, make_config, make_scheduler
 
-PARTS_OF_WORKERS = {"Split", "Documents", "DenseHeads", "Adapter", "note_weights"}
-
 TOY = """
 from starling.scheduler.part import CorePart
 
@@ -58,7 +56,7 @@ def toy(tmp_path, monkeypatch):
 
 
 def test_a_feature_is_a_folder_and_a_line_and_is_called_in_a_scheduler(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(StarScheduler, "feature_parts", features.parts_of("core"))
+    monkeypatch.setattr(StarScheduler, "feature_parts", features.parts_of_core())
     engine = Engine(make_scheduler(make_config(tmp_path), StarScheduler))
     engine.add("a", None, list(range(150)), max_tokens=1)
     engine.run()
@@ -69,11 +67,8 @@ def test_a_feature_is_a_folder_and_a_line_and_is_called_in_a_scheduler(toy, tmp_
     ]
 
 
-def test_a_feature_has_parts_in_the_processes_that_it_needs(toy):
-    """The toy has none in the worker."""
-    assert features.parts_of("core")[-2] == toy.ShortChunks.make
-    made = {getattr(make, "__self__", make).__name__ for make in features.parts_of("worker")}
-    assert made == PARTS_OF_WORKERS
+def test_a_feature_s_hooks_come_in_the_order_of_the_features(toy):
+    assert features.parts_of_core()[-2] == toy.ShortChunks.make
 
 
 def test_a_hook_that_no_part_has_is_not_called(toy):

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from starling.features.documents.provenance import Provenance, document_sources, with_peers
 from starling.features.schedulers import AsyncStarScheduler, StarScheduler
+from starling.scheduler.provenance import Provenance, document_sources, with_peers
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import SOURCES
 from tests.unit.scheduler.library_engine import PAGE_SIZE, LibraryEngine, library_config

@@ -9,7 +9,7 @@ import pytest
 from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, RetryableRequestError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from starling.engine_ext.front.front_state import split_state
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.serving.errors import DrainingError
 from starling.engine_ext.serving.grpc.admin import AdminServicer
 from starling.features.replicas.replica_calls import OPEN_SHARD
@@ -38,7 +38,7 @@ async def waiting_for_room(server) -> tuple[asyncio.Task, asyncio.Task]:
     running = asyncio.create_task(server.generate(random_ids(1, 520), SHARDS, "runs", max_tokens=30))
     await until(lambda: server.calls(OPEN_SHARD))
     waiting = asyncio.create_task(server.generate(random_ids(2, 520), SHARDS, "waits"))
-    await until(lambda: split_state(server.engine).reservations.turn.locked())
+    await until(lambda: front_state(server.engine).replicas.state.reservations.turn.locked())
     await asyncio.sleep(0.2)
     assert server.engine.output_processor.external_req_ids.keys() == {"runs"}
     return running, waiting
@@ -145,7 +145,7 @@ def test_a_server_that_drains_at_its_end_stops_the_engine_after_its_split_prompt
     async def scenario(server):
         left = []
         monkeypatch.setattr(server.client, "shutdown", lambda timeout: left.append(len(state.split_requests)))
-        state = split_state(server.engine)
+        state = front_state(server.engine).replicas.state
         running = asyncio.create_task(server.generate(TOKENS, SHARDS))
         await both_parts_run(server)
         stopping = asyncio.create_task(asyncio.to_thread(server.engine.shutdown, timeout))
@@ -260,7 +260,7 @@ def test_of_two_prompts_with_one_id_the_end_of_the_first_leaves_the_second_known
         short = asyncio.create_task(server.generate(random_ids(1, 520), STAR))
         long = asyncio.create_task(server.generate(random_ids(2, 520), STAR, max_tokens=50))
         await short
-        assert list(split_state(server.engine).split_requests) == ["me"]
+        assert list(front_state(server.engine).replicas.state.split_requests) == ["me"]
         await server.engine.abort("me")
         assert (await long)[-1].outputs[0].finish_reason == "abort"
 

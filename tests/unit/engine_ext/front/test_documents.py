@@ -11,11 +11,11 @@ from vllm.config import CUDAGraphMode
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
+from starling.attention_backends.star.refusals import DOCUMENT_RULES
 from starling.client.requests import generate_request
 from starling.engine_ext.front.requests import KNOWN_SEGMENTS, PLANNED, RequestPlanner
 from starling.engine_ext.serving.grpc.messages import star_args
 from starling.engine_ext.serving.grpc.outputs import plan_message
-from starling.features.documents.rules import DOCUMENT_RULES
 from starling.scheduler.star.counts import num_client_tokens
 from starling.scheduler.star.decide import Decision
 from starling.scheduler.star.documents import NO_CHAT

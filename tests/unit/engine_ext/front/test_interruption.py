@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from starling.engine_ext.front.front_state import split_state
+from starling.engine_ext.front.front_state import front_state
 from tests.unit.engine_ext.front.interruption import interrupted
 from tests.unit.engine_ext.front.simulation import SHARDS, STAR, Server
 from tests.unit.scheduler.simulation import random_ids
@@ -17,7 +17,7 @@ SAMPLING = {"max_tokens": 3, "n": 2, "temperature": 1.0}
 
 async def left_behind(server: Server) -> list[object]:
     """What requests have left in the front and in the replicas, once the front has released what it had to."""
-    state = split_state(server.engine)
+    state = front_state(server.engine).replicas.state
     await asyncio.gather(*state.releases)
     await asyncio.sleep(1)
     left = [

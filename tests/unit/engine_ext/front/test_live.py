@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from starling.engine_ext.front.front_state import split_state
+from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.live import KEEP_SECONDS, SHARE_SECONDS, WAIT_SECONDS, LiveView, read_totals
 from starling.features.live.core import LISTED, MAX_ID
 from starling.scheduler.core_rpc import LIVE_REQUESTS
@@ -235,9 +235,9 @@ def test_a_split_prompt_that_no_replica_has_yet_is_counted(simulate):
             def abort(self) -> None: ...
 
         request = Request()
-        split_state(server.engine).split_requests.add(request)
+        front_state(server.engine).replicas.state.split_requests.add(request)
         assert (await look(LiveView(server.engine)))["waiting_in_front"] == 1
-        split_state(server.engine).split_requests.remove(request)
+        front_state(server.engine).replicas.state.split_requests.remove(request)
 
     simulate(scenario)
 

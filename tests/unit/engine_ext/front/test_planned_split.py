@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from vllm.sampling_params import SamplingParams
 
-from starling.features.front_part import FrontRequest
+from starling.features.front_request import FrontRequest
 from starling.features.replicas.split.split_prefill import is_split
 from starling.scheduler.star.decide import PLANNED, Decision, decision_of
 from starling.scheduler.star.plan import StarPlan

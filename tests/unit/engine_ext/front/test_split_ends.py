@@ -8,7 +8,7 @@ import pytest
 from vllm.exceptions import QueueOverflowError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from starling.engine_ext.front.front_state import split_state
+from starling.engine_ext.front.front_state import front_state
 from starling.features.replicas.replica_calls import RELEASE
 from starling.features.replicas.split.replica_rpc import ReplicaTimeout
 from starling.scheduler.star.request_metadata import metadata_of
@@ -87,7 +87,7 @@ def test_the_part_of_a_replica_that_hangs_is_computed_by_another_one(simulate):
 
     async def scenario(server):
         hanging = server.replicas[0]
-        timeout = split_state(server.engine).rpc.timeout
+        timeout = front_state(server.engine).rpc.timeout
         running = asyncio.create_task(server.generate(TOKENS, STAR))
         await both_parts_run(server)
         hanging.running.clear()

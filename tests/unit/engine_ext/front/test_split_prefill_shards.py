@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from starling.engine_ext.front.front_state import split_state
+from starling.engine_ext.front.front_state import front_state
 from starling.features.replicas.replica_calls import OPEN_SHARD, RELEASE
 from starling.features.replicas.split.replica_rpc import ReplicaTimeout
 from starling.features.replicas.split.split_metrics import split_metrics
@@ -103,7 +103,7 @@ def test_a_replica_that_owes_an_answer_is_still_called_to_release(simulate):
     """The client does not wait for it, and other prompts do not reserve its pages until it has timed out again."""
 
     async def scenario(server):
-        state = split_state(server.engine)
+        state = front_state(server.engine).replicas.state
         hanging = server.replicas[1]
         ended = None
         async for output in server.stream(TOKENS, SHARDS):
@@ -124,7 +124,7 @@ def test_memory_of_a_replica_that_hangs_stays_reserved_until_it_has_answered(sim
     """However long that takes; what the other replicas have released can be reserved at once."""
 
     async def scenario(server):
-        state = split_state(server.engine)
+        state = front_state(server.engine).replicas.state
         hanging = server.replicas[1]
         async for output in server.stream(TOKENS, SHARDS):
             if output.finished:
@@ -147,7 +147,7 @@ def test_a_prompt_that_waits_for_the_memory_of_a_replica_that_hangs_ends_with_an
         first = asyncio.create_task(server.generate(random_ids(1, 520), SHARDS, "first", max_tokens=30))
         await until(lambda: server.calls(OPEN_SHARD))
         second = asyncio.create_task(server.generate(random_ids(2, 520), SHARDS, "second"))
-        await until(split_state(server.engine).reservations.turn.locked)
+        await until(front_state(server.engine).replicas.state.reservations.turn.locked)
         hanging.running.clear()
         third = asyncio.create_task(server.generate(random_ids(3, 520), SHARDS, "third"))
         results = await asyncio.gather(first, second, third, return_exceptions=True)

@@ -7,7 +7,7 @@ import weakref
 from types import SimpleNamespace
 
 from starling.config.replicas import ReplicaOptions
-from starling.engine_ext.front.front_state import FrontState, front_state, split_state, state_of
+from starling.engine_ext.front.front_state import FrontState, front_state, state_of
 from tests.unit.engine_ext.configs import fake_config
 
 
@@ -33,12 +33,12 @@ def test_each_engine_has_one_state_which_ends_with_it():
 
 def test_the_timeout_is_that_of_the_replicas_section():
     for starling, timeout in (({"replicas": {"timeout": 5}}, 5), ({}, ReplicaOptions().timeout)):
-        assert split_state(SimpleNamespace(input_processor=Processor(starling))).rpc.timeout == timeout
+        assert front_state(SimpleNamespace(input_processor=Processor(starling))).rpc.timeout == timeout
 
 
 def test_the_poller_knows_the_prompts_that_are_split_now():
     engine = SimpleNamespace(input_processor=Processor({}))
-    split_state(engine).split_requests.add(SimpleNamespace(request_id="a"))
+    front_state(engine).replicas.state.split_requests.add(SimpleNamespace(request_id="a"))
     assert front_state(engine).poller.waiting() == {"a"}
 
 

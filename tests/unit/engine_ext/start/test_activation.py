@@ -17,6 +17,7 @@ from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler
 
 from benchmarks.attamba.random_model import make_random_attamba
 from benchmarks.random_llama import make_random_llama, make_tiny_llama
+from starling.attention_backends.star.refusals import document_refusals, star_refusals
 from starling.config.entry import parse_config
 from starling.config.parsing import OptionError
 from starling.engine_ext.start import activation, plugin
@@ -30,10 +31,8 @@ from starling.engine_ext.start.activation import (
     prepare_server,
     star_class,
 )
-from starling.features.documents.rules import document_refusals
 from starling.features.reuse.block_reuse import reuse_refusal
 from starling.features.schedulers import FeatureMixin
-from starling.features.star.rules import star_refusals
 from starling.scheduler.star.request_metadata import ONE_HOST, default_num_shards
 from starling.scheduler.star_scheduler import StarMixin
 from tests.parity.harness import TINY

@@ -9,7 +9,7 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from starling.features.documents.rotations import make_rotations, turning_problem
+from starling.attention_backends.star.document_layers import make_rotations, turning_problem
 from starling.vllm_compat import rotary_layers
 from starling.vllm_compat.rotary_layers import AttentionBlock, attention_blocks
 

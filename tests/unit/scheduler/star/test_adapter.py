@@ -25,7 +25,7 @@ def adapter(*purposes: str) -> StarAdapter:
 
 def used(options: dict, *purposes: str, has_lora: bool = False, defaults: dict | None = None) -> bool | None:
     """Whether a prompt runs with an adapter of these purposes; None: it has no plan."""
-    engine = EngineFacts(4, changes=(Adapter(adapter(*purposes)).planned,) if purposes else ())
+    engine = EngineFacts(4, with_adapter=Adapter(adapter(*purposes)).planned if purposes else None)
     facts = PromptFacts(len(IDS), IDS, has_lora=has_lora)
     plan = decide(parse_options(defaults or {}), parse_options(options), facts, engine).plan
     if plan is None:

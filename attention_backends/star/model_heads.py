@@ -32,7 +32,7 @@ WEIGHTS = ("model*.safetensors", "*.safetensors", "*.bin", "*.gguf", "*.pt")
 
 
 def checkpoint_digest(folder: Path) -> str | None:
-    """A digest of a model's files: the size of each file of weights, and some bytes of it; None: there is none.
+    """Return a digest of the size and some bytes of each file of a model's weights, or None if there is no such file.
 
     Training changes nearly all weights, so a few bytes at equal distances tell two checkpoints apart. A change between
     these bytes alone is not seen. No more is read, whatever the model's size.
@@ -53,7 +53,7 @@ def checkpoint_digest(folder: Path) -> str | None:
 
 
 def checkpoint_folder(model: str, revision: str | None) -> Path | None:
-    """The folder of a model's files; None: it is no folder, and not in the cache of the hub."""
+    """Return the folder of a model's files, or None if ``model`` is no folder and not in the cache of the hub."""
     if Path(model).is_dir():
         return Path(model)
     try:
@@ -79,7 +79,7 @@ def _scores_of(path: str | None, model: str, revision: str | None) -> HeadScores
 
 
 def scores_of(vllm_config: Any) -> HeadScores | None:
-    """The scores of the KV heads of an engine's model; None: they are not known.
+    """Return the scores of the KV heads of an engine's model, or None if they are not known.
 
     Raises:
         OptionError: the file that the options name can't be read, or is not of this model.

@@ -9,23 +9,21 @@ import numpy as np
 
 from starling.attention_backends.star.head_calls import unsupported_reason
 from starling.attention_backends.star.head_step import HeadStep
+from starling.attention_backends.star.model_heads import ranks_of_layers, scores_of
+from starling.attention_backends.star.refusals import HEADS, HEADS_ORDER, has_dense_heads, has_documents
 from starling.config.entry import STAR_HEADS, config_of
 from starling.config.head_scores import HeadScores
-from starling.features.dense_heads.model_heads import ranks_of_layers, scores_of
-from starling.features.report_fields import HEADS, HEADS_ORDER
-from starling.features.server_options import has_dense_heads, has_documents
-from starling.features.worker_part import Layers, WorkerPart
 from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import RequestMetadata
 from starling.scheduler.star.rules import HEADS as DENSE_HEADS
 from starling.vllm_compat.rotary_layers import attention_blocks
 
 
-class DenseHeads(WorkerPart):
-    """
+class HeadLayers:
+    """Dense heads in the layers of a worker's model.
+
     Attributes:
-        problem: why the layers of the loaded model can't have such heads; None: they can.
-        scores: of the model's heads; None: there are none.
+        problem: reason why the layers of the loaded model can't have dense heads, or None if they can.
+        scores: scores of the model's heads, or None if there are none.
         ranks: layer name -> (KV heads,) the places of this rank's heads in the order of the scores.
     """
 
@@ -36,16 +34,21 @@ class DenseHeads(WorkerPart):
         self.ranks: dict[str, np.ndarray] = {}
 
     @classmethod
-    def make(cls, vllm_config: Any) -> DenseHeads:
+    def make(cls, vllm_config: Any) -> HeadLayers:
         on_cpu = vllm_config.device_config.device_type == "cpu"
         return cls(on_cpu, not on_cpu and has_dense_heads(vllm_config) and not has_documents(vllm_config))
 
-    def layers_known(self, worker: Any, layers: Layers) -> None:
+    def layers_known(self, worker: Any, full: list[str], others: list[str]) -> None:
+        """Find the ranks of the heads of the full-attention layers, once the KV cache is there.
+
+        Raises:
+            RuntimeError: the layers can't run what the server's options ask for.
+        """
         self.scores = scores_of(worker.vllm_config)
         if self.scores is None:
             return
         model = worker.model_runner.get_model()
-        self.ranks, self.problem = ranks_of_layers(self.scores, model, layers.full, layers.others)
+        self.ranks, self.problem = ranks_of_layers(self.scores, model, full, others)
         if self.problem is None and (self.on_cpu or self.attends_by_parts):
             blocks = attention_blocks(model)
             reasons = ((name, unsupported_reason(blocks[name].attention)) for name in self.ranks)
@@ -58,10 +61,12 @@ class DenseHeads(WorkerPart):
             asked = f"{STAR_HEADS}={config.star_heads}" if share is None else f"{DENSE_HEADS}={share}"
             raise RuntimeError(f"{asked}: {self.problem}")
 
-    def step_part(
-        self, worker: Any, plans: Mapping[str, StarPlan], metadata: Mapping[str, RequestMetadata]
-    ) -> HeadStep | None:
-        """Raises RuntimeError: a plan's dense heads are not those of this worker's scores."""
+    def step(self, plans: Mapping[str, StarPlan]) -> HeadStep | None:
+        """Return the dense heads of the step of these plans, by request id, or None if it has none.
+
+        Raises:
+            RuntimeError: a plan's dense heads are not those of this worker's scores.
+        """
         asked = [plan.dense_heads for plan in plans.values() if plan.dense_heads]
         for heads in asked:
             if self.problem is not None:
@@ -72,6 +77,3 @@ class DenseHeads(WorkerPart):
 
     def report(self) -> dict[str, str | None]:
         return {HEADS: self.problem, HEADS_ORDER: None if self.scores is None else self.scores.order_digest}
-
-
-PARTS = (DenseHeads.make,)

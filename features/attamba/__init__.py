@@ -1,1 +1,0 @@
-"""The compressed cache of Attamba models."""

@@ -1,1 +1,0 @@
-"""Heads that see everything, while the others see star blocks."""

@@ -1,1 +1,0 @@
-"""A feature of tests, as docs/architecture.md says how to add one: it has parts in front, core and worker."""

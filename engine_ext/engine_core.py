@@ -1,4 +1,4 @@
-"""Starling in the engine core's process, which imports this module by the names of the schedulers (activation.py)."""
+"""Starling in the engine core's process, which imports this module by the schedulers' names (activation.py)."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ plugin.register()  # vLLM has done so, unless the plugin has failed: then the en
 
 
 def report_of(core: Any) -> dict[str, str | None] | None:
-    """What an engine core reports to its fronts, which is also logged once where the configuration did not tell.
+    """Return an engine core's report to its fronts, and log once the problems that the configuration did not show.
 
-    None for an engine without Starling, beside one with it in the user's process.
+    Returns:
+        The report, or None for an engine without Starling that runs beside one with it in the user's process.
     """
     if config_of(core.vllm_config) is None:
         return None

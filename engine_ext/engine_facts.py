@@ -1,4 +1,4 @@
-"""Facts of an engine, by which plans are decided."""
+"""Facts of an engine that decide how its prompts are planned."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ NO_OVERLAP = "an Attamba model's window ends at the border of a star block, and 
 
 
 def star_page_size(vllm_config: Any) -> int:
-    """Return the tokens of a full-attention KV page, as far as the configuration says before the engine has started."""
+    """Return the tokens of a full-attention KV page, as far as the configuration says before the engine's start."""
     own = getattr(vllm_config.model_config.hf_text_config, "page_tokens", None)
     return own or page_size_before_start(vllm_config)
 
 
 def engine_facts(vllm_config: Any, page_size: int | None, features: Mapping[str, Any] | None = None) -> EngineFacts:
-    """Return the facts of an engine, by its configuration and the reports of engine cores that have started.
+    """Return the facts of an engine from its configuration and the reports of engine cores that have started.
 
     Args:
         page_size: tokens of a KV page of the full-attention layers.
-        features: the features' objects in a front of the engine, or None if they are to be made.
+        features: the features' objects in a front of the engine, or None to make them.
     """
     features = make_features("front", vllm_config) if features is None else features
     replicas, retention, adapter = map(features.get, ("replicas", "retention", "adapter"))

@@ -1,7 +1,7 @@
-"""What an engine core reports to its fronts of Star Attention: what its layers and its KV cache do not allow.
+"""Report of an engine core to its fronts: the parts of Star Attention that its layers and KV cache do not allow.
 
 Only workers know on which attention backends the layers of the loaded model run, and only the scheduler knows the
-groups of layers in the KV cache. Fronts refuse requests with the reasons (features/*/rules.py).
+groups of layers in the KV cache. Fronts refuse requests with the reasons given here (features/*/rules.py).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from starling.vllm_compat.scheduler_view import SchedulerView
 
 
 def report_of_worker(worker: Any) -> dict[str, str | None]:
-    """What a worker's layers can't run, and why, by field; nothing for a worker of vLLM's own."""
+    """Return why a worker's layers can't run parts of Star Attention, by field; empty for vLLM's own worker."""
     report = getattr(worker, "star_report", None)
     return {} if report is None else report()
 
 
 def engine_report(core: Any) -> dict[str, str | None]:
-    """The report of an engine core whose scheduler is made."""
+    """Return the report of an engine core whose scheduler has been made."""
     view, reports = SchedulerView(core.scheduler), core.model_executor.collective_rpc(report_of_worker)
     fields = {STAR, BLOCK_POSITIONS}.union(*reports)
     problems = {field: sorted({text for report in reports if (text := report.get(field))}) for field in fields}
@@ -31,7 +31,7 @@ def engine_report(core: Any) -> dict[str, str | None]:
 
 
 def split_problem(view: SchedulerView) -> str | None:
-    """Why the pages of a KV cache can't be exchanged between replicas; None: they can."""
+    """Return why the pages of a KV cache can't be exchanged between replicas, or None if they can."""
     if view.only_group is not None:
         return None
     number = len(view.groups)

@@ -1,4 +1,4 @@
-"""Starling's environment variables, and those with which requests or processes would bypass Starling. Needs no vLLM."""
+"""Environment variables of Starling, and those that would make requests or processes bypass it. Needs no vLLM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from starling.config.entry import ENTRY
 from starling.config.parsing import OptionError
 
 ADMIN_KEY_ENV = "STARLING_ADMIN_KEY"
-"""The environment variable with the key of who controls the server."""
+"""Name of the environment variable that holds the operator's key."""
 
 PLUGINS = "VLLM_PLUGINS"
 RUST_FRONT = "VLLM_USE_RUST_FRONTEND"
@@ -23,7 +23,7 @@ def refuse_missing_plugin(environ: Mapping[str, str]) -> None:
 
 
 def refuse_rust_front(environ: Mapping[str, str]) -> None:
-    """Refuse the front that would not call Starling (raises OptionError)."""
+    """Refuse vLLM's Rust front, which would not call Starling (raises OptionError)."""
     if (value := environ.get(RUST_FRONT, "0")) not in ("", "0"):
         raise OptionError(RUST_FRONT, value, "the Rust front reads no star options", "0, or unset")
 

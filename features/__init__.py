@@ -1,9 +1,9 @@
-"""What can be taken out of Starling, a folder each: star prompts, documents and dense heads run without.
+"""Optional features of Starling, one folder each: star prompts, documents and dense heads run without them.
 
-A folder has ``core.py`` with ``PARTS``, what makes its hooks in the engine core (scheduler/part.py), ``front.py`` and
-``worker.py`` with ``make``, what makes its object in a front or in a worker, and ``rules.py`` with what it does not run
-with, as far as it needs them. The front (engine_ext/front/) and the worker (engine_ext/worker/) call these objects by
-name.
+A folder has those of these files that it needs: ``core.py`` with ``PARTS``, the functions that make its hooks in the
+engine core (scheduler/part.py); ``front.py`` and ``worker.py`` with ``make``, which makes its object in a front or in a
+worker; and ``rules.py`` with what the feature does not run with. The front (engine_ext/front/) and the worker
+(engine_ext/worker/) call these objects by name.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ FEATURES = ("replicas", "adapter", "fairness", "retention", "reuse", "library", 
 """Folders in the order in which their hooks are called.
 
 ``replicas`` comes before ``fairness``: a step that a split prompt has alone is not divided among long prompts.
-``reuse`` comes behind those that note a step, since for model runner V2 it changes which requests are new.
+``reuse`` comes after the features that note a step, since for model runner V2 it changes which requests are new.
 """
 
 
 def parts_of_core() -> tuple[Any, ...]:
-    """Return what makes the hooks of all features in the engine core, in their order."""
+    """Return the functions that make the hooks of all features in the engine core, in their order."""
     names = (f"{__name__}.{feature}.core" for feature in FEATURES)
     return tuple(part for name in names if find_spec(name) is not None for part in import_module(name).PARTS)
 

@@ -1,4 +1,4 @@
-"""A request as a front gives it to its engine, and the output of one that the engine does not get."""
+"""A request that a front gives to its engine, and the output of one that the engine does not get."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from starling.scheduler.star.decide import Decision
 
 TRACE_HEADERS = "trace_headers"
-"""vLLM's keyword of AsyncLLM.generate for the headers by which a span has its parent."""
+"""Keyword of AsyncLLM.generate for the headers that name the parent of a trace span."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class FrontRequest:
 
     Attributes:
         engine: the AsyncLLM.
-        generate: vLLM's own AsyncLLM.generate, of this engine.
+        generate: vLLM's own AsyncLLM.generate of this engine.
         prompt: the engine input.
         params: vLLM's SamplingParams or PoolingParams.
-        request_id, keywords: of AsyncLLM.generate.
-        decision: how the prompt is prefilled; None: it was not planned, since its tokens are not known.
-        lora: the LoRA adapter (LoRARequest) that it runs with; None: none.
+        request_id, keywords: arguments of AsyncLLM.generate.
+        decision: how the prompt is prefilled, or None if it was not planned because its tokens are not known.
+        lora: the LoRA adapter (LoRARequest) that the request runs with, or None.
     """
 
     engine: Any
@@ -38,14 +38,14 @@ class FrontRequest:
     lora: Any = None
 
     def outputs(self) -> AsyncGenerator[Any, None]:
-        """The request's outputs, as vLLM yields them."""
+        """Yield the request's outputs from vLLM's engine."""
         return self.generate(self.prompt, self.params, self.request_id, **self.keywords)
 
 
 def empty_output(
     request_id: str, token_ids: Sequence[int], num_choices: int, finish_reason: str = "abort"
 ) -> RequestOutput:
-    """The last output of a request that the engine does not get."""
+    """Return the last output of a request that the engine does not get."""
     choices = [
         CompletionOutput(index, "", [], cumulative_logprob=None, logprobs=[], finish_reason=finish_reason)
         for index in range(num_choices)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from starling.attention_backends.attamba.cache import KvPages, locate
 from starling.attention_backends.attamba.chunks import PAGE_ROWS, ChunkPlan, StatesMade
-from starling.attention_backends.attamba.pages import KvPages, locate
 from starling.attention_backends.kernels.contract import Operands
 from starling.attention_backends.kernels.cpu.attention import DTYPES, VECTOR_SIZE, built_op
 from starling.attention_backends.kernels.dispatch import paged_attention

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
+from starling.attention_backends.attamba.cache import locate
 from starling.attention_backends.attamba.chunks import ChunkPlan
 from starling.attention_backends.attamba.mixer import MixerParameters, MixerSizes
-from starling.attention_backends.attamba.pages import locate
 from starling.attention_backends.attamba.scan import chunk_scan
 from starling.attention_backends.kernels.cpu.attention import DTYPES, built_op
 

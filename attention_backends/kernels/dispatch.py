@@ -1,16 +1,28 @@
-"""The contract on any device: the CPU's implementation for CPU tensors, Triton's for all others."""
+"""Paged attention on any device: the CPU's implementation for CPU tensors, Triton's for all others.
+
+    paged_attention(operands)
+    turned_attention(operands, turned)            add_turned_attention(operands, turned, out, lse)
+
+The operands are defined by contract.py. For re-rotated queries ``query_start_loc`` divides P query tokens among the
+rows: token i of them is token ``tokens[i]`` of ``query``, rotated back by ``turns[i]`` positions. A token of the query
+has the attention over the keys of all its rows, which are merged by their log-sum-exp. Every query token of a row sees
+all of the row's keys.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from starling.attention_backends.kernels import devices
-from starling.attention_backends.kernels.contract import Operands
+from starling.attention_backends.kernels import contract
+from starling.attention_backends.kernels.contract import Operands, Rotation, turn_back
 from starling.attention_backends.kernels.cpu import attention as cpu
+from starling.attention_backends.kernels.merge import merge_parts, merge_rows
 from starling.attention_backends.kernels.ranges import RangeTable
-from starling.attention_backends.kernels.rotary import Rotation
 
 
 def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,7 +31,7 @@ def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         ValueError: the implementation for this device does not support the operands.
     """
-    if not devices.uses_triton(operands.query.device):
+    if not contract.uses_triton(operands.query.device):
         return cpu.paged_attention(operands)
     from starling.attention_backends.kernels.triton import (
         attention as triton,  # imports Triton, which a CPU does not need
@@ -40,3 +52,56 @@ def attend_in_ranges(
     from starling.attention_backends.kernels.triton.ranges import attend_ranges
 
     attend_ranges(query, caches, table, rotation, out, **options)
+
+
+@dataclass(frozen=True, eq=False)
+class TurnedQueries:
+    """The query tokens of all rows, P of them, and how they are turned.
+
+    Attributes:
+        tokens: (P,) int64, numbers of tokens of the query.
+        turns: (P,) int64, by how many positions each is turned back, at least 0.
+        rotation: of the layer.
+    """
+
+    tokens: torch.Tensor
+    turns: torch.Tensor
+    rotation: Rotation
+
+    @functools.cached_property
+    def angles(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the cosines and sines, (P, R / 2) float32 each."""
+        return self.rotation.cos[self.turns], self.rotation.sin[self.turns]
+
+
+def turned_attention(operands: Operands, turned: TurnedQueries) -> None:
+    """Write the attention of the query's tokens to ``operands.out``, on a CPU. Each token is in a row that has keys.
+
+    Raises:
+        ValueError: no implementation for this device supports the operands.
+    """
+    assert operands.out is not None
+    if cpu.has_op_for(operands):
+        return cpu.turned_attention(operands, turned.tokens, turned.turns, turned.rotation, operands.out, None)
+    merge_parts(*_by_parts(operands, turned), turned.tokens, operands.out)
+
+
+def add_turned_attention(operands: Operands, turned: TurnedQueries, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Merge the attention into that over other keys.
+
+    Args:
+        out: (T, H, Dv) float32, changed in place.
+        lse: (T, H) float32, changed in place; -inf where no key was seen.
+
+    Raises:
+        ValueError: no implementation for this device supports the operands.
+    """
+    if cpu.has_op_for(operands):
+        return cpu.turned_attention(operands, turned.tokens, turned.turns, turned.rotation, out, lse)
+    merge_rows(out, lse, turned.tokens, *_by_parts(operands, turned))
+
+
+def _by_parts(operands: Operands, turned: TurnedQueries) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the attention (P, H, Dv) of the rows' queries and its log-sum-exp (P, H), by the operands' own kernel."""
+    query = turn_back(operands.query[turned.tokens], *turned.angles, turned.rotation.is_neox_style)
+    return paged_attention(dataclasses.replace(operands, query=query, causal=False, out=None))

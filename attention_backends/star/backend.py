@@ -23,13 +23,13 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from starling.attention_backends.kernels import devices
+from starling.attention_backends.kernels import contract
 from starling.attention_backends.kernels.contract import AMX, CPU_ISAS, Sizes
 from starling.attention_backends.paged.names import CLASSES, NAME
 from starling.attention_backends.star.gpu_impl import keep_for_capture, make_gpu_impl, turns_queries
-from starling.attention_backends.star.graph_ranges import GraphRanges
-from starling.attention_backends.star.head_calls import HeadBuilders
+from starling.attention_backends.star.head_step import HeadBuilders
 from starling.attention_backends.star.metadata import virtual_block_table, virtual_metadata
+from starling.attention_backends.star.range_attention import GraphRanges
 from starling.attention_backends.star.step import current_step
 from starling.config.entry import config_of
 from starling.vllm_compat.attention_splits import build_unsplit
@@ -57,8 +57,8 @@ def graph_support(own_positions: bool) -> AttentionCGSupport:
     """Return the batches that full CUDA graphs may replay at most: decode batches that are never rewritten.
 
     Args:
-        own_positions: whether the engine is made for documents. Its graphs have graph_ranges.py's kernels, for rows of
-            one token.
+        own_positions: whether the engine is made for documents. Its graphs have the kernels of range_attention.py, for
+            rows of one token.
     """
     return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if own_positions else AttentionCGSupport.UNIFORM_BATCH
 
@@ -146,7 +146,7 @@ class StarBuilder:
     @functools.cached_property
     def tile_queries(self) -> int:
         """Tokens of a tile of queries of the kernel for rows of many tokens behind documents, on a GPU."""
-        return tile_queries_of(self.vllm_config, self.kv_cache_spec) if devices.uses_triton(self.device) else 1
+        return tile_queries_of(self.vllm_config, self.kv_cache_spec) if contract.uses_triton(self.device) else 1
 
     def _lay_out_for_vectors(self, layer_names: list[str]) -> None:
         """Let vLLM lay out keys for vectors, where it would for AMX tiles and Starling's op has to read them."""

@@ -1,4 +1,4 @@
-"""vLLM's CPU attention, with Starling's op for the batches where that is faster (kernels/cpu/selection.py)."""
+"""vLLM's CPU attention, with Starling's op for the batches where that is faster (kernels/cpu/attention.py)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from starling.attention_backends.kernels.contract import CPU_ISAS, Layout, Operands, as_fp8
-from starling.attention_backends.kernels.cpu.attention import VECTOR_SIZE, built_op, paged_attention
-from starling.attention_backends.kernels.cpu.selection import Op, Processor, select_op
-from starling.attention_backends.kernels.rotary import Rotation
-from starling.attention_backends.star.head_calls import attend_by_heads
+from starling.attention_backends.kernels.contract import CPU_ISAS, Layout, Operands, Rotation, as_fp8
+from starling.attention_backends.kernels.cpu.attention import (
+    VECTOR_SIZE,
+    Op,
+    Processor,
+    built_op,
+    paged_attention,
+    select_op,
+)
+from starling.attention_backends.star.head_step import attend_by_heads
 from starling.attention_backends.star.step import current_step
 from starling.config.entry import config_of
 from starling.vllm_compat.config import kv_scales
@@ -95,10 +100,11 @@ class CpuImpl(CPUAttentionBackendImpl):
         positions of their own. Where some heads see everything, the step's rows are others for each kind of heads: one
         call of Starling's op computes all of them, or a call of vLLM's each run of heads of one kind.
         """
-        step = current_step()  # outside of one there may be no cache yet
-        page_size, kinds = kv_cache.shape[2], None if step is None else step.heads
-        remote = None if step is None else step.remote_attention(page_size)
-        turned = None if step is None or step.documents is None else step.documents.attention(page_size)
+        remote = turned = kinds = None
+        if (step := current_step()) is not None:  # outside of a step there may be no cache yet
+            page_size, kinds = kv_cache.shape[2], step.heads
+            remote = step.remote_attention(page_size)
+            turned = None if step.documents is None else step.documents.attention(page_size)
         if remote is None and turned is None and not self.uses_op(query, layer, attn_metadata):
             calls = None if kinds is None else kinds.calls(layer.layer_name)
             if step is None or calls is None:

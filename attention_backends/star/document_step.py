@@ -1,7 +1,12 @@
-"""Documents in a step: the positions of their tokens, and how layers attend to blocks with positions of their own."""
+"""The attention of a step's tokens that see blocks with positions of their own, as layers compute it on a CPU.
+
+turned_rows.py has the rows. On a GPU it is that of range_attention.py.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,11 +14,221 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from starling.attention_backends.kernels import devices
+from starling.attention_backends.kernels import contract
+from starling.attention_backends.kernels.contract import Layout, Operands, Rotation
+from starling.attention_backends.kernels.dispatch import TurnedQueries, paged_attention, turned_attention
 from starling.attention_backends.kernels.ranges import RangeTable
-from starling.attention_backends.star.range_attention import RangeAttention, make_range_attention
+from starling.attention_backends.star.range_attention import RangeAttention, make_range_attention, make_token_ranges
 from starling.attention_backends.star.rows import Batch, VirtualRows
-from starling.attention_backends.star.turned_attention import TurnedAttention, make_turned_attention
+from starling.attention_backends.star.turned_rows import (
+    MAX_TOKENS,
+    TurnedRows,
+    add_rows,
+    make_turned_rows,
+    ranges_as_rows,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class OwnRows:
+    """The step's virtual rows that see such blocks, R of them: what their tokens see beside these blocks.
+
+    Attributes:
+        num_tokens: their query tokens, without those that pad a CUDA graph.
+        block_table: (R, C) int32.
+        query_start_loc: (R + 1,) int32.
+        seq_lens: (R,) int32.
+    """
+
+    num_tokens: int
+    block_table: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+
+
+class StepTokens:
+    """The tokens of a step's rows that see blocks with positions of their own; the step has others too.
+
+    Args:
+        starts, query_lens: (R,) int64, first token of each of these rows in the step, and their number.
+        num_tokens: of the step.
+    """
+
+    def __init__(self, starts: np.ndarray, query_lens: np.ndarray, num_tokens: int) -> None:
+        offsets = np.cumsum(query_lens) - query_lens
+        numbers = np.arange(query_lens.sum()) + np.repeat(starts - offsets, query_lens)
+        places = np.full(num_tokens, -1)
+        places[numbers] = np.arange(len(numbers))
+        self.numbers = torch.from_numpy(numbers)
+        self.places = torch.from_numpy(np.maximum(places, 0))
+        self.are_here = torch.from_numpy(places >= 0)
+
+    def put(self, part: torch.Tensor, whole: torch.Tensor) -> None:
+        """Write ``part`` (these tokens, ...) to their places in ``whole`` (the step's tokens and padding, ...)."""
+        whole = whole[: len(self.places)]
+        mask = self.are_here.view(-1, *[1] * (whole.dim() - 1))
+        whole.copy_(torch.where(mask, part[self.places].to(whole.dtype), whole))
+
+
+class TurnedAttention:
+    """The attention of one step over documents.
+
+    Args:
+        own: the rows.
+        rows: the calls for ``own``; their tokens are indices of those of ``own``.
+        tokens: the tokens of ``own``, or None if they are all of the step's.
+        decodes: the same as ``own`` and ``rows`` in one call; the layers then share the angles.
+    """
+
+    def __init__(
+        self,
+        own: OwnRows,
+        rows: Sequence[TurnedRows],
+        tokens: StepTokens | None,
+        decodes: TurnedRows | None,
+    ) -> None:
+        self.own = own
+        self.rows = rows
+        self.tokens = tokens
+        self.decodes = decodes
+        self._queries: dict[int, TurnedQueries] = {}
+
+    @property
+    def is_whole_step(self) -> bool:
+        """Return whether all tokens of the step are in these rows."""
+        return self.tokens is None
+
+    def attend(
+        self,
+        rotation: Rotation,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        layout: Layout,
+        **options: Any,
+    ) -> None:
+        """Write the attention over all keys to these rows' tokens in ``out``.
+
+        The arguments are those of ``add``, with padding at the end.
+        """
+        own = self.own
+        if self.tokens is None:
+            query, written = query[: own.num_tokens], out[: own.num_tokens]
+        else:
+            query = query[self.tokens.numbers]
+            written = out.new_empty((own.num_tokens, *out.shape[1:]))
+        if self.decodes is not None:
+            operands = self.decodes.operands(query, caches, out=written, layout=layout, **options)
+            turned_attention(operands, self._queries_of_decodes(self.decodes, rotation))
+        else:
+            rows = own.block_table, own.query_start_loc, own.seq_lens
+            _, lse = paged_attention(Operands(query, *caches, *rows, out=written, layout=layout, **options))
+            written.copy_(self._added(rotation, query, written, lse, caches, layout=layout, **options))
+        if self.tokens is not None:
+            self.tokens.put(written, out)
+
+    def add(
+        self,
+        rotation: Rotation,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        layout: Layout,
+        **options: Any,
+    ) -> None:
+        """Add the blocks' keys to the attention over all other keys.
+
+        Args:
+            rotation: the rotary embedding of the layer.
+            query: (tokens, heads, head size) of the step, turned to the positions of its tokens.
+            out: (tokens, heads, value size) of the step, changed in place.
+            lse: (tokens, heads) of the step, changed in place.
+            caches: the layer's key and value cache, in ``layout``.
+            options: further Operands: ``scale``, ``softcap`` and the like.
+        """
+        if self.tokens is None:
+            out.copy_(self._added(rotation, query, out, lse, caches, layout=layout, **options))
+            return
+        numbers = self.tokens.numbers
+        part = lse[numbers]
+        wide = self._added(rotation, query[numbers], out[numbers], part, caches, layout=layout, **options)
+        self.tokens.put(wide, out)
+        self.tokens.put(part, lse)
+
+    def _added(
+        self,
+        rotation: Rotation,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        **options: Any,
+    ) -> torch.Tensor:
+        """``out`` with the blocks' keys, in float32, to be rounded once; ``lse`` is changed in place."""
+        wide = out.float()
+        add_rows(self.rows, rotation, query, caches, wide, lse, **options)
+        return wide
+
+    def _queries_of_decodes(self, rows: TurnedRows, rotation: Rotation) -> TurnedQueries:
+        """Return the re-rotated queries of a step of decodes, one object for all layers, which thus share the angles.
+
+        The angles of all calls of other steps would take 4 R bytes for each query token and document: 260 MB for 512
+        tokens, 2,000 documents and R = 64.
+        """
+        if id(rotation) not in self._queries:
+            self._queries[id(rotation)] = TurnedQueries(rows.tokens, rows.turns, rotation)
+        return self._queries[id(rotation)]
+
+
+def make_turned_attention(
+    rows: VirtualRows,
+    batch: CommonAttentionMetadata,
+    virtual: CommonAttentionMetadata,
+    page_size: int,
+) -> TurnedAttention:
+    """Make the attention of the rows that see documents; there is at least one such row.
+
+    Rows that decode are one call, if the step has no other rows that see documents.
+
+    Args:
+        batch, virtual: the metadata of the batch's rows, and of ``rows``, with pages of ``page_size`` tokens.
+    """
+    assert rows.turned is not None
+    numbers = np.unique(rows.turned.row)
+    own, calls, tokens = _rows_of(rows, numbers, batch, virtual, page_size)
+    decodes = None
+    if (batch.query_start_loc_cpu.diff().numpy()[rows.source[numbers]] == 1).all():
+        ranges = make_token_ranges(rows, numbers, page_size)
+        if len(ranges.row) <= MAX_TOKENS:
+            decodes = ranges_as_rows(ranges, batch.block_table_tensor, batch.seq_lens, page_size)
+    return TurnedAttention(own, calls, tokens, decodes)
+
+
+def _rows_of(
+    rows: VirtualRows,
+    numbers: np.ndarray,
+    batch: CommonAttentionMetadata,
+    virtual: CommonAttentionMetadata,
+    page_size: int,
+) -> tuple[OwnRows, list[TurnedRows], StepTokens | None]:
+    """Return the arguments of ``TurnedAttention`` for the rows ``numbers``, all of which see documents."""
+    starts = np.cumsum(rows.query_lens) - rows.query_lens
+    query_lens, num_tokens = rows.query_lens[numbers], int(rows.query_lens.sum())
+    own_tokens = int(query_lens.sum())
+    assert rows.turned is not None
+    turned = replace(rows.turned, row=np.searchsorted(numbers, rows.turned.row))
+    tokens = None
+    if own_tokens == num_tokens:
+        own = OwnRows(own_tokens, virtual.block_table_tensor, virtual.query_start_loc, virtual.seq_lens)
+    else:
+        chosen = torch.from_numpy(numbers)
+        locations = torch.from_numpy(np.concatenate(([0], np.cumsum(query_lens))).astype(np.int32))
+        own = OwnRows(own_tokens, virtual.block_table_tensor[chosen], locations, virtual.seq_lens[chosen])
+        tokens = StepTokens(starts[numbers], query_lens, num_tokens)
+    first = np.cumsum(query_lens) - query_lens
+    calls = make_turned_rows(turned, first, query_lens, batch.block_table_tensor, page_size)
+    return own, list(calls), tokens
 
 
 class DocumentStep:
@@ -53,7 +268,7 @@ class DocumentStep:
         Returns:
             Whether these keys are all that layers read, so that nobody reads metadata of virtual rows.
         """
-        if rows.turned is None or not devices.uses_triton(batch.seq_lens.device):
+        if rows.turned is None or not contract.uses_triton(batch.seq_lens.device):
             return False
         if table is not None:
             made = RangeAttention([table])
@@ -70,7 +285,7 @@ class DocumentStep:
         Args:
             batch, virtual: the metadata of the batch's rows, and of ``rows``, with pages of ``page_size`` tokens.
         """
-        if rows.turned is not None and not devices.uses_triton(batch.seq_lens.device):
+        if rows.turned is not None and not contract.uses_triton(batch.seq_lens.device):
             self._attention[page_size] = make_turned_attention(rows, batch, virtual, page_size)
 
     def attention(self, page_size: int) -> Any | None:

@@ -2,7 +2,7 @@
 
 A row that attends to blocks with positions of their own needs the log-sum-exp of its other keys, which vLLM's
 implementations do not give: Starling's Triton kernels compute it. Heads that see everything are calls of vLLM's
-(head_calls.py).
+(head_step.py).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import AttentionImpl
 
+from starling.attention_backends.kernels.contract import Rotation
 from starling.attention_backends.kernels.ranges import RangeTable
-from starling.attention_backends.kernels.rotary import Rotation
-from starling.attention_backends.star.head_calls import attend_by_heads
+from starling.attention_backends.star.head_step import attend_by_heads
 from starling.attention_backends.star.range_attention import RangeAttention
 from starling.attention_backends.star.step import current_step
 from starling.vllm_compat.patching import extends, touches

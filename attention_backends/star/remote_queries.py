@@ -6,14 +6,14 @@ since all of the shard lies before the queries, and the results are merged by th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from starling.attention_backends.star.rows import VirtualRows
-from starling.scheduler.star.request_metadata import Shard
+from starling.scheduler.star.request_metadata import RemoteShards, Shard
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,3 +103,34 @@ def make_remote_queries(
             turns = remote.turns[seen]
             query.spans.append(RemoteSpan(request_id, shard.name, place, len(tokens), first_pages, num_keys, turns))
     return [RemoteQuery(query.addresses, np.concatenate(query.tokens), tuple(query.spans)) for query in found.values()]
+
+
+class RemoteStep:
+    """The keys of one step that other replicas hold.
+
+    Args:
+        remote: request id -> where the rest of its KV is.
+        attend: makes the object by which layers query other replicas, from the step's queries.
+    """
+
+    def __init__(self, remote: Mapping[str, RemoteShards], attend: Callable[[Sequence[RemoteQuery]], Any]) -> None:
+        self.absent = {name: shards.span() for name, shards in remote.items()}
+        self.shards = {name: shards.shards for name, shards in remote.items()}
+        self.attend = attend
+        self._attention: dict[int, Any] = {}
+
+    def attention(self, rows: VirtualRows | None, request_ids: Sequence[str], page_size: int) -> Any | None:
+        """Return the remote attention of layers with this page size, or None if no row has keys on other replicas.
+
+        features/replicas/remote_attention_client.py has the object's methods.
+
+        Args:
+            rows: the step's virtual rows for this page size.
+            request_ids: ids of the batch's rows.
+        """
+        if rows is None or not rows.remote:
+            return None
+        if page_size not in self._attention:
+            queries = make_remote_queries(rows, request_ids, self.shards, page_size)
+            self._attention[page_size] = self.attend(queries)
+        return self._attention[page_size]

@@ -16,7 +16,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from starling.attention_backends.star.document_step import DocumentStep
 from starling.attention_backends.star.head_step import HeadStep
-from starling.attention_backends.star.remote_step import RemoteStep
+from starling.attention_backends.star.remote_queries import RemoteStep
 from starling.attention_backends.star.rows import Batch, VirtualRows
 from starling.scheduler.star.plan import StarPlan
 

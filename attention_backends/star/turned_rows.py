@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from starling.attention_backends.kernels.contract import Operands
+from starling.attention_backends.kernels.contract import Operands, Rotation
+from starling.attention_backends.kernels.dispatch import TurnedQueries, add_turned_attention
 from starling.attention_backends.kernels.ranges import TokenRanges
-from starling.attention_backends.kernels.rotary import Rotation
-from starling.attention_backends.kernels.turned import TurnedQueries, add_turned_attention
 from starling.attention_backends.star.rows import TurnedKeys
 
 MAX_TOKENS = 512

@@ -23,8 +23,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks.report import saved_figure, write_json
 from starling.attention_backends.kernels.contract import Operands
-from starling.attention_backends.kernels.triton import decode as triton_decode
-from starling.attention_backends.kernels.triton import prefill as triton_prefill
+from starling.attention_backends.kernels.triton import attention as triton_attention
 
 HEADS, KV_HEADS, SIZE, PAGE_SIZE = 32, 8, 128, 16
 CHUNK = 4096
@@ -82,11 +81,11 @@ def measure(queries: int, keys: int, device: str, repeats: int) -> dict[str, Any
         cache[table[0].long()].flatten(0, 1)[None, :keys].transpose(1, 2) for cache in (key_cache, value_cache)
     )
     key, value = key.contiguous(), value.contiguous()
-    kernel = triton_decode if queries == 1 else triton_prefill
+    attend = triton_attention.decode_attention if queries == 1 else triton_attention.prefill_attention
 
     def triton() -> torch.Tensor:
         operands = Operands(query, key_cache, value_cache, table, starts, lens, scale=SIZE**-0.5)
-        return kernel.paged_attention(operands)[0]
+        return attend(operands)[0]
 
     def sdpa() -> torch.Tensor:
         mask = None if queries == 1 else causal_lower_right(queries, keys)

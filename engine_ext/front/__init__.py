@@ -1,1 +1,1 @@
-"""What Starling does in the front's process, for OpenAI and gRPC alike: plans, progress, the live view."""
+"""Starling in the front's process, for OpenAI and gRPC alike: plans, progress, the live view."""

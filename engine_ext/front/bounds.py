@@ -1,4 +1,4 @@
-"""Bounds of what a client sends and is told, in one place: docs/security.md lists them."""
+"""Bounds on the sizes of clients' requests and of error messages, in one place: docs/security.md lists them."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 
 MAX_ERROR_BYTES = 1024
-"""Bytes of UTF-8 of an error's message. gRPC sends it three times with 8 KiB of metadata in all."""
+"""Largest size of an error message in bytes of UTF-8. gRPC sends it three times within 8 KiB of metadata."""
 
 MAX_CHOICES = 128
-"""Of one request (`n`), and beams of a beam search, where MAX_CHOICES_ENV says nothing else. vLLM's default is 16,384,
-whose end takes the front over a minute."""
+"""Largest number of choices of a request (`n`), or of beams of a beam search, unless MAX_CHOICES_ENV sets another one.
+
+vLLM's default is 16,384, which takes the front over a minute to finish.
+"""
 
 MAX_CHOICES_ENV = "VLLM_MAX_N_SEQUENCES"
-"""vLLM's environment variable: its SamplingParams refuse more choices, and name the variable."""
+"""Environment variable of vLLM: its SamplingParams refuse more choices, and name the variable."""
 
 CUT = " [... a part of this message is left out ...] "
 
 
 @dataclass(frozen=True)
 class Bound:
-    """The size of one field of a request.
+    """Upper bound of one field of a request.
 
     Attributes:
-        field: its name in vLLM's API, or in starling.v1.
-        limit: the largest size.
-        unit: of the limit.
-        fronts: that have the field.
+        field: name of the field in vLLM's API, or in starling.v1.
+        limit: the largest allowed size.
+        unit: unit of the limit.
+        fronts: the fronts that have the field.
     """
 
     field: str
@@ -38,7 +40,7 @@ class Bound:
     fronts: str = "HTTP and gRPC"
 
     def check(self, size: int) -> None:
-        """Check the field's size (raises VLLMValidationError: it is above the limit)."""
+        """Check the field's size (raises VLLMValidationError if it is above the limit)."""
         if size > self.limit:
             reason = f"it has {size} {self.unit}, and may have {self.limit} at most"
             raise VLLMValidationError(f"{self.field} is refused: {reason}.", parameter=self.field)
@@ -81,15 +83,15 @@ BOUNDS = (
     *PARAMS_BOUNDS,
     *(PROMPT_LOGPROBS, DOCUMENTS, DOCUMENTS_AT_ONCE),
 )
-"""All but the number of `segment_offsets` over gRPC, whose bound is the model's context, and MAX_CHOICES."""
+"""All bounds except MAX_CHOICES and the number of `segment_offsets` over gRPC, which the model's context bounds."""
 
 
 def check_request(request: Any, max_model_len: int) -> None:
-    """Check the fields of a gRPC request before one of them is parsed, which holds up the event loop.
+    """Check the sizes of a gRPC request's fields before any field is parsed, because parsing blocks the event loop.
 
     Args:
         request: a GenerateStreamRequest, or a message with its fields.
-        max_model_len: of the model.
+        max_model_len: length of the model's context in tokens.
 
     Raises:
         VLLMValidationError: a field is above its bound.
@@ -104,16 +106,16 @@ def check_request(request: Any, max_model_len: int) -> None:
 
 
 def check_params(params: Any) -> None:
-    """Check the sizes of a request's sampling parameters, over both fronts, before the engine has the request.
+    """Check the sizes of a request's sampling parameters, for both fronts, before the engine gets the request.
 
-    A grammar is compiled in the engine core, where all requests with structured outputs wait for it. The event loop
-    tokenises bad words, and all clients wait for it: 20 MB took 5 seconds.
+    A grammar is compiled in the engine core, where all requests with structured outputs wait for it. Bad words are
+    tokenised in the event loop, and all clients wait for that: 20 MB took 5 seconds.
 
     Args:
-        params: vLLM's SamplingParams, or those of a pooling request, which have none of these.
+        params: vLLM's SamplingParams, or the parameters of a pooling request, which have none of these fields.
 
     Raises:
-        VLLMValidationError: one is above its bound.
+        VLLMValidationError: a parameter is above its bound.
     """
     sizes = {
         LOGIT_BIAS: getattr(params, "logit_bias", None),
@@ -133,12 +135,13 @@ def check_params(params: Any) -> None:
 
 
 def check_prompt_logprobs(num_tokens: int, params: Any) -> None:
-    """Check how many log-probabilities of a prompt a request asks for, which the event loop makes texts of.
+    """Check how many prompt log-probabilities a request asks for, because the event loop converts them to text.
 
-    Each choice has its own: 4,000 tokens, 20 for each and 128 choices held the loop for 14 seconds.
+    Each choice has its own: 4,000 tokens with 20 log-probabilities each and 128 choices blocked the loop for 14
+    seconds.
 
     Raises:
-        VLLMValidationError: too many.
+        VLLMValidationError: the request asks for too many.
     """
     number = getattr(params, "prompt_logprobs", None)
     if number is not None:
@@ -148,16 +151,17 @@ def check_prompt_logprobs(num_tokens: int, params: Any) -> None:
 def bounded_text(renderer: Any, text: str, params: Any) -> Any:
     """Check that a model's context could hold a text, before it is tokenised.
 
-    vLLM does so where a request names the model's context and does not truncate. Its `/tokenize` does not: a text of
-    60 MB took over 10 GB. A text that is truncated is cut, as vLLM does it where the request names a side.
+    vLLM checks this only if a request names the model's context and does not truncate. Its `/tokenize` does not check:
+    a text of 60 MB took over 10 GB. A text that is to be truncated is cut first, as vLLM does it if the request names a
+    side.
 
     Args:
-        renderer: vLLM's.
-        text: a prompt, or the one that a chat template has made.
+        renderer: vLLM's renderer.
+        text: a prompt, possibly made by a chat template.
         params: vLLM's TokenizeParams.
 
     Returns:
-        The parameters, with the side of a text that is cut.
+        The parameters, with the side on which a too long text is cut.
 
     Raises:
         VLLMValidationError: the text makes more tokens than the context has, and is not truncated.
@@ -176,7 +180,7 @@ def bounded_text(renderer: Any, text: str, params: Any) -> Any:
 
 
 def num_characters(value: Any) -> int:
-    """Of a text, of the texts of a list, or of the JSON of an object; 0 for None."""
+    """Return the number of characters of a text, of a list's texts, or of an object's JSON; 0 for None."""
     if isinstance(value, list):
         return sum(len(text) for text in value)
     if isinstance(value, dict):
@@ -185,7 +189,7 @@ def num_characters(value: Any) -> int:
 
 
 def shortened(text: str) -> str:
-    """A message for a client: the text, or, of one above MAX_ERROR_BYTES, its start and its end."""
+    """Return a message for a client: the text, or only its start and end if it is longer than MAX_ERROR_BYTES."""
     if len(text) <= MAX_ERROR_BYTES and len(text.encode(errors="surrogatepass")) <= MAX_ERROR_BYTES:
         return text
     half = (MAX_ERROR_BYTES - len(CUT)) // 2

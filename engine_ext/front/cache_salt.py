@@ -1,7 +1,7 @@
-"""Gives each engine input the salt that the server's option `cache_salt` asks for, before its prompt is planned.
+"""Cache salts: each engine input gets the salt that the server's option `cache_salt` asks for, before it is planned.
 
-Prompts share pages only if their salts are equal. With block reuse a client can look for one star block of another
-client's prompt, without knowing what is before the block: only salts keep clients apart.
+Prompts share pages only if their salts are equal. With block reuse a client can probe for one star block of another
+client's prompt without knowing the text before the block: only salts keep clients apart.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from starling.engine_ext.front.call import Call, current_call
 
 
 def derived_salt(api_key: str, salt: str | None) -> str:
-    """The salt of a client's prompts: an HMAC-SHA256 whose key is the API key, over the request's own salt.
+    """Return the salt of a client's prompts: an HMAC-SHA256 over the request's own salt, keyed with the API key.
 
-    Equal in all processes and on all hosts. The API key does not follow from it.
+    The salt is the same in all processes and on all hosts. The API key can't be computed from it.
     """
     message = b"" if salt is None else b"\0" + salt.encode(errors="surrogatepass")
     return hmac.new(
@@ -30,11 +30,12 @@ def derived_salt(api_key: str, salt: str | None) -> str:
 
 
 def salt_for(setting: str, salt: str | None, client: Call | None) -> str | None:
-    """The salt with which a request reaches the engine.
+    """Return the salt with which a request reaches the engine.
 
     Args:
-        setting: a value of the option: config/entry.py.
-        salt: the request's own.
+        setting: value of the server's option, see config/entry.py.
+        salt: the request's own salt.
+        client: the call of the client, or None if there is none.
 
     Raises:
         OptionError: the server requires a salt or an API key, and the request has none.
@@ -55,9 +56,10 @@ def salt_for(setting: str, salt: str | None, client: Call | None) -> str | None:
 
 
 def part_with_salt(engine_input: Mapping[str, Any]) -> str | None:
-    """The key of the part of an engine's input in which vLLM looks for the salt; None: the input itself.
+    """Return the key of the part of an engine input in which vLLM looks for the salt, or None for the input itself.
 
-    The prompt of an encoder-decoder model has it in the decoder's prompt, and before it is rendered in the encoder's.
+    The prompt of an encoder-decoder model has the salt in the decoder's prompt or, before it is rendered, in the
+    encoder's.
     """
     if engine_input.get("type") == "enc_dec":
         return "decoder_prompt"
@@ -65,10 +67,10 @@ def part_with_salt(engine_input: Mapping[str, Any]) -> str | None:
 
 
 def salted(setting: str, engine_input: Any) -> Any:
-    """An engine's input with the salt that it gets on this server.
+    """Return an engine input with the salt that it gets on this server.
 
     Raises:
-        VLLMValidationError: as ``salt_for`` raises OptionError, or a prompt without a place for a salt needs one.
+        VLLMValidationError: ``salt_for`` raised an OptionError, or a prompt that can't hold a salt needs one.
     """
     if setting == "request":
         return engine_input

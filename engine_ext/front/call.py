@@ -1,4 +1,4 @@
-"""The HTTP request or gRPC call that a front is handling, in a context variable: who sent it, and what is noted of it.
+"""The HTTP request or gRPC call that a front is handling, in a context variable: its sender, and notes about it.
 
 The HTTP middleware and gRPC's interceptor set it; the hooks of the plugin, the cache salt and responses read it.
 """
@@ -16,20 +16,21 @@ from starling.engine_ext.front.bounds import SEQUENCES
 
 @dataclass
 class Call:
-    """One HTTP request or gRPC call.
+    """State of one HTTP request or gRPC call.
 
     Attributes:
-        api_key: that the client sent; empty where it sent none. A front has checked it only where the call needs a key.
-        sees_cached: whether responses may say how many tokens were cached (vLLM's --enable-prompt-tokens-details,
-            which a server with documents has).
-        star: the star options of the chat that is rendered for it, which vLLM's renderer does not get.
-        plans: of its prompts, as the header of an HTTP response shows them.
-        max_plans: how many plans to keep; None for all. Beam search makes a new prompt of each beam and token.
-        request_ids: of the engine requests that were made for it, which a client may have chosen.
-        engine_ids: the engine's own ids of these requests, which are nobody else's.
-        num_sequences: of them: their choices.
-        only_looks_up: its prompt is not run: what is cached of it is looked up.
-        cached: what was found (look_up.py); None: nothing yet.
+        api_key: API key that the client sent, or empty if it sent none. A front has checked it only if the call needs a
+            key.
+        sees_cached: whether responses may say how many tokens were cached (vLLM's --enable-prompt-tokens-details, which
+            a server with documents has).
+        star: star options of the chat that is rendered for this call. vLLM's renderer does not get them.
+        plans: plans of its prompts, as the header of an HTTP response shows them.
+        max_plans: how many plans to keep, or None for all. Beam search makes a new prompt of each beam and token.
+        request_ids: ids of the engine requests made for this call. A client may have chosen them.
+        engine_ids: the engine's own, unique ids of these requests.
+        num_sequences: number of choices of these requests together.
+        only_looks_up: True if the prompt is not run, and only its cached tokens are looked up.
+        cached: result of the look-up (look_up.py), or None if there is none yet.
     """
 
     api_key: str = ""
@@ -44,7 +45,7 @@ class Call:
     cached: dict[str, Any] | None = None
 
     def add_request(self, request_id: str, num_choices: int) -> None:
-        """Note an engine request (raises VLLMValidationError: the call has too many)."""
+        """Note an engine request (raises VLLMValidationError if the call has too many)."""
         self.num_sequences += num_choices
         SEQUENCES.check(self.num_sequences)
         self.request_ids.append(request_id)
@@ -59,7 +60,7 @@ current_call: ContextVar[Call | None] = ContextVar("starling_call", default=None
 
 
 def this_call() -> Call:
-    """The current call, which is made where there is none."""
+    """Return the current call, and make it if there is none."""
     call = current_call.get()
     if call is None:
         call = Call()
@@ -80,13 +81,13 @@ def note_star(options: Mapping[str, Any]) -> None:
 
 
 def sees_cached() -> bool:
-    """Whether the client may learn how many tokens of its prompt were cached."""
+    """Return whether the client may learn how many tokens of its prompt were cached."""
     call = current_call.get()
     return call is None or call.sees_cached
 
 
 async def without_cached(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
-    """The engine's outputs without their number of cached tokens, which vLLM's Responses API shows in any case."""
+    """Yield the engine's outputs without their number of cached tokens, which vLLM's Responses API always shows."""
     async with aclosing(outputs):
         async for output in outputs:
             output.num_cached_tokens = None
@@ -94,7 +95,7 @@ async def without_cached(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[A
 
 
 async def with_sources(outputs: AsyncGenerator[Any, None], plan: dict[str, Any] | None) -> AsyncGenerator[Any, None]:
-    """The engine's outputs; from the first on, the plan as a response shows it says where its documents came from."""
+    """Yield the engine's outputs, and add the sources of the documents to the shown plan from the first output on."""
     async with aclosing(outputs):
         async for output in outputs:
             sources = getattr(output, "document_sources", None)  # an aborted request has an output of no engine

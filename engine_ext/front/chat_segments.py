@@ -1,9 +1,9 @@
-"""The messages of a chat as segments of its prompt (``star_segments`` = ``auto``).
+"""Messages of a chat as segments of its prompt (``star_segments`` = ``auto``).
 
-A message starts where the prompt of all messages before it ends. So the server's own template is asked: it renders the
-messages before each one alone, and where that text is the beginning of the whole prompt, its length is the border. A
+A message starts where the prompt of all messages before it ends. The server's own template finds this place: it renders
+the messages before each one alone, and if that text is the beginning of the whole prompt, its length is the border. A
 template's start token (``<|im_start|>``) would be simpler, but it does not say which messages a template puts into one
-turn, stands in texts that users write, and is another one for each model.
+turn, occurs in texts that users write, and differs between models.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from starling.scheduler.star.decide import too_short
 from starling.scheduler.star.facts import KnownSegments
 
 MAX_RENDERED = 2**16
-"""Parts of messages that are rendered for the borders of one chat, all beginnings together: about 0.6 s of a core."""
+"""Most message parts to render for the borders of one chat, over all beginnings: about 0.6 s of a core."""
 
 CHARACTERS_OF_A_PART = 1024
-"""So many characters of a chat count as a part: templates copy texts, and write definitions of tools as JSON."""
+"""Number of characters that count as one part: templates copy texts, and write definitions of tools as JSON."""
 
 ONE_MESSAGE = "the chat has one message, which is the question"
 TOO_MANY_PARTS = f"the chat has more than {MAX_RENDERED // 2} parts"
@@ -38,7 +38,7 @@ NOT_SEPARATE = "the chat template does not render the first message as the begin
 
 
 def generates(http_request: Any) -> bool:
-    """Whether a request of an OpenAI server generates, or only reads a prompt (/tokenize).
+    """Return whether a request of an OpenAI server generates, rather than only reads a prompt (/tokenize).
 
     vLLM makes a request with `vllm_xargs` of each chat of a batch.
     """
@@ -46,16 +46,16 @@ def generates(http_request: Any) -> bool:
 
 
 def note_chat_options(http_request: Any) -> None:
-    """Note the options of a request of the OpenAI server before its chat is rendered.
+    """Note the options of a request to the OpenAI server before its chat is rendered.
 
-    A request that generates nothing, and beam search, have no star plan.
+    A request that generates nothing and a beam search have no star plan.
     """
     has_plan = generates(http_request) and not getattr(http_request, "use_beam_search", False)
     note_star((getattr(http_request, "vllm_xargs", None) or {}) if has_plan else {"star": "off"})
 
 
 def auto_options(renderer: Any) -> StarOptions | None:
-    """The options of the chat that is being rendered if they ask for its messages as segments, else None."""
+    """Return the options of the chat that is being rendered if they ask for its messages as segments, else None."""
     config, call = config_of(renderer.config), current_call.get()
     if config is None:
         return None
@@ -68,12 +68,12 @@ def auto_options(renderer: Any) -> StarOptions | None:
 
 
 def wants_segments(renderer: Any) -> bool:
-    """Whether the chat that is being rendered is to have its messages as segments."""
+    """Return whether the chat that is being rendered is to have its messages as segments."""
     return auto_options(renderer) is not None
 
 
 async def add_segments(renderer: Any, messages: Sequence[Any], params: Any, engine_input: dict[str, Any]) -> None:
-    """Put the segments of a rendered chat into its engine input, unless it is too short for star.
+    """Put the segments of a rendered chat into its engine input, unless the prompt is too short for star.
 
     Args:
         params: vLLM's ChatParams of the chat.
@@ -87,14 +87,14 @@ async def add_segments(renderer: Any, messages: Sequence[Any], params: Any, engi
 async def message_segments(
     renderer: Any, messages: Sequence[Any], params: Any, engine_input: Mapping[str, Any]
 ) -> KnownSegments:
-    """Where the messages of a chat start in its prompt.
+    """Find the places in a chat's prompt at which its messages start.
 
-    The first message, with what the template puts before it, is the head. A message that the template does not separate
-    from the one before it, such as the second of two results of tools, is in the segment of that one.
+    The first message, with the text that the template puts before it, is the head. A message that the template does not
+    separate from the one before it, such as the second of two tool results, belongs to the segment of that one.
 
     Args:
         params: vLLM's ChatParams of the chat.
-        engine_input: of the chat, with the prompt's text and the characters of its tokens.
+        engine_input: engine input of the chat, with the prompt's text and the characters of its tokens.
     """
 
     def refused(reason: str) -> KnownSegments:
@@ -127,7 +127,7 @@ async def message_segments(
 
 
 async def refusal_of_template(renderer: Any, params: Any) -> str | None:
-    """Why no chat of a model has its messages as segments, tried with a short one; None: chats can have them.
+    """Return why no chat of a model can have its messages as segments, tried with a short chat, or None if chats can.
 
     Args:
         params: vLLM's ChatParams of a server.
@@ -144,20 +144,20 @@ async def refusal_of_template(renderer: Any, params: Any) -> str | None:
 
 
 def num_parts(messages: Sequence[Any]) -> int:
-    """What the renderer looks at one by one: messages, the parts of their contents, and calls of tools."""
+    """Count the parts that the renderer handles one by one: messages, the parts of their contents, and tool calls."""
     contents = sum(len(content) for message in messages if isinstance(content := message.get("content"), (list, tuple)))
     calls = sum(len(message.get("tool_calls") or ()) for message in messages)
     return len(messages) + contents + calls
 
 
 def numbers_to_render(num_messages: int, parts: int) -> list[int]:
-    """How many messages are before each segment: 1, 2, ..., and all but the last.
+    """Return the numbers of messages before each segment: 1, 2, ..., and all but the last.
 
-    Where that would be too much work, several consecutive messages are a segment. Their number is a power of two, so
-    that the borders stay as a chat grows. None at all where even two beginnings are too much.
+    If that would be too much work, several consecutive messages form one segment. Their number is a power of two, so
+    that the borders stay in place as a chat grows. The list is empty if even two beginnings are too much.
 
     Args:
-        parts: of the whole chat, at least its messages; each beginning takes at most so many.
+        parts: parts of the whole chat, at least its number of messages; no beginning has more.
     """
     if 2 * parts > MAX_RENDERED:
         return []
@@ -168,7 +168,7 @@ def numbers_to_render(num_messages: int, parts: int) -> list[int]:
 
 
 async def rendered_text(renderer: Any, messages: Sequence[Any], params: Any) -> str | None:
-    """The text of these messages alone; None: the template refuses them, or makes no text."""
+    """Return the text of these messages alone, or None if the template refuses them or makes no text."""
     try:
         _, prompt = await renderer.render_messages_async(list(messages), params)
     except (VLLMValidationError, ValueError, TimeoutError):  # vLLM gives a template 30 s
@@ -178,10 +178,10 @@ async def rendered_text(renderer: Any, messages: Sequence[Any], params: Any) -> 
 
 
 def token_at(characters: Sequence[int], position: int) -> int | None:
-    """The token that starts at a character; None: a token reaches over it, or no token is behind it.
+    """Return the token that starts at a character, or None if a token spans it or no token follows it.
 
     Args:
-        characters: where each token of the prompt starts, ascending.
+        characters: positions of the characters at which the prompt's tokens start, ascending.
     """
     token = bisect_left(characters, position)
     return token if 0 < token < len(characters) and characters[token] == position else None

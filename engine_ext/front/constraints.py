@@ -1,4 +1,4 @@
-"""Parameters that vLLM accepts and then fails with, as errors of the client."""
+"""Parameters that vLLM accepts and then fails on, reported as errors of the client."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 
 TRANSFER_KEYS = ("kv_transfer_params", "ec_transfer_params")
-"""Keys of extra_args that vLLM itself reads. It fails where the value is no object."""
+"""Keys of extra_args that vLLM itself reads. It fails if a value is not an object."""
 
 NO_TOKEN = (
     "The engine ended the output: no token is left that both allowed_token_ids and structured_outputs allow. Leave out "
@@ -21,11 +21,11 @@ NO_GRAMMAR = (
     "nothing but itself. The server's log says which. Allowed: a constraint that some text satisfies"
 )
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
-"""Fields of vLLM's StructuredOutputsParams, of which a request has one."""
+"""Fields of vLLM's StructuredOutputsParams. A request sets one of them."""
 
 
 def check_transfer_params(extra_args: Mapping[str, Any] | None) -> None:
-    """Check the values of TRANSFER_KEYS (raises VLLMValidationError: one is no object)."""
+    """Check the values of TRANSFER_KEYS (raises VLLMValidationError if one is not an object)."""
     for key in TRANSFER_KEYS:
         value = (extra_args or {}).get(key)
         if value is not None and not isinstance(value, Mapping):
@@ -34,10 +34,11 @@ def check_transfer_params(extra_args: Mapping[str, Any] | None) -> None:
 
 
 def constraint_error(params: Any) -> VLLMValidationError | None:
-    """What to answer where the engine ends an output with an error; None: no constraint of the request is the reason.
+    """Return the error to answer if the engine ends an output with an error, or None if no constraint is the reason.
 
-    vLLM's front checks a constraint's syntax. The engine core makes the grammar: it may fail (`root ::= root root`), or
-    leave no token (`{"$ref": "#"}`). vLLM then samples one that the grammar rejects. Its server answers 500 to both.
+    vLLM's front checks a constraint's syntax. The engine core makes the grammar: this may fail (`root ::= root root`),
+    or leave no token (`{"$ref": "#"}`), and then vLLM samples a token that the grammar rejects. Its server answers 500
+    to both.
     """
     structured = getattr(params, "structured_outputs", None)
     if not structured:
@@ -50,7 +51,7 @@ def constraint_error(params: Any) -> VLLMValidationError | None:
 
 
 async def with_reason(outputs: AsyncGenerator[Any, None], error: Exception) -> AsyncGenerator[Any, None]:
-    """The engine's outputs of a request with a constraint (raises ``error``: the engine ended a choice with one)."""
+    """Yield the outputs of a request with a constraint (raises ``error`` if the engine ended a choice with one)."""
     async with aclosing(outputs):
         async for output in outputs:
             if any(choice.finish_reason == "error" for choice in output.outputs):

@@ -1,4 +1,4 @@
-"""What Starling keeps of one engine in a front's process."""
+"""State that Starling keeps of one engine in a front's process."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from starling.features.replicas.front import Replicas
 from starling.features.replicas.split.replica_rpc import ReplicaRPC
 
 LOOKUPS = 4
-"""Prompts that are looked up at once (look_up.py): each takes milliseconds of an engine's process."""
+"""Number of prompts that are looked up at once (look_up.py): each takes milliseconds of an engine's process."""
 
 
 class FrontState:
-    """One for each engine.
+    """State of one engine in a front's process.
 
     Attributes:
         planner: plans the engine's requests.
-        poller: watches how far prompts are.
-        serving_models: returns vLLM's list of the server's models; None where no OpenAI server uses the engine.
+        poller: polls the progress of prompts.
+        serving_models: returns vLLM's list of the server's models, or None if no OpenAI server uses the engine.
         replicas: prompts that are split over replicas, or None if Starling runs without.
         rpc: calls to the engine's replicas.
-        lookups: the turns of prompts that are looked up.
+        lookups: semaphore that limits the prompts that are looked up at once.
     """
 
     def __init__(self, vllm_config: Any, tokenizer: Any = None) -> None:
@@ -44,7 +44,7 @@ class FrontState:
         self.lookups = asyncio.Semaphore(LOOKUPS)
 
     def outputs(self, request: FrontRequest) -> AsyncGenerator[Any, None]:
-        """The outputs of a request, from vLLM's engine or from a feature that runs it in its own way.
+        """Return the outputs of a request, from vLLM's engine or from a feature that runs it in its own way.
 
         Raises:
             VLLMValidationError: the request can't run.
@@ -67,12 +67,12 @@ class FrontState:
     def set_serving_models(self, models: Any) -> None:
         """Keep vLLM's list of models, from which gRPC requests get LoRA adapters.
 
-        By a weak reference: the list refers to the engine, and so to this state's key.
+        The list is held by a weak reference, because it refers to the engine, and so to this state's key.
         """
         self.serving_models = weakref.ref(models)
 
     def lora_adapters(self) -> dict[str, Any]:
-        """The LoRA adapters (vLLM's LoRARequests) by name, those loaded while the server runs included."""
+        """Return the LoRA adapters (vLLM's LoRARequests) by name, including those loaded while the server runs."""
         models = self.serving_models()
         return {} if models is None else dict(models.lora_requests)
 
@@ -82,7 +82,7 @@ _making = threading.Lock()  # vLLM processes some inputs in threads
 
 
 def state_of(input_processor: Any) -> FrontState:
-    """The state of the engine that an input processor belongs to, made at the first call."""
+    """Return the state of the engine that an input processor belongs to, and make it at the first call."""
     state = _states.get(input_processor)
     if state is not None:
         return state
@@ -94,5 +94,5 @@ def state_of(input_processor: Any) -> FrontState:
 
 
 def front_state(engine: Any) -> FrontState:
-    """The state of an AsyncLLM."""
+    """Return the state of an AsyncLLM."""
     return state_of(engine.input_processor)

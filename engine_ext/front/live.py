@@ -1,7 +1,7 @@
 """The requests of an engine's replicas, as the live page shows them.
 
 Replicas are asked only while somebody looks, and at most once in SHARE_SECONDS for all viewers together. A replica
-answers between two of its steps; one that has not answered is not asked again, and what it said before is shown with
+answers between two of its steps. One that has not answered is not asked again, and its previous answer is shown with
 its age.
 """
 
@@ -27,19 +27,19 @@ from starling.scheduler.core_rpc import LIVE_REQUESTS
 from starling.vllm_compat.front import call_engine_core, num_engine_cores, request_state
 
 SHARE_SECONDS = 0.5
-"""How long a snapshot serves all who ask for one."""
+"""Seconds for which one snapshot serves all viewers."""
 
 WAIT_SECONDS = 1.0
-"""How long a snapshot waits for the replicas."""
+"""Seconds for which a snapshot waits for the replicas."""
 
 TOTALS_SECONDS = 2.0
-"""How long totals serve. Reading them takes as long as a scrape of /metrics."""
+"""Seconds for which totals are reused. Reading them takes as long as a scrape of /metrics."""
 
 KEEP_SECONDS = 10.0
-"""How long after the last look answers are kept."""
+"""Seconds for which answers are kept after the last look."""
 
 OF_ENGINE = re.compile(r"-[0-9a-f]{8}$")
-"""What vLLM appends to the id that a front gives a request."""
+"""Suffix that vLLM appends to the id that a front gives a request."""
 
 TOTALS = {
     "vllm:prompt_tokens_total": "prompt_tokens",
@@ -49,7 +49,7 @@ TOTALS = {
     "starling:keys_attended_total": "keys_attended",
     "starling:keys_dense_total": "keys_dense",
 }
-"""Series of /metrics -> name of their sum in a snapshot."""
+"""Names of /metrics series, and the names of their sums in a snapshot."""
 
 Row = dict[str, Any]
 
@@ -72,7 +72,7 @@ class LiveView:
         self.forgetting: asyncio.TimerHandle | None = None
 
     async def body(self) -> bytes:
-        """The newest snapshot as JSON (docs/monitoring.md), at most SHARE_SECONDS old.
+        """Return the newest snapshot as JSON (docs/monitoring.md), at most SHARE_SECONDS old.
 
         Raises:
             EngineDeadError: the server's engines are dead.
@@ -113,7 +113,7 @@ class LiveView:
         return json.dumps(shown, separators=(",", ":")).encode()
 
     async def _ask(self) -> None:
-        """Ask the replicas that owe no answer, and wait for all of them, for WAIT_SECONDS."""
+        """Ask the replicas that have no call pending, and wait for all of them for at most WAIT_SECONDS."""
         for rank in range(num_engine_cores(self.engine)):
             if rank not in self.calls:
                 self.calls[rank] = asyncio.ensure_future(self._call(rank))
@@ -136,7 +136,7 @@ class LiveView:
         return self.totals[1]
 
     def _replica(self, rank: int, now: float) -> dict[str, Any]:
-        """The number of a replica's requests, and the age of this answer; None where it has not answered yet."""
+        """Return a replica's numbers of requests and the age of its answer, each None if it has not answered yet."""
         if rank not in self.answers:
             return {"replica": rank, "age": None, "running": None, "waiting": None}
         at, answer = self.answers[rank]
@@ -148,7 +148,7 @@ class LiveView:
         return max(number, 0)
 
     def _rows(self) -> tuple[list[Row], int]:
-        """The requests of all replicas, running ones first, the oldest first; and how many only this front knows."""
+        """Return the requests of all replicas, running first, then oldest first, and how many only this front knows."""
         wholes: list[Row] = []
         parts: dict[str, list[Row]] = {}
         for rank, (_, answer) in sorted(self.answers.items()):
@@ -168,7 +168,7 @@ class LiveView:
         return rows, len(unknown)
 
     def _keep_numbers_of_parts(self, rows: list[Row], unknown: set[str]) -> None:
-        """Let the numbers of split prompts not fall, when one part has ended and others have not, or the whole begins.
+        """Keep the numbers of split prompts from falling when one part ends before others, or when the whole begins.
 
         Args:
             unknown: ids of split prompts that no replica knows now.
@@ -189,7 +189,7 @@ class LiveView:
         self.of_parts = of_parts
 
     def _row(self, rank: int, state: Mapping[str, Any]) -> Row:
-        """A request as its replica and, where it is this front's, the front know it."""
+        """Return a request as its replica knows it, and as this front knows it if the request is its own."""
         row = {**state, "on": [rank], "seconds": round(state["seconds"], 2)}
         of_front = request_state(self.engine, state["id"])
         if of_front is None:  # another API server's, or an id that is cut
@@ -201,7 +201,7 @@ class LiveView:
         return row
 
     def _ended(self, now: float) -> list[Row]:
-        """Requests that have ended, the last one first."""
+        """Return the requests that have ended, the most recent first."""
         rows = []
         for rank, (at, answer) in self.answers.items():
             for state in answer["ended"]:
@@ -211,7 +211,7 @@ class LiveView:
 
 
 def merged(parts: list[Row]) -> Row:
-    """The parts of one prompt as one request, which is waiting or running on several replicas."""
+    """Merge the parts of one prompt into one request that is waiting or running on several replicas."""
     progress = furthest([part | {"cached": part["cached"] or 0} for part in parts])
     assert progress is not None
     first = max(parts, key=lambda part: part["status"] == "running")
@@ -219,7 +219,7 @@ def merged(parts: list[Row]) -> Row:
 
 
 def read_totals(registry: Collector) -> dict[str, float]:
-    """Sums of series since the server's start; those that no process has yet are left out."""
+    """Return the sums of series since the server's start, without series that no process has yet."""
     sums: dict[str, float] = {}
     for sample in chain.from_iterable(family.samples for family in registry.collect()):
         if sample.name in TOTALS:

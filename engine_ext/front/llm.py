@@ -19,11 +19,11 @@ from starling.vllm_compat.versions import problem
 if TYPE_CHECKING:
 
     class Output(RequestOutput):
-        """vLLM's RequestOutput, with what Starling adds to it.
+        """RequestOutput of vLLM, with the fields that Starling adds.
 
         Attributes:
             plan: how the prompt was prefilled: ``plan["attention"]`` is "star" or "dense", ``plan["why"]`` says why.
-            document_sources: where the KV of each document came from, in tokens; None: there are none.
+            document_sources: number of tokens of each document's KV by source, or None if there are no documents.
         """
 
         plan: dict[str, Any]
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 
 class LLM(vllm.LLM):
-    """vLLM's LLM with Starling activated.
+    """The LLM class of vLLM with Starling activated.
 
-    ``star`` is Star Attention's options everywhere: "on", "off" or "auto", a dict such as
-    ``{"mode": "on", "block_size": "n/8"}``, or StarOptions. All else is vLLM's.
+    ``star`` holds Star Attention's options in all methods: "on", "off" or "auto", a dict such as ``{"mode": "on",
+    "block_size": "n/8"}``, or StarOptions. All other arguments are vLLM's.
     """
 
     def __init__(
@@ -45,10 +45,13 @@ class LLM(vllm.LLM):
         additional_config: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        """
+        """Start an engine with Starling activated.
+
         Args:
+            model: name or path of the model, as for vLLM's LLM.
             star: the options of requests that give none of their own. Default: off.
-            options: of vLLM's LLM.
+            additional_config: as for vLLM's LLM; its `starling` entry may hold further options.
+            options: further options of vLLM's LLM.
 
         Raises:
             OptionError: a star option can't be used, or ``additional_config`` gives it another value.
@@ -68,7 +71,7 @@ class LLM(vllm.LLM):
         star: Star | None = None,
         **options: Any,
     ) -> list[Output]:
-        """As vLLM's generate.
+        """Generate outputs as vLLM's ``LLM.generate`` does.
 
         Args:
             star: options of these prompts, in place of the engine's.
@@ -86,7 +89,7 @@ class LLM(vllm.LLM):
         star: Star | None = None,
         **options: Any,
     ) -> list[Output]:
-        """As vLLM's chat; ``star`` has the options of these chats, in place of the engine's (raises OptionError)."""
+        """Chat as vLLM's ``LLM.chat`` does, with ``star`` in place of the engine's options (raises OptionError)."""
         params = self._with_star(sampling_params, star)
         return cast("list[Output]", super().chat(messages, params, *arguments, **options))
 
@@ -103,14 +106,14 @@ class LLM(vllm.LLM):
 
 
 def with_star(params: SamplingParams, given: Mapping[str, Any]) -> SamplingParams:
-    """A copy of sampling parameters that has star options, by their flat names, in its extra_args."""
+    """Return a copy of sampling parameters with star options, under their flat names, in its extra_args."""
     params = copy.copy(params)
     params.extra_args = {**(params.extra_args or {}), **given}
     return params
 
 
 def activated(additional_config: Mapping[str, Any], star: Star | None) -> dict[str, Any]:
-    """vLLM's ``additional_config`` with the entry that activates Starling (raises OptionError)."""
+    """Return ``additional_config`` with the entry that activates Starling (raises OptionError)."""
     entry = additional_config.get(ENTRY, {})
     given = {} if star is None else flat_options(star)
     parse_options(given)

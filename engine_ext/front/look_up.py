@@ -1,4 +1,4 @@
-"""How many tokens of a request's prompt each replica has cached: asked in place of running the request."""
+"""Look-up of the tokens of a request's prompt that each replica has cached, in place of running the request."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from starling.vllm_compat.front import call_engine_core, num_engine_cores
 
 
 def prepare_look_up(http_request: Any) -> None:
-    """Make one answer of a request of a call that only looks up, where it asks for a stream or its prompt.
+    """Prepare a request of a call that only looks up to give one answer, even if it asks for a stream or an echo.
 
     Raises:
-        VLLMValidationError: it runs when the call has ended, or makes a prompt of each beam and token.
+        VLLMValidationError: the request runs in the background, or is a beam search, which makes a new prompt of each
+            beam and token.
     """
     if not this_call().only_looks_up:
         return
@@ -42,17 +43,18 @@ def prepare_look_up(http_request: Any) -> None:
 def look_up(
     engine: Any, prompt: Any, request_id: str, keywords: Mapping[str, Any], call: Call
 ) -> AsyncGenerator[RequestOutput, None]:
-    """The outputs of a request that is looked up: one without tokens, once the call has its answer.
+    """Return the outputs of a request that is looked up: one output without tokens, once the call has its answer.
 
-    What is refused is so before a response begins.
+    Requests are refused here, before a response begins.
 
     Args:
         engine: an AsyncLLM.
         prompt: the engine input.
-        request_id, keywords: of AsyncLLM.generate.
+        request_id, keywords: as for AsyncLLM.generate.
+        call: the call that gets the answer.
 
     Raises:
-        VLLMValidationError: prompts of this kind are not looked up, nor are several at once.
+        VLLMValidationError: prompts of this kind can't be looked up, or the request has several prompts.
     """
     planned = decision_of(prompt)
     if planned is None or planned.token_ids is None:
@@ -68,11 +70,11 @@ def look_up(
 async def _ask(
     engine: Any, question: tuple[Any, ...], plan: Any, call: Call, request_id: str
 ) -> AsyncGenerator[RequestOutput, None]:
-    """Give a call its answer. While it waits, it counts as a request of the server's limits (--max-num-queued-reqs).
+    """Store the replicas' answer in the call, which counts towards the limits until then (--max-num-queued-reqs).
 
     Raises:
         QueueOverflowError, MaxQueuedTokensError: the server's limits are reached.
-        VLLMValidationError: the engine looks up no prompt.
+        VLLMValidationError: the engine can't look up prompts.
         EngineDeadError, RetryableRequestError: a replica does not answer.
     """
     admission = admit(engine, request_id, 1, len(question[0]))

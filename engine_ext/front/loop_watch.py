@@ -1,4 +1,4 @@
-"""Says when a front's event loop stood still, and what ran then: all clients of both fronts wait meanwhile."""
+"""Watch over a front's event loop: reports when it stalled, and the code that ran. All clients wait during a stall."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ BEAT_SECONDS = 0.05
 STALL_SECONDS = 0.2
 STARVED_SHARE = 0.75
 LOG_SECONDS = 10.0
-"""Between two lines of the log; stalls between them are counted only."""
+"""Minimum seconds between two log lines. Stalls in between are only counted."""
 
 NUM_FRAMES = 6
 IDLE_MODULES = ("asyncio.runners", "asyncio.base_events", "selectors", "uvloop")
-"""Modules whose code is a thread's innermost while its event loop runs no callback."""
+"""Modules of a thread's innermost frame while its event loop runs no callback."""
 
 
 def what_runs(frame: FrameType | None) -> str | None:
-    """The innermost functions of a thread that runs an event loop; None: the loop runs none, and waits."""
+    """Return the innermost functions of a thread that runs an event loop, or None if the loop is idle."""
     if frame is None or frame.f_globals.get("__name__", "").startswith(IDLE_MODULES):
         return None
     inner = traceback.extract_stack(frame)[-NUM_FRAMES:]
@@ -44,7 +44,7 @@ PRESSURE = Path("/proc/pressure/cpu")
 
 
 def waited_for_processors() -> float:
-    """Seconds since the start in which any process of this machine waited for a processor; 0 where Linux has no PSI."""
+    """Return the seconds since boot in which any process waited for a processor, or 0 if Linux has no PSI."""
     try:
         return int(PRESSURE.read_text().split("total=", 1)[1].split()[0]) / 1e6
     except (OSError, ValueError, IndexError):
@@ -52,7 +52,7 @@ def waited_for_processors() -> float:
 
 
 class ThreadTime:
-    """The processor time of a thread. Linux counts it; else it is 0.
+    """Processor time of a thread, or 0 if the system, unlike Linux, does not count it.
 
     Args:
         thread: the system's id of the thread.
@@ -64,7 +64,7 @@ class ThreadTime:
             self.file = os.open(f"/proc/self/task/{thread}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
 
     def seconds(self) -> tuple[float, float]:
-        """How long it has run, and how long it was ready to run while other threads had the processor."""
+        """Return the seconds the thread has run, and the seconds it was ready to run while others had the processor."""
         if self.file is None:
             return 0.0, 0.0
         run, ready = os.pread(self.file, 100, 0).split()[:2]
@@ -76,19 +76,19 @@ class ThreadTime:
 
 
 class LoopWatch:
-    """A beat in the running event loop, which is late when the loop stands still, and a thread that looks why it is.
+    """Watch of the running event loop: a beat that is late when the loop stalls, and a thread that finds out why.
 
-    The time in which other processes had the processor is no stall. Nor is that in which the whole process stood still:
-    it was stopped, or its machine was, or waited for memory. Then the process takes no CPU time, and the thread that
-    looks does not run either.
+    Time in which other processes had the processor is no stall. Neither is time in which the whole process stood still,
+    because it or its machine was stopped or waited for memory. The process then takes no CPU time, and the watching
+    thread does not run either.
 
-    Where most of the time all processors were taken, only the time counts in which the loop's own thread ran: it may
-    have waited for Python's lock, whose holder waited for a processor. Where the thread itself waited for a processor
-    nearly all the time, nothing counts: when it gets one, it has to catch up with all that has arrived meanwhile.
+    If all processors were taken most of the time, only the time in which the loop's own thread ran counts: it may have
+    waited for Python's lock, whose holder waited for a processor. If the thread itself waited for a processor nearly
+    all the time, nothing counts: when it gets one, it has to catch up with everything that arrived in the meantime.
 
     Args:
         on_stall: called in the loop after each stall with its seconds.
-        pressure: seconds, since some time, in which all processors were taken.
+        pressure: returns the seconds, counted from some start, in which all processors were taken.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class LoopWatch:
         threading.Thread(target=self._look, name="starling-loop-watch", daemon=True).start()
 
     def stop(self) -> None:
-        """To be called in the event loop."""
+        """Stop watching. Call it in the event loop."""
         self.stopped.set()
         self.handle.cancel()
         self.own.close()
@@ -150,7 +150,7 @@ class LoopWatch:
 
 
 def watch_loop() -> LoopWatch:
-    """Watch the running event loop of a front, with metrics."""
+    """Watch the running event loop of a front, and count stalls in its metrics."""
     metrics, longest = front_metrics(), 0.0
 
     def count(seconds: float) -> None:

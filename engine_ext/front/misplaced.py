@@ -1,4 +1,4 @@
-"""Star options that stand where nobody reads them, or are misspelled: they are refused, not ignored."""
+"""Star options that are in places where nobody reads them, or are misspelled: they are refused, not ignored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from starling.config.star import (
 )
 
 OTHERS = frozenset({"start", "stats"})
-"""Words that are nearly ``star`` and mean something else."""
+"""Words that are similar to ``star`` and mean something else."""
 CUTOFF = 0.8
 SALT_CUTOFF = 0.85
 CAPITAL = re.compile("(?<=[a-z0-9])(?=[A-Z])")
@@ -30,20 +30,20 @@ SESSION, KV_HINTS = "session_id", "kv_hints"
 
 XARGS, EXTRA_ARGS = "vllm_xargs", "extra_args"
 HOLDERS = (XARGS, EXTRA_ARGS, ENTRY)
-"""Fields that hold star options: of a request's JSON, of Python's SamplingParams, of a server's additional_config."""
+"""Fields that hold star options: in a request's JSON, in Python's SamplingParams, in a server's additional_config."""
 NOT_READ = {
     "extra_body": "it is an argument of OpenAI's Python client, which sends the fields in it as fields of the request",
     "sampling_params": "the parameters are fields of the request themselves",
     "additional_config": "it is an option of the server",
     **dict.fromkeys(("extraArgs", "nvext", "options", "parameters", "params", "xargs"), "vLLM ignores it"),
 }
-"""Fields of other APIs in which star options stand at times, and why nobody reads them there."""
+"""Fields of other APIs in which users sometimes put star options, and why nobody reads them there."""
 WRONG_VALUE = re.compile(rf"body\.{XARGS}\.(star\w*)(\..*)?")
-"""Of the parameter that an error of vLLM names: a star option whose value vLLM's request does not take."""
+"""Pattern of the parameter named in an error of vLLM: a star option whose value vLLM's request does not take."""
 
 
 def plain_name(key: str) -> str:
-    """Return a key as options are written: ``block_size`` of " Block-Size", ``blockSize``, ``starling.block_size``."""
+    """Return a key as options are written: ``block_size`` for " Block-Size", ``blockSize``, ``starling.block_size``."""
     words = CAPITAL.sub("_", key[:64].strip()).lower()
     return re.sub("[- ]", "_", words.removeprefix(f"{ENTRY}."))
 
@@ -55,9 +55,9 @@ def nearly_salt(key: str) -> bool:
 
 
 def refuse_misspelled(fields: Mapping[str, Any]) -> None:
-    """Refuse unknown fields of a request's JSON that are nearly ones whose absence nobody would notice (OptionError).
+    """Refuse unknown fields in a request's JSON that resemble fields whose absence nobody would notice (OptionError).
 
-    A server without Starling ignores them. So this is for servers for which it is activated.
+    A server without Starling ignores them, so call this only on servers for which it is activated.
     """
     for name, value in fields.items():
         inside = next(filter(nearly_salt, value), None) if name in NOT_READ and isinstance(value, Mapping) else None
@@ -74,7 +74,7 @@ def refuse_misspelled(fields: Mapping[str, Any]) -> None:
 
 
 def nearly(key: str) -> str | None:
-    """The star option that a key is nearly: one without its prefix, or misspelled. None: it means something else."""
+    """Return the star option that a key resembles (without prefix, or misspelled), or None if it resembles none."""
     plain = plain_name(key)
     if plain in FIELDS:
         return flat_name(plain)
@@ -84,12 +84,12 @@ def nearly(key: str) -> str | None:
 
 
 def is_option(key: str) -> bool:
-    """Whether a key among others is a star option, or a misspelled one: ``mode`` alone means something else there."""
+    """Return whether a key among others is a star option, maybe misspelled: ``mode`` alone is something else there."""
     return is_star_key(key) or (key not in FIELDS and nearly(key) is not None)
 
 
 def is_preset(key: str, value: Any) -> bool:
-    """Whether a key in a request is the server's option `preset`."""
+    """Return whether a key in a request is the server's option `preset`."""
     return key == PRESET and isinstance(value, str) and value in PRESETS
 
 
@@ -126,12 +126,12 @@ def refuse_at_top_level(fields: Mapping[str, Any]) -> None:
 
 
 def misplaced(name: str, value: Any, reason: str, holds: Any) -> OptionError:
-    """The error of a field that holds star options where nobody reads them."""
+    """Return the error for a field that holds star options where nobody reads them."""
     return OptionError(name, value, reason, f'"{XARGS}": {{"{first_option(holds)}": ...}} as a field of the request')
 
 
 def first_option(holds: Any) -> str:
-    """The first star option in a field, or in the fields in it; ``star`` where none has such a name."""
+    """Return the first star option in a field or in the fields in it, or ``star`` if none has the name of an option."""
     for key, value in holds.items() if isinstance(holds, Mapping) else ():
         if key in HOLDERS:
             return first_option(value)
@@ -141,9 +141,9 @@ def first_option(holds: Any) -> str:
 
 
 def explained(message: str, parameter: str | None) -> str:
-    """The message of an error of vLLM; of a star option whose value vLLM's request does not take, what it takes.
+    """Return an error message of vLLM, or, for a star option of a wrong type, a message with the allowed values.
 
-    vLLM says which pydantic types the value has none of.
+    vLLM's own message lists the pydantic types that do not fit the value.
     """
     found = WRONG_VALUE.fullmatch(parameter or "")
     if found is None:

@@ -1,4 +1,4 @@
-"""The plan of each prompt of an engine: what is known of the engine and of the prompt, handed to ``decide``."""
+"""Plan of each prompt of an engine: the facts of the engine and of the prompt, handed to ``decide``."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ HOW_TO_ACTIVATE = (
 
 
 def usable_defaults(star: StarOptions, engine: EngineFacts) -> StarOptions:
-    """The server's star options without those that its engines, as they found when they started, can't follow.
+    """Return the server's star options without those that its engines, as found at their start, can't follow.
 
-    What the configuration alone excludes is refused before the start (activation.py).
+    Options that the configuration alone excludes are refused before the start (activation.py).
     """
     usable: dict[str, str | int] = {}
     if engine.replicas.split_refusal:
@@ -46,14 +46,14 @@ def usable_defaults(star: StarOptions, engine: EngineFacts) -> StarOptions:
 
 
 def read_request(extra_args: Mapping[str, Any], num_tokens: int) -> StarOptions | None:
-    """The star options of a request; None where it gives none.
+    """Return the star options of a request, or None if it gives none.
 
     Args:
-        extra_args: of its sampling parameters; keys of others stand there too.
-        num_tokens: of its prompt.
+        extra_args: extra arguments of its sampling parameters, which may have other keys too.
+        num_tokens: number of tokens of its prompt.
 
     Raises:
-        OptionError: an option has no such name or value, or a key is nearly one.
+        OptionError: an option's name or value does not exist, or a key resembles an option.
     """
     given = {key: value for key, value in extra_args.items() if is_star_key(key)}
     if len(given) < len(extra_args):
@@ -70,13 +70,13 @@ def read_request(extra_args: Mapping[str, Any], num_tokens: int) -> StarOptions 
 
 
 def only_token(tokenizer: Any, text: str) -> int | None:
-    """The token that a text is; None: it is none, or several."""
+    """Return the one token that a text is, or None if it is no token or several."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     return int(ids[0]) if len(ids) == 1 else None
 
 
 def refuse_segment_text(text: Any, model_config: Any) -> None:
-    """Refuse a server's ``star_segments`` that is a text and not one token of the model's tokenizer (OptionError)."""
+    """Refuse a server's ``star_segments`` that is a text but not one token of the model's tokenizer (OptionError)."""
     if not isinstance(text, str) or text in ("auto", "off") or model_config.skip_tokenizer_init:
         return
     from vllm.tokenizers import cached_tokenizer_from_config
@@ -86,7 +86,7 @@ def refuse_segment_text(text: Any, model_config: Any) -> None:
 
 
 class PromptPlanner:
-    """Plans the prompts of one engine."""
+    """Planner of the prompts of one engine."""
 
     def __init__(self, vllm_config: Any, tokenizer: Any = None) -> None:
         self.config = config_of(vllm_config)
@@ -101,12 +101,12 @@ class PromptPlanner:
 
     @property
     def engine(self) -> EngineFacts:
-        """What is known of the engine now."""
+        """Facts of the engine as known now."""
         return replace(self.facts, page_size=self.page_size, num_pages=self.num_pages)
 
     @property
     def model(self) -> Any:
-        """The text model's configuration."""
+        """Configuration of the text model."""
         return self.vllm_config.model_config.hf_text_config
 
     @property
@@ -121,14 +121,15 @@ class PromptPlanner:
         return (self.vllm_config.cache_config.num_gpu_blocks or 0) // engines - 1
 
     def token_of(self, text: str) -> int | None:
-        """The token that a text is; None: it is none, or several, or there is no tokenizer."""
+        """Return the one token that a text is, or None if it is no token or several, or if there is no tokenizer."""
         return None if self.tokenizer is None else only_token(self.tokenizer, text)
 
     def plan(self, extra_args: Mapping[str, Any] | None, prompt: PromptFacts) -> Decision:
-        """How a request's prompt is prefilled.
+        """Decide how a request's prompt is prefilled.
 
         Args:
-            extra_args: of the request's sampling parameters.
+            extra_args: extra arguments of the request's sampling parameters.
+            prompt: the facts of the prompt.
 
         Raises:
             VLLMValidationError: the request's options can't be used; HTTP 400, INVALID_ARGUMENT.
@@ -147,16 +148,16 @@ class PromptPlanner:
         return decision
 
     def describe(self, decision: Decision) -> dict[str, Any]:
-        """The decision as a response shows it to the client."""
+        """Return the decision as a response shows it to the client."""
         return describe(decision.plan, decision.num_tokens, self.model, decision.why)
 
     def model_keys(self, decision: Decision) -> dict[str, Any] | None:
-        """The counts of attended keys of a model that counts them itself; None: the plan's own hold."""
+        """Return the numbers of attended keys of a model that counts them itself, or None if the plan's own hold."""
         return model_keys(decision.plan, decision.num_tokens, self.model)
 
 
 def rejection(error: OptionError) -> VLLMValidationError:
-    """The error of a request whose option is refused, which is counted."""
+    """Return the error for a request with a refused option, and count the rejection."""
     # A label for each unknown key would let clients make up labels.
     front_metrics().rejections.labels(error.name if error.name in FIELD_OF else "unknown").inc()
     return VLLMValidationError(shortened(str(error)), parameter=shortened(error.name))

@@ -1,7 +1,7 @@
-"""How far a prompt is, before its first token: engine cores are polled while a request is watched, and only then.
+"""Prefill progress of prompts, up to their first token: engine cores are polled only while a request is watched.
 
 An engine reports nothing of a request before its first token, and a 128k prompt can take minutes. One poller for each
-engine asks for all watched requests in one call to each replica, a few times a second; a replica answers between two of
+engine asks for all watched requests in one call to each replica, a few times a second. A replica answers between two of
 its steps. One that does not answer is not asked again until it has, and the others' progress does not wait for it.
 """
 
@@ -23,14 +23,14 @@ logger = init_logger("vllm.starling")
 
 INTERVAL_SECONDS = 0.3
 ARRIVAL_SECONDS = 30.0
-"""How long a watched request may take to reach the engine: the front still renders and tokenises it."""
+"""Seconds that a watched request may take to reach the engine, while the front still renders and tokenises it."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Prompt tokens and star blocks done; a dense prompt has 0 blocks and no context.
+    """Prompt tokens and star blocks done so far. A dense prompt has 0 blocks and no context.
 
-    ``cached``: of the tokens done; None where the client may not know.
+    ``cached`` counts the done tokens that were cached, or is None if the client may not know.
     """
 
     computed: int
@@ -53,12 +53,12 @@ ADDED = ("computed", "cached", "star_blocks_done")
 
 
 def furthest(states: list[dict[str, int]]) -> Progress | None:
-    """The progress of the choice that is nearest to its first token; None where none has reached the engine.
+    """Return the progress of the choice that is nearest to its first token, or None if none has reached the engine.
 
-    Parts of a prompt that is split over several replicas count together.
+    The parts of a prompt that is split over several replicas are added up.
 
     Args:
-        states: of scheduler/cache_state.prefill_progress, for the engine's requests of one client request.
+        states: results of scheduler/cache_state.prefill_progress for the engine's requests of one client request.
     """
     parts = [state for state in states if state.get("part")]
     best = max(states, key=lambda state: state["computed"], default=None)
@@ -70,9 +70,10 @@ def furthest(states: list[dict[str, int]]) -> Progress | None:
 
 
 class Watch:
-    """One watcher of one request: the newest progress, which replaces an older one, and whether the watch has ended.
+    """One watcher of one request: the newest progress, which replaces older progress, and the end of the watch.
 
-    Several clients may give their requests one id. In a call of a client, only the call's own requests are watched.
+    Several clients may give their requests the same id. In a call of a client, only the call's own requests are
+    watched.
     """
 
     def __init__(self, request_id: str, interval: float) -> None:
@@ -86,11 +87,11 @@ class Watch:
         self.arrives_by = asyncio.get_running_loop().time() + ARRIVAL_SECONDS
 
     def watches(self, engine_id: str) -> bool:
-        """Whether an engine request is one that this watcher may see."""
+        """Return whether an engine request is one that this watcher may see."""
         return self.call is None or engine_id in self.call.engine_ids
 
     def update(self, progress: Progress) -> None:
-        """Take in the engine's progress. A preempted prompt starts over, and counts again once it gets further."""
+        """Store the engine's progress. A preempted prompt starts over, and counts again once it gets further."""
         if self.last is None or progress.computed > self.last.computed:
             self.last = progress
             self.changed.set()
@@ -103,7 +104,7 @@ class Watch:
 
 
 class ProgressPoller:
-    """Asks one engine for the progress of all watched requests; idle without watchers.
+    """Poller of one engine's progress for all watched requests; idle without watchers.
 
     Args:
         waiting: returns the ids of requests that features run, and which the engine may not know.
@@ -120,14 +121,14 @@ class ProgressPoller:
     ) -> AsyncGenerator[Progress, None]:
         """Yield a request's progress whenever it has changed, until its prompt is done or the request is gone.
 
-        May start before the request does. A prompt that is done within ``interval`` yields nothing. With n > 1 the
-        choice that is furthest counts. Where the engine dies the generator ends without an error: generate() raises
-        that. Close the generator (contextlib.aclosing) where the first token may come before its end.
+        The watch may start before the request does. A prompt that is done within ``interval`` yields nothing. With n >
+        1 the choice that is furthest counts. If the engine dies, the generator ends without an error, which generate()
+        raises. Close the generator (contextlib.aclosing) if the first token may come before its end.
 
         Args:
             engine: the AsyncLLM of this poller.
-            request_id: as given to AsyncLLM.generate.
-            interval: seconds between two polls; the shortest of all watchers' counts for all.
+            request_id: id as given to AsyncLLM.generate.
+            interval: seconds between two polls; the shortest interval of all watchers applies to all.
         """
         watch = Watch(request_id, interval)
         self.watches.add(watch)
@@ -169,7 +170,7 @@ class ProgressPoller:
                 watch.end()
 
     async def _poll(self, engine: Any, rank: int) -> None:
-        """Ask one replica again and again, until nobody watches."""
+        """Ask one replica repeatedly until nobody watches."""
         while self.watches:
             # The call comes after the pause, also for the first watcher: a short prompt is done by then, and costs no
             # call. And calls keep their distance however watchers come and go.
@@ -182,7 +183,7 @@ class ProgressPoller:
                 self._update()
 
     def _update(self) -> None:
-        """Take in what the replicas have answered last."""
+        """Give each watcher the latest answers of the replicas."""
         states = {name: state for of_replica in self.states.values() for name, state in of_replica.items()}
         for watch in self.watches:
             progress = furthest([states[name] for name in watch.engine_ids if name in states])
@@ -190,7 +191,7 @@ class ProgressPoller:
                 watch.update(progress)
 
     def _look_up(self, engine: Any, watch: Watch) -> None:
-        """Read in the front whether the request has arrived, has its first token, or is gone."""
+        """Check in the front whether the request has arrived, has its first token, or is gone."""
         names = [name for name in engine_request_ids(engine, watch.request_id) if watch.watches(name)]
         if not names and watch.request_id in self.waiting():
             return

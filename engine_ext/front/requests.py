@@ -1,4 +1,4 @@
-"""A request's prompt on its way through a front: its plan is decided, and put into what the engine reads."""
+"""Preparation of a request's prompt in a front: its plan is decided, and put into the engine's input."""
 
 from __future__ import annotations
 
@@ -30,32 +30,34 @@ SESSION = "the prompt of a streaming-input session comes in pieces, so there is 
 BEAM = "beam search makes a new prompt of each beam and token, whose star blocks would be computed again and again"
 
 KNOWN_SEGMENTS = "starling_segments"
-"""The key of an engine input that holds its KnownSegments, where its front knows them."""
+"""Key of an engine input that holds its KnownSegments, if its front knows them."""
 
 
 def shown_plan(engine_input: Any) -> dict[str, Any] | None:
-    """The plan of an engine input as a response shows it; None: it was not planned."""
+    """Return the plan of an engine input as a response shows it, or None if it was not planned."""
     decision = decision_of(engine_input)
     return None if decision is None else decision.shown
 
 
 class RequestPlanner(PromptPlanner):
-    """Plans the requests of one engine: each prompt once, by the first front that sees its tokens."""
+    """Planner of one engine's requests: each prompt is planned once, by the first front that sees its tokens."""
 
     def prepare(self, engine_input: Any, params: Any, request_id: str | None = None, *, has_lora: bool = False) -> Any:
         """Plan an engine input, and note plan and request id, while the response can still be an error with headers.
 
         Args:
-            request_id: the one that the engine is about to get; None where it does not have one yet.
+            engine_input: the input that vLLM's renderer made.
+            params: the request's sampling parameters, or those of a pooling request.
+            request_id: the id that the engine is about to get, or None if there is none yet.
             has_lora: whether the request names a LoRA adapter.
 
         Returns:
-            The engine input with its Decision and, with a request id, its salt; without a decision where its tokens
-            are not known yet.
+            The engine input with its Decision and, if there is a request id, its salt. It has no decision if its tokens
+                are not known yet.
 
         Raises:
             VLLMValidationError: the request's options or transfer parameters can't be used, a parameter is above its
-                bound, or it lacks the salt that the server requires.
+                bound, or the request lacks the salt that the server requires.
         """
         extra_args = getattr(params, "extra_args", None)
         given_metadata(extra_args)
@@ -87,7 +89,7 @@ class RequestPlanner(PromptPlanner):
         return engine_input
 
     def with_salt(self, engine_input: Any) -> Any:
-        """An engine input with the salt that the server's option `cache_salt` gives it.
+        """Return an engine input with the salt that the server's option `cache_salt` gives it.
 
         Raises:
             VLLMValidationError: the server requires a salt or an API key, and the request has none.
@@ -95,12 +97,13 @@ class RequestPlanner(PromptPlanner):
         return engine_input if self.config is None else salted(self.config.cache_salt, engine_input)
 
     def resolve(self, request: Any, prompt: Any) -> None:
-        """Replace a processed request's star options by its metadata, in the request's own sampling parameters.
+        """Replace the star options of a processed request by its metadata, in the request's own sampling parameters.
 
-        A prompt whose plan has an adapter of the server's gets it.
+        If the plan has an adapter of the server's, the request gets that adapter.
 
         Args:
-            prompt: what vLLM made the request of; with its Decision where a front has planned it.
+            request: the processed request (vLLM's EngineCoreRequest).
+            prompt: the prompt that vLLM made the request from, with its Decision if a front has planned it.
 
         Raises:
             VLLMValidationError: the request's options can't be used.
@@ -139,7 +142,7 @@ class RequestPlanner(PromptPlanner):
             front_metrics().requests.labels("dense" if decision.plan is None else "star").inc()
 
     def hinted(self, decision: Decision, request: Any) -> Decision:
-        """Return a decision with what the hints of vLLM's own request say of retention (raises VLLMValidationError)."""
+        """Return a decision that follows the retention hints of vLLM's own request (raises VLLMValidationError)."""
         retention = self.features.get("retention")
         try:
             return decision if retention is None else retention.hinted(decision, request, self.facts)
@@ -157,10 +160,10 @@ class RequestPlanner(PromptPlanner):
 
 
 def check_with_documents(params: Any) -> None:
-    """Refuse SamplingParams that count the client's prompt tokens, where the engine gets padding tokens too.
+    """Refuse SamplingParams that count the client's prompt tokens, because the engine's prompt has padding tokens too.
 
     Raises:
-        VLLMValidationError: as above.
+        VLLMValidationError: the parameters have one of these fields.
     """
     rows, start = params.prompt_logprob_token_ids, params.routed_experts_prompt_start
     for name, value, given in (
@@ -174,9 +177,10 @@ def check_with_documents(params: Any) -> None:
 
 
 def plan_of_request(request: Any) -> dict[str, Any] | None:
-    """How the prompt of a processed request is prefilled, as its RequestOutput shows it: None for a pooling request.
+    """Return the plan of a processed request as its RequestOutput shows it, or None for a pooling request.
 
-    Samples of one prompt (`n` > 1) share their parameters, which an engine in this process has decoded by the second.
+    Samples of one prompt (`n` > 1) share their parameters, and an engine in this process has already decoded them when
+    the second sample comes.
     """
     params = request.sampling_params
     found = (params.extra_args or {}).get(KEY) if params is not None else None
@@ -188,7 +192,7 @@ def plan_of_request(request: Any) -> dict[str, Any] | None:
 
 
 def given_metadata(extra_args: Mapping[str, Any] | None) -> RequestMetadata:
-    """The metadata that split prefill gave a request; empty for requests of clients.
+    """Return the metadata that split prefill gave a request; empty for requests of clients.
 
     Raises:
         VLLMValidationError: a client uses the key.
@@ -201,14 +205,14 @@ def given_metadata(extra_args: Mapping[str, Any] | None) -> RequestMetadata:
 
 
 def why_dense(prompt: Any) -> str | None:
-    """Why a prompt of AsyncLLM.generate has no star plan; None: it can have one."""
+    """Return why a prompt of AsyncLLM.generate has no star plan, or None if it can have one."""
     if isinstance(prompt, AsyncGenerator):
         return SESSION
     return BEAM if isinstance(prompt, Mapping) and IS_BEAM in prompt else None
 
 
 def prompt_facts(engine_input: Mapping[str, Any], dense_only: str | None = None, has_lora: bool = False) -> PromptFacts:
-    """What is known of a rendered prompt."""
+    """Return the facts of a rendered prompt."""
     token_ids: list[int] = engine_input["prompt_token_ids"]
     alone = engine_input.get("type", "token") == "token" and not engine_input.get("multi_modal_data")
     return PromptFacts(
@@ -227,12 +231,12 @@ def check_unknown(fields: Mapping[str, Any]) -> None:
 
 
 def check_openai_request(http_request: Any) -> None:
-    """Refuse star options of an OpenAI request where they would have no effect, and an id above its bound.
+    """Refuse star options of an OpenAI request that would have no effect, and an id above its bound.
 
-    vLLM ignores the options as fields of a request, and in `vllm_xargs` of one with beam search.
+    vLLM ignores the options as fields of a request, and in the `vllm_xargs` of a beam search.
 
     Raises:
-        VLLMValidationError: as above.
+        VLLMValidationError: the request has an option without effect, or its id is too long.
     """
     check_unknown(http_request.model_extra or {})
     REQUEST_ID.check(len(getattr(http_request, "request_id", None) or ""))
@@ -252,7 +256,7 @@ def check_openai_request(http_request: Any) -> None:
 
 
 def begin_beam_search() -> None:
-    """Show one more plan of the current call: beam search makes a new prompt of each beam and token."""
+    """Let the current call show one more plan: beam search makes a new prompt of each beam and token."""
     call = current_call.get()
     if call is not None:
         call.max_plans = (call.max_plans or 0) + 1

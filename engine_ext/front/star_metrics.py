@@ -1,4 +1,4 @@
-"""Series of the API server on vLLM's /metrics."""
+"""Metrics of the API server on vLLM's /metrics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prometheus_client import Counter, Gauge
 
 
 class FrontMetrics:
-    """Counted in the API server."""
+    """Metrics that are counted in the API server."""
 
     def __init__(self) -> None:
         self.requests = Counter("starling:requests", "Requests admitted, by prefill attention.", ["attention"])

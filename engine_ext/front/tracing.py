@@ -15,13 +15,13 @@ from vllm import tracing
 
 
 def traces(engine: Any) -> bool:
-    """Whether an engine's server traces requests."""
+    """Return whether an engine's server traces requests."""
     endpoint = engine.vllm_config.observability_config.otlp_traces_endpoint
     return endpoint is not None and tracing.is_tracing_available()
 
 
 def headers_of_call(engine: Any, metadata: Mapping[str, Any]) -> Mapping[str, str] | None:
-    """The trace headers in a gRPC call's metadata, as vLLM takes those of HTTP; None: there are none, or no traces."""
+    """Return the trace headers in a gRPC call's metadata, as vLLM takes HTTP's, or None without headers or tracing."""
     if not tracing.contains_trace_headers(metadata):
         return None
     if not traces(engine):
@@ -31,11 +31,11 @@ def headers_of_call(engine: Any, metadata: Mapping[str, Any]) -> Mapping[str, st
 
 
 class PromptSpan:
-    """The span of a request, which begins now.
+    """Span of a request, which begins when the object is made.
 
     Args:
-        headers: of its parent; None: it has none.
-        planning: when its plan was decided, as ``Decision`` has it; None: its front did not plan it.
+        headers: trace headers of the parent span, or None if it has no parent.
+        planning: begin and end of the planning, as in ``Decision``, or None if its front did not plan it.
     """
 
     def __init__(self, headers: Mapping[str, str] | None, planning: tuple[int, int] | None) -> None:
@@ -51,10 +51,10 @@ class PromptSpan:
             tracing.instrument_manual("starling plan", *planning, context=context)
 
     async def around(self, outputs: AsyncGenerator[Any, None], plan: Mapping[str, Any]) -> AsyncGenerator[Any, None]:
-        """The engine's outputs; the span ends with them.
+        """Yield the engine's outputs, and end the span with them.
 
         Args:
-            plan: as a response shows it, to which its front may still add.
+            plan: the plan as a response shows it; its front may still add to it.
         """
         has_output = False
         try:
@@ -73,7 +73,7 @@ class PromptSpan:
 
 
 def attributes_of(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """A plan, as a response shows it, as attributes of a span: of documents, their number and tokens by source."""
+    """Return a shown plan as attributes of a span, with the number of documents and their tokens by source."""
     found = {f"starling.{name}": value for name, value in plan.items() if isinstance(value, (str, int, float))}
     sources = plan.get("document_sources") or ()
     if sources:

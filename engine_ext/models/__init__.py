@@ -1,1 +1,1 @@
-"""Model families that vLLM does not have: registered at plugin load, imported when one of them is served."""
+"""Model families that vLLM does not have: registered when the plugin loads, imported when one of them is served."""

@@ -28,11 +28,10 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from starling.attention_backends.attamba.attend_step import Cache, Sizes, attend
 from starling.attention_backends.attamba.backend import AttambaMetadata
-from starling.attention_backends.attamba.cache import PagedRows, layer_specs
+from starling.attention_backends.attamba.cache import KvPages, PagedRows, layer_specs
 from starling.attention_backends.attamba.chunks import ChunkPlan, layer_offset, profiled_tokens
 from starling.attention_backends.attamba.mix import GROUP_ROWS, mix
 from starling.attention_backends.attamba.mixer import MixerParameters
-from starling.attention_backends.attamba.pages import KvPages
 from starling.engine_ext.models.attamba_config import AttambaConfig
 from starling.engine_ext.models.attamba_weights import load_checkpoint
 from starling.vllm_compat.config import split_graph_at
@@ -42,7 +41,7 @@ OP = "starling::attamba"
 
 
 class Mixers(nn.Module):
-    """SSM_k and SSM_v: Mamba-2 mixers of one input, within each chunk. Their outputs are split over ranks."""
+    """The mixers SSM_k and SSM_v: Mamba-2 on one input, within each chunk. Their outputs are split over ranks."""
 
     def __init__(self, config: AttambaConfig, prefix: str) -> None:
         super().__init__()
@@ -62,13 +61,13 @@ class Mixers(nn.Module):
     def forward(
         self, projected: torch.Tensor, pages: torch.Tensor, block_table: torch.Tensor, plan: ChunkPlan
     ) -> tuple[torch.Tensor, ...]:
-        """The output of each mixer, (T, local dim).
+        """Return the output of each mixer, (T, local dim).
 
         Args:
-            projected: (T, mixers x [gate | u B C | dt]), what ``in_proj`` gives.
+            projected: (T, mixers x [gate | u B C | dt]), the output of ``in_proj``.
             pages: (num_pages, rows, mixers x [u B C | dt]), the cache of rows.
-            block_table: (R, columns) int32, of that cache.
-            plan: of the layer.
+            block_table: (R, columns) int32, block table of that cache.
+            plan: chunk plan of the layer.
         """
         return self.project(mix(projected, pages, block_table, plan, self.constants, self.sizes, self.eps))
 
@@ -80,14 +79,14 @@ class Mixers(nn.Module):
         chunk_size: int,
         offset: int,
     ) -> tuple[torch.Tensor, ...]:
-        """``forward`` of a step that decodes, on a GPU; see ``decode.mix_decode``."""
+        """Return the output of ``forward`` for a step that decodes on a GPU; see ``decode.mix_decode``."""
         from starling.attention_backends.attamba.decode import mix_decode  # imports Triton
 
         y = mix_decode(projected, pages, step, chunk_size, offset, self.constants, self.sizes, self.eps)
         return self.project(y)
 
     def project(self, mixed: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The output projections of (mixers, T, inner)."""
+        """Apply the output projections to (mixers, T, inner)."""
         return tuple(linear(part)[0] for linear, part in zip(self.out_proj, mixed, strict=True))
 
     @property
@@ -96,7 +95,7 @@ class Mixers(nn.Module):
 
 
 def mixer_parameter(*shape: int, transposed: bool = False) -> nn.Parameter:
-    """A parameter in float32 whose first dimension is the mixer, ``transposed`` in the others against the checkpoint.
+    """Make a float32 parameter with the mixer as its first dimension; ``transposed`` reverses the others when loading.
 
     Its loader raises ValueError for a tensor of another shape.
     """
@@ -116,7 +115,7 @@ def mixer_parameter(*shape: int, transposed: bool = False) -> nn.Parameter:
 def angle_tables(
     head_dim: int, positions: int, theta: float, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines (positions, head_dim / 2) float32 of the rotary embedding, once for all layers.
+    """Return cosines and sines (positions, head_dim / 2) float32 of the rotary embedding, made once for all layers.
 
     The angles are computed in float64. In float32 they are off by 1e-3 at 32k tokens: too much for sharp scores.
     """
@@ -126,10 +125,14 @@ def angle_tables(
 
 
 class AttentiveSsm(nn.Module):
-    """The attention of one layer, with its mixers and its three caches.
+    """Attention of one layer, with its mixers and its three caches.
 
     Args:
+        config: configuration of the model.
+        layer: index of the layer.
+        dtype: dtype of the model and its caches.
         positions: tokens of the longest request, for which the rotary embedding has angles.
+        prefix: name of the layer's attention.
 
     Raises:
         ValueError: the ranks do not divide the heads, or the caches do not support a size.
@@ -159,7 +162,7 @@ class AttentiveSsm(nn.Module):
         split_graph_at(get_current_vllm_config(), OP)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, dim) for the normed inputs x (T, dim)."""
+        """Return the output (T, dim) for the normed inputs x (T, dim)."""
         query, projected = self.wq(x)[0], self.mixers.in_proj(x)[0]
         out = torch.empty_like(query)
         torch.ops.starling.attamba(x, query, projected, out, self.name)
@@ -170,7 +173,7 @@ class AttentiveSsm(nn.Module):
 
         Args:
             x: (T, dim), normed inputs. They may have padding after the step's tokens.
-            query: (T, local dim), not turned.
+            query: (T, local dim), before the rotary embedding.
             projected: (T, mixers x [gate | u B C | dt]).
             out: (T, local dim) to write to; 0 for padding.
         """
@@ -204,13 +207,14 @@ class AttentiveSsm(nn.Module):
         out[:count] = attend(query, mixed, own, angles, *kept, plan, sizes)
 
     def kv_pages(self, pages: torch.Tensor) -> KvPages:
-        """Views of K and V of pages (num_pages, 17, 2 x local dim)."""
+        """Return views of K and V of pages (num_pages, 17, 2 x local dim)."""
         return KvPages(pages, self.heads)
 
     def profiling_metadata(self, x: torch.Tensor) -> Iterator[AttambaMetadata]:
-        """Metadata of the states, the window and the rows for a run of tokens x (T, dim) that belong to no request.
+        """Return metadata of the states, window and rows for a run of tokens x (T, dim) that belong to no request.
 
-        vLLM sizes the KV cache by the peak memory of such a run, so the run does what a step of T tokens does at most.
+        vLLM sizes the KV cache by the peak memory of this run, so the run does as much as a step of T tokens does at
+        most.
         """
         sizes = self.attention
         tokens = profiled_tokens(len(x), sizes.chunk, self.offset, sizes.window - 1, GROUP_ROWS)
@@ -219,10 +223,10 @@ class AttentiveSsm(nn.Module):
 
 
 def _attend(x: torch.Tensor, query: torch.Tensor, projected: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:
-    """``AttentiveSsm.attend`` of the layer of that name.
+    """Call ``AttentiveSsm.attend`` of the layer of that name.
 
-    It writes to the layer's caches without saying so, as vLLM's attention ops do: nothing else in a compiled graph
-    reads them.
+    It writes to the layer's caches without declaring them as mutated, as vLLM's attention ops do: nothing else in a
+    compiled graph reads them.
     """
     layer: Any = get_forward_context().no_compile_layers[layer_name]
     layer.attend(x, query, projected, out)
@@ -244,18 +248,18 @@ class AttambaLayer(nn.Module):
         )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(T, dim) for hidden states (T, dim)."""
+        """Return the output (T, dim) for hidden states (T, dim)."""
         hidden = hidden + self.attentive_ssm(self.attention_norm(hidden))
         return hidden + self.feed_forward(self.ffn_norm(hidden))
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "inputs_embeds": 0})
 class AttambaForCausalLM(nn.Module):
-    """Attamba. attamba_weights.py maps the names of the checkpoint to the parameters.
+    """Attamba model. attamba_weights.py maps the names of the checkpoint to the parameters.
 
-    vLLM compiles what lies between the attention of two layers, and captures it in piecewise CUDA graphs. The host
-    plans the attention of a step by the lengths of the batch, so that runs between them. A step that decodes has no
-    plan on GPUs, and is one full CUDA graph.
+    vLLM compiles the code between the attention of two layers, and captures it in piecewise CUDA graphs. The host plans
+    the attention of a step from the lengths of the batch, so the attention runs between the graphs. A step that decodes
+    has no plan on GPUs, and is one full CUDA graph.
 
     Raises:
         ValueError: the caches do not support the configuration, or the model does not support a feature of vLLM.
@@ -288,7 +292,7 @@ class AttambaForCausalLM(nn.Module):
         intermediate_tensors: None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(T, dim) normed hidden states of the T tokens of a step."""
+        """Return the normed hidden states (T, dim) of the T tokens of a step."""
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         for layer in self.layers:
             hidden = layer(hidden)
@@ -298,7 +302,7 @@ class AttambaForCausalLM(nn.Module):
         return self.logits_processor(self.output, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the checkpoint; raises ValueError, see ``load_checkpoint``."""
+        """Load the checkpoint (raises ValueError, see ``load_checkpoint``)."""
         return load_checkpoint(self, weights)
 
 
@@ -306,7 +310,7 @@ def refuse_features(vllm_config: VllmConfig) -> None:
     """Check a VllmConfig for features with which the model would be silently wrong, or would fail late.
 
     Raises:
-        ValueError: names such a feature that is on.
+        ValueError: one of these features is on; the message names it.
     """
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     refused = {

@@ -1,4 +1,4 @@
-"""The configuration of an Attamba checkpoint."""
+"""Configuration of an Attamba checkpoint."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from starling.attention_backends.attamba.chunks import PAGE_ROWS
-from starling.attention_backends.attamba.count import prompt_keys
+from starling.attention_backends.attamba.chunks import PAGE_ROWS, prompt_keys
 from starling.attention_backends.attamba.mixer import MixerSizes
 from starling.scheduler.star.plan import StarPlan
 
 
 class AttambaConfig(PretrainedConfig):
-    """config.json of an Attamba checkpoint. Arguments that are not listed below are Llama's.
+    """Contents of config.json of an Attamba checkpoint. Arguments that are not listed below are Llama's.
 
     Args:
-        token_chunk: P, the tokens for which the cache keeps one state.
-        leading_tokens: L, the tokens before its own that a token sees one by one.
+        token_chunk: P, the number of tokens for which the cache keeps one state.
+        leading_tokens: L, the number of tokens before its own that a token sees one by one.
         ssm_heads: heads of a mixer (of K or V).
-        ssm_inner: values of all heads of a mixer.
+        ssm_inner: number of values of all heads of a mixer.
         ssm_state_dim: state size of each of these values.
         conv_size: taps of a mixer's convolution.
 
@@ -74,7 +73,7 @@ class AttambaConfig(PretrainedConfig):
 
     @property
     def page_tokens(self) -> int:
-        """Tokens of a page of chunk states. The sizes of Star Attention are multiples of it."""
+        """Number of tokens of a page of chunk states. The sizes of Star Attention are multiples of it."""
         return PAGE_ROWS * self.token_chunk
 
     @property
@@ -83,5 +82,5 @@ class AttambaConfig(PretrainedConfig):
         return MixerSizes(self.ssm_heads, self.ssm_inner, self.ssm_state_dim, self.conv_size)
 
     def prompt_keys(self, plan: StarPlan | None, num_tokens: int) -> dict[str, Any]:
-        """Keys that a prompt attends to, see ``starling.attention_backends.attamba.count.prompt_keys``."""
+        """Return the keys that a prompt attends to, see ``starling.attention_backends.attamba.chunks.prompt_keys``."""
         return prompt_keys(plan, num_tokens, self.token_chunk, self.leading_tokens, self.num_hidden_layers)

@@ -1,4 +1,4 @@
-"""Maps the tensors of an Attamba checkpoint to the parameters of the served model."""
+"""Mapping of the tensors of an Attamba checkpoint to the parameters of the served model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAIRED = (".gate_up_proj.", ".mixers.in_proj.", ".conv_weight", ".A_log", ".D", 
 
 
 def target_shard(name: str) -> tuple[str, Any]:
-    """The parameter that a tensor of a checkpoint is loaded into, and its shard, or None for the whole parameter."""
+    """Return the parameter that a checkpoint's tensor is loaded into, and its shard (None for the whole parameter)."""
     for index, mixer in enumerate(MIXERS):
         if f".{mixer}." in name:
             name = name.replace(f".{mixer}.", ".attentive_ssm.mixers.").replace(".ssm_norm.weight", ".norm_weight")
@@ -29,14 +29,14 @@ def target_shard(name: str) -> tuple[str, Any]:
 
 
 def load_checkpoint(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-    """Load all tensors of a checkpoint; returns the names of the parameters that were loaded.
+    """Load all tensors of a checkpoint and return the names of the loaded parameters.
 
     Args:
         model: the served model.
-        weights: (name, tensor) of the checkpoint.
+        weights: (name, tensor) pairs of the checkpoint.
 
     Raises:
-        ValueError: names a tensor that is unknown or misshapen, or the parameters whose tensors are missing.
+        ValueError: a tensor is unknown or has the wrong shape, or parameters lack tensors; the message names them.
     """
     parameters = dict(model.named_parameters())
     loaded: set[tuple[str, Any]] = set()

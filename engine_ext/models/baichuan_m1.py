@@ -18,11 +18,11 @@ from starling.engine_ext.models.configs import BaichuanM1Config
 from starling.engine_ext.models.shifted_attention import KVShiftAttention, KVShiftForCausalLM
 
 HEAD_EPS = 1e-7
-"""Added to the norm of a row, as in the model's published code."""
+"""Constant that is added to the norm of a row, as in the model's published code."""
 
 
 def expected_tensors(config: BaichuanM1Config) -> Shapes:
-    """Shapes of all tensors of the checkpoint, by name."""
+    """Return the shapes of all tensors of the checkpoint, by name."""
     shapes = outer_shapes(config)
     for index in range(config.num_hidden_layers):
         own = config.layer_config(index)
@@ -35,7 +35,7 @@ def expected_tensors(config: BaichuanM1Config) -> Shapes:
 
 
 def mapped_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights under vLLM's names, with the rows of ``lm_head`` normalised unless it is quantised."""
+    """Yield the weights under vLLM's names, with the rows of ``lm_head`` normalised unless it is quantised."""
     for name, tensor in weights:
         if name == "lm_head.weight" and tensor.is_floating_point() and tensor.dtype.itemsize > 1:
             rows = tensor.float()

@@ -15,12 +15,12 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def shift_shapes(kv_heads: int) -> Shapes:
-    """Shift weights of one layer in Baichuan-M1's layout, columns [previous, current]."""
+    """Return the shapes of one layer's shift weights in Baichuan-M1's layout, columns [previous, current]."""
     return {"self_attn.conv_k": (1, 1, kv_heads, 1, 2), "self_attn.conv_v": (1, 1, kv_heads, 1, 2)}
 
 
 def mlp_and_norm_shapes(config: Any) -> Shapes:
-    """MLP and norms of one layer, with Llama's names within the layer."""
+    """Return the shapes of one layer's MLP and norms, with Llama's names within the layer."""
     hidden, inner = config.hidden_size, config.intermediate_size
     shapes: Shapes = {
         "mlp.gate_proj.weight": (inner, hidden),
@@ -39,7 +39,7 @@ def mlp_and_norm_shapes(config: Any) -> Shapes:
 
 
 def outer_shapes(config: Any) -> Shapes:
-    """Tensors outside of the layers: embedding, final norm and, unless tied, the output head."""
+    """Return the shapes of the tensors outside the layers: embedding, final norm and, unless tied, the output head."""
     table = (config.vocab_size, config.hidden_size)
     shapes: Shapes = {"model.embed_tokens.weight": table, "model.norm.weight": (config.hidden_size,)}
     return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": table}
@@ -51,7 +51,7 @@ def checked_weights(
     """Yield the weights unchanged, and check them against the expected tensors.
 
     Args:
-        weights: (name, tensor) of a checkpoint.
+        weights: (name, tensor) pairs of a checkpoint.
         expected: shapes by name. Tensors of other names are not checked.
         quantized: the linear layers have tensors of other names and shapes, so only the other tensors are checked.
         update: the weights replace some tensors of a loaded model (a trainer's update), so none counts as missing.

@@ -21,9 +21,9 @@ class BaichuanM1Config(LlamaConfig):
     """Configuration of Baichuan-M1. Some layers have a sliding window and their own numbers of heads.
 
     Args:
-        sliding_window: tokens, in the layers of ``sliding_window_layers``.
+        sliding_window: size of the window in tokens, in the layers of ``sliding_window_layers``.
         sliding_window_layers: indices of the layers with a sliding window.
-        num_swa_attention_heads, num_swa_key_value_heads: heads of these layers; None for those of the other layers.
+        num_swa_attention_heads, num_swa_key_value_heads: heads of these layers, or None for those of the other layers.
         conv_window: number of tokens that the shift mixes, always 2.
 
     Raises:
@@ -54,7 +54,7 @@ class BaichuanM1Config(LlamaConfig):
             raise ValueError(f"sliding_window={self.sliding_window} is refused: {reason}")
 
     def layer_config(self, layer: int) -> BaichuanM1Config:
-        """A copy of the configuration with the numbers of heads of one layer."""
+        """Return a copy of the configuration with the numbers of heads of one layer."""
         config = copy.copy(self)
         if self.layer_types[layer] == "sliding_attention":
             config.num_attention_heads = self.num_swa_attention_heads or self.num_attention_heads

@@ -12,7 +12,7 @@ from starling.engine_ext.models.shifted_attention import KVShiftAttention, KVShi
 
 
 def expected_tensors(config: Any) -> Shapes:
-    """Shapes of all tensors of the checkpoint, by name."""
+    """Return the shapes of all tensors of the checkpoint, by name."""
     hidden, size = config.hidden_size, config.head_dim
     widths = {
         "q_proj": config.num_attention_heads * size,

@@ -1,4 +1,4 @@
-"""The model families that Starling adds to vLLM. Plain vLLM serves them as well: they need no activation."""
+"""Registration of the model families that Starling adds. Plain vLLM serves them as well: they need no activation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM's Llama with K and V shifted before RoPE: its attention, and what both model families have in common."""
+"""The Llama of vLLM with K and V shifted before RoPE: its attention, and the code that both model families share."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 
 
 def kv_heads_of_rank(total: int, rank: int, size: int) -> slice:
-    """The KV heads that a tensor-parallel rank holds, as QKVParallelLinear divides them.
+    """Return the KV heads that a tensor-parallel rank holds, as QKVParallelLinear divides them.
 
     With more ranks than heads, neighbouring ranks hold the same head.
 
     Args:
         total: KV heads of the model.
-        rank: of this process.
+        rank: tensor-parallel rank of this process.
         size: number of tensor-parallel ranks.
     """
     if total >= size:
@@ -36,7 +36,7 @@ def kv_heads_of_rank(total: int, rank: int, size: int) -> slice:
 
 
 class KVShiftForCausalLM(LlamaForCausalLM):
-    """A Llama with KV shifting attention. A subclass has its attention, and knows the tensors of its checkpoints."""
+    """A Llama with KV shifting attention. A subclass sets its attention class and the tensors of its checkpoints."""
 
     attention: type[LlamaAttention]
     expected_tensors: Callable[[Any], Shapes]
@@ -47,10 +47,10 @@ class KVShiftForCausalLM(LlamaForCausalLM):
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
 
     def load_weights(self, weights: Weights) -> set[str]:
-        """Load the checkpoint or an update of some tensors; returns the names of the parameters that were loaded.
+        """Load the checkpoint or an update of some tensors, and return the names of the loaded parameters.
 
         Raises:
-            ValueError: see ``checked_weights``.
+            ValueError: a tensor is missing or has the wrong shape, see ``checked_weights``.
         """
         quantized, expected = self.model.quant_config is not None, self.expected_tensors(self.config)
         checked = checked_weights(weights, expected, quantized=quantized, update=self.loaded)
@@ -60,7 +60,7 @@ class KVShiftForCausalLM(LlamaForCausalLM):
 
     @staticmethod
     def mapped_weights(weights: Weights) -> Weights:
-        """Weights of the checkpoint as vLLM's Llama loads them."""
+        """Return the weights of the checkpoint as vLLM's Llama loads them."""
         return weights
 
 
@@ -91,7 +91,7 @@ class KVShiftAttention(LlamaAttention):
         param.data.copy_(loaded.reshape(self.total_num_kv_heads, 2)[heads])
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(T, hidden size) for the normed inputs (T, hidden size)."""
+        """Return the output (T, hidden size) for the normed inputs (T, hidden size)."""
         qkv, _ = self.qkv_proj(hidden_states)
         query, key, value = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         key, value = self.shift(key, value, self.conv_k, self.conv_v)

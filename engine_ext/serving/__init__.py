@@ -1,1 +1,1 @@
-"""Serving: the `starling` command, the gRPC front beside the OpenAI server, and the OpenAI server's middleware."""
+"""The `starling` command, the gRPC front beside the OpenAI server, and the OpenAI server's middleware."""

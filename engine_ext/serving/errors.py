@@ -1,4 +1,4 @@
-"""The gRPC status code of an exception. vLLM's own HTTP server answers the same exceptions over HTTP.
+"""Mapping of exceptions to gRPC status codes. vLLM's own HTTP server answers the same exceptions over HTTP.
 
 tests/unit/engine_ext/serving/test_errors.py compares the codes with vLLM's HTTP statuses, so that both fronts blame the
 same side.
@@ -24,18 +24,18 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 
 class DuplicateRequestError(ValueError):
-    """A request has the id of a request that is still running."""
+    """Error of a request with the id of a request that is still running."""
 
 
 class DrainingError(GracefulHTTPError):
-    """The server admits no more requests, because an operator called Drain."""
+    """Error of a server that admits no more requests, because an operator called Drain."""
 
     def __init__(self, message: str = "the server is draining: it admits no more requests") -> None:
         super().__init__(message, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 class UploadMemoryError(GracefulHTTPError):
-    """The prompts that clients are uploading fill the memory for uploads."""
+    """Error for uploads that would exceed the memory for uploads."""
 
     def __init__(self) -> None:
         message = "prompts that are being uploaded fill the memory for uploads, or this client's half of it; try again"
@@ -43,7 +43,7 @@ class UploadMemoryError(GracefulHTTPError):
 
 
 class TokenizeMemoryError(GracefulHTTPError):
-    """The texts that wait for Tokenize fill its memory."""
+    """Error for texts that would exceed the memory for texts that wait for Tokenize."""
 
     def __init__(self) -> None:
         message = "texts of other calls wait for the tokenizer; try again"
@@ -51,7 +51,7 @@ class TokenizeMemoryError(GracefulHTTPError):
 
 
 class SlowMessageError(GracefulHTTPError):
-    """A message did not arrive in time."""
+    """Error for a message that did not arrive in time."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, HTTPStatus.REQUEST_TIMEOUT)
@@ -84,11 +84,11 @@ GRPC_CODES: tuple[tuple[type[Exception], StatusCode], ...] = (
 
 
 def root_cause(error: Exception) -> Exception:
-    """The exception to report: AsyncLLM.generate wraps a ValueError about its input in an EngineGenerateError."""
+    """Return the exception to report: AsyncLLM.generate wraps an input's ValueError in an EngineGenerateError."""
     cause = error.__cause__
     return cause if isinstance(error, EngineGenerateError) and isinstance(cause, (ValueError, TypeError)) else error
 
 
 def grpc_code(error: Exception) -> StatusCode:
-    """The gRPC code of an exception; INTERNAL for a class that the table does not list."""
+    """Return the gRPC code of an exception, or INTERNAL for a class that the table does not list."""
     return next((code for kind, code in GRPC_CODES if isinstance(error, kind)), StatusCode.INTERNAL)

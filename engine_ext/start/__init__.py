@@ -1,1 +1,1 @@
-"""What turns Starling on in an engine, and refuses what it can't run."""
+"""Activation of Starling in an engine, and the checks that refuse unusable options."""

@@ -1,7 +1,7 @@
-"""Turns Starling on for an engine that has a `starling` entry in additional_config.
+"""Activation of Starling for an engine that has a `starling` entry in additional_config.
 
-`starling serve` always makes that entry; plain `vllm serve`, `vllm bench` and `LLM(...)` have it where the
-user gives `--additional-config '{"starling": {...}}'`. Without the entry nothing of vLLM is replaced.
+`starling serve` always makes that entry; plain `vllm serve`, `vllm bench` and `LLM(...)` have it if the user gives
+`--additional-config '{"starling": {...}}'`. Without the entry nothing of vLLM is replaced.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def before_engine_config(engine_args: Any) -> None:
 
 
 def leave_memory_for_steps(engine_args: Any) -> None:
-    """Leave GPU memory free where vLLM would give the KV cache all that its warm-up leaves (since vLLM 0.34).
+    """Leave GPU memory free if vLLM would give the KV cache all that its warm-up leaves (since vLLM 0.34).
 
     The warm-up has no star step, which takes memory of its own (``unprofiled_memory`` of `starling doctor`).
     """
@@ -120,7 +120,7 @@ def leave_memory_for_steps(engine_args: Any) -> None:
 
 
 def use_preset(engine_args: Any) -> None:
-    """Set the size of a KV page that a preset asks for, and log what the preset stands for."""
+    """Set the size of a KV page that a preset asks for, and log the options that the preset stands for."""
     entry = engine_args.additional_config[ENTRY]
     preset = preset_of(entry, f"{ENTRY}.{PRESET}")
     if preset is None:
@@ -199,10 +199,10 @@ def after_engine_config(vllm_config: Any) -> None:
 
 
 def star_class(option: str, chosen: str, known: Mapping[str, str]) -> str:
-    """The name of Starling's form of the class that vLLM has chosen.
+    """Return the name of Starling's form of the class that vLLM has chosen.
 
     Raises:
-        OptionError: Starling has none.
+        OptionError: Starling has no form of it.
     """
     if chosen not in known:
         raise OptionError(option, chosen, "vLLM has chosen this class, of which Starling has no form", ", ".join(known))
@@ -210,16 +210,16 @@ def star_class(option: str, chosen: str, known: Mapping[str, str]) -> str:
 
 
 def is_one_host(parallel: Any) -> bool:
-    """Whether all replicas, and all ranks of each, are processes that vLLM starts on this host."""
+    """Return whether all replicas, and all ranks of each, are processes that vLLM starts on this host."""
     local = parallel.data_parallel_size_local == parallel.data_parallel_size
     return local and parallel.nnodes == 1 and other_launcher(parallel) is None
 
 
 def check_network(one_host: bool) -> None:
-    """Refuse replicas on several hosts where it is not known by which network device they are reached.
+    """Refuse replicas on several hosts if the network device by which they are reached is not known.
 
     Raises:
-        OptionError: as above.
+        OptionError: the device is not known.
     """
     try:
         network.devices(one_host, os.environ)
@@ -236,7 +236,7 @@ def check_network(one_host: bool) -> None:
 
 
 def max_shards(star: StarOptions, replicas: ReplicaSet) -> int:
-    """Over how many replicas the KV of a prompt may be divided by default; 1: it is not divided."""
+    """Return the number of replicas over which a prompt's KV may be divided by default; 1 if it is not divided."""
     if star.shards == "off":
         return 1
     return replicas.size if star.replicas == "auto" else star.replicas
@@ -282,7 +282,7 @@ def prepare_server(args: Any) -> None:
 
 
 def show_cached_tokens(args: Any, config: StarlingConfig) -> None:
-    """Let responses say what was cached: with documents, the time to the first token says it as well."""
+    """Let responses say how much was cached: with documents, the time to the first token reveals it anyway."""
     args.enable_prompt_tokens_details = True
     if len(api_keys(args)) > 1 and config.cache_salt == "request":
         logger.warning_once(
@@ -293,7 +293,7 @@ def show_cached_tokens(args: Any, config: StarlingConfig) -> None:
 
 
 def prepare_live_page(args: Any, config: StarlingConfig) -> None:
-    """Check who could see the live page, and leave its requests, one a second, out of the access log.
+    """Check who could see the live page, and keep its requests, one a second, out of the access log.
 
     Raises:
         OptionError: clients that must not learn of one another would see one another's requests.

@@ -1,4 +1,4 @@
-"""Gives an engine a library of pages: vLLM's OffloadingConnector, with Starling's classes in it."""
+"""Library of pages of an engine: vLLM's OffloadingConnector, with Starling's classes in it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OFFLOADING = "OffloadingConnector"
 SPEC, TIER = "LibrarySpec", "LibraryTier"
 SPEC_NAME, SPEC_MODULE, HOST_BYTES = "spec_name", "spec_module_path", "cpu_bytes_to_use"
 GPU_SPECS = (None, "CPUOffloadingSpec", "TieringOffloadingSpec")
-"""vLLM's own specs, whose worker needs a GPU. None: it takes its default."""
+"""Specs of vLLM's own whose worker needs a GPU. None stands for vLLM's default."""
 
 Rules = tuple[tuple[Callable[[Any], Any], str], ...]
 
@@ -47,7 +47,7 @@ RULES: Rules = (
 
 
 def refusals(vllm_config: Any) -> Iterator[str]:
-    """Why an engine can't have a library; nothing where it can."""
+    """Return the reasons why an engine can't have a library; empty if it can."""
     return (reason for applies, reason in RULES if applies(vllm_config))
 
 
@@ -55,7 +55,7 @@ def set_library(config: StarlingConfig, vllm_config: Any) -> None:
     """Set the connector of an engine's library in its configuration, if it is to have one.
 
     Raises:
-        OptionError: it is to have one, and can't.
+        OptionError: the engine is to have a library, and can't.
     """
     if config.library is None:
         take_offloading(vllm_config)
@@ -89,7 +89,7 @@ def set_library(config: StarlingConfig, vllm_config: Any) -> None:
 
 
 def beside_library(replicas: KVTransferConfig, library: KVTransferConfig | None) -> KVTransferConfig:
-    """The connector between replicas, and with it that of the engine's library, if it has one."""
+    """Return the connector between replicas, combined with that of the engine's library if it has one."""
     if library is None:
         return replicas
     fields = ("kv_connector", "kv_connector_module_path", "kv_role", "kv_connector_extra_config")
@@ -103,9 +103,9 @@ def beside_library(replicas: KVTransferConfig, library: KVTransferConfig | None)
 
 
 def take_offloading(vllm_config: Any) -> None:
-    """Let star requests reuse pages of vLLM's OffloadingConnector, where its chunks are single pages.
+    """Let star requests reuse pages of vLLM's OffloadingConnector if its chunks are single pages.
 
-    On a CPU, which vLLM's own worker does not serve, the connector gets Starling's.
+    On a CPU, which vLLM's own worker does not serve, the connector gets Starling's classes.
     """
     transfer = vllm_config.kv_transfer_config
     if transfer is None or transfer.kv_connector != OFFLOADING:

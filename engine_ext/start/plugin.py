@@ -1,7 +1,7 @@
-"""vLLM's entry point into Starling (`vllm.general_plugins`): runs in every vLLM process, maybe twice.
+"""Entry point of vLLM into Starling (`vllm.general_plugins`): runs in every vLLM process, maybe twice.
 
-Import-light, and it never raises: vLLM builds its parser with plugins loaded, so an exception here would
-break every `vllm` command.
+It imports little, and never raises: vLLM builds its parser with plugins loaded, so an exception here would break every
+`vllm` command.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ logger = logging.getLogger("vllm.starling")
 
 @functools.cache
 def register() -> None:
-    """Hook into vLLM, or warn once and let any Starling option fail with the reason."""
+    """Install the hooks into vLLM, or warn once and let any Starling option fail with the reason."""
     reason = problem()
     if reason is not None:
         logger.warning("Starling is installed but does nothing: %s", reason)
@@ -88,7 +88,7 @@ def _hook_in() -> None:
 
 
 def _hook_into_front() -> None:
-    """Hook into the engine as a server has it: what its clients send passes here."""
+    """Install the hooks into the engine of a server, through which everything that its clients send passes."""
     from starling.engine_ext.front.bounds import bounded_text, shortened
     from starling.engine_ext.front.call import current_call, sees_cached, with_sources, without_cached
     from starling.engine_ext.front.chat_segments import add_segments, generates, note_chat_options, wants_segments
@@ -150,7 +150,7 @@ async def _bench_request(*args: Any, **kwargs: Any) -> Any:
 
 
 def _refuse_options(reason: str) -> None:
-    """An engine that asks for Starling fails with the reason, where vLLM can be hooked at all."""
+    """Let an engine that asks for Starling fail with the reason, if vLLM can be hooked at all."""
 
     def before(engine_args: object) -> None:
         if "starling" in (getattr(engine_args, "additional_config", None) or {}):

@@ -1,4 +1,4 @@
-"""The attention backends of a worker: which ones are registered, and whether the loaded model's layers run on them."""
+"""Attention backends of a worker: their registration, and the check that the loaded model's layers run on them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from starling.config.entry import config_of
 
 
 def register_backends(vllm_config: Any, refusals: list[str], by_parts: bool) -> None:
-    """Register the star backends in this process where star can run, and always on CPU.
+    """Register the star backends in this process if star can run, and always on CPU.
 
     On GPUs a star backend has smaller full CUDA graphs and larger buffers than vLLM's. On CPU it also has Starling's
     attention op, which dense batches use too.
 
     Args:
-        refusals: why star can't run; none: it can.
+        vllm_config: configuration of the engine.
+        refusals: why star can't run; empty if it can.
         by_parts: whether layers on a GPU are made to attend by the documents or the dense heads of a step.
     """
     is_cpu = vllm_config.device_config.device_type == "cpu"
@@ -34,7 +35,7 @@ def register_backends(vllm_config: Any, refusals: list[str], by_parts: bool) -> 
 
 
 def unsplit_layers(builders: Sequence[tuple[Any, Sequence[str]]]) -> str | None:
-    """Why a model can't run star rows on the metadata builders of its layers; None where it can.
+    """Return why a model can't run star rows on the metadata builders of its layers, or None if it can.
 
     All full-attention layers must split their rows. A layer that does not would attend to the whole prompt, and its KV
     would then be cached as that of independent star blocks.

@@ -1,4 +1,4 @@
-"""The star requests that a worker has: their plans, from the first step of each to its end."""
+"""Star requests that a worker has: their plans, from the first step of each to its end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class StarRequests:
         self.metadata: dict[str, RequestMetadata] = {}
 
     def update(self, output: Any) -> dict[str, StarPlan]:
-        """Take in a scheduler step.
+        """Update the metadata from a scheduler step.
 
         A preempted request keeps its plan: V1 resumes it as cached, V2 sends it out as new again.
 

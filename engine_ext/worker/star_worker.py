@@ -1,4 +1,4 @@
-"""vLLM's worker, which also keeps each star request's plan and opens a step around the model runner."""
+"""The worker of vLLM, extended to keep each star request's plan and to open a step around the model runner."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from vllm.logger import init_logger
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.worker.worker_base import WorkerBase
 
-from starling.attention_backends.star.document_layers import DocumentLayers
-from starling.attention_backends.star.graph_ranges import fits_graphs
-from starling.attention_backends.star.head_layers import HeadLayers
+from starling.attention_backends.star.document_layers import DocumentLayers, HeadLayers
+from starling.attention_backends.star.range_attention import fits_graphs
 from starling.attention_backends.star.refusals import BLOCK_POSITIONS, STAR, star_refusals
 from starling.attention_backends.star.step import StarStep, open_step
 from starling.config.entry import config_of
@@ -41,7 +40,7 @@ BASES = {
 
 @extends(WorkerBase)
 class StarWorker:
-    """Mixed into a platform's worker, before it: runs star requests, and calls the hooks of its parts (features/)."""
+    """Mixin that precedes a platform's worker: it runs star requests, and calls the hooks of its parts (features/)."""
 
     # vLLM's own.
     rank: int
@@ -63,7 +62,7 @@ class StarWorker:
         self.computed_tokens = worker_metrics().computed_tokens.labels(replica)
 
     def star_report(self) -> dict[str, str | None]:
-        """What the loaded model's layers can't run, and why (engine_report.py)."""
+        """Return why the loaded model's layers can't run parts of Star Attention, by field (engine_report.py)."""
         return {STAR: self.star_problem, BLOCK_POSITIONS: self.documents.problem} | self.heads.report()
 
     def init_device(self) -> Any:
@@ -112,7 +111,7 @@ class StarWorker:
             logger.info_once("Star Attention runs on the %d full-attention layers of %d", len(full), total)
 
     def compile_or_warm_up_model(self) -> Any:
-        """As vLLM's; the V2 model runner's warm-up calls ``execute_model`` with requests of its own."""
+        """Compile or warm up as vLLM does; the V2 model runner calls ``execute_model`` with its own requests then."""
         self.is_warming_up = True
         try:
             self.documents.before_warm_up(self)
@@ -150,12 +149,12 @@ class StarWorker:
 
 @functools.cache
 def make_star_worker(base: type) -> type:
-    """A subclass of a platform's worker that runs star requests."""
+    """Make a subclass of a platform's worker that runs star requests."""
     return type(f"Star{base.__name__}", (StarWorker, base), {"__module__": __name__})
 
 
 def __getattr__(name: str) -> type:
-    """``StarCPUWorker`` and ``StarGPUWorker``, made when vLLM resolves their names."""
+    """Return ``StarCPUWorker`` or ``StarGPUWorker``, made when vLLM resolves its name."""
     if name not in BASES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return make_star_worker(resolve_obj_by_qualname(BASES[name]))

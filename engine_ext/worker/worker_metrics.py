@@ -1,4 +1,4 @@
-"""Series of the workers on vLLM's /metrics."""
+"""Metrics of the workers on vLLM's /metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starling.vllm_compat.metrics import report_to_front
 
 
 class WorkerMetrics:
-    """Counted from the rows handed to the attention kernel, on one rank of each engine."""
+    """Metrics counted from the rows handed to the attention kernel, on one rank of each engine."""
 
     def __init__(self) -> None:
         report_to_front()

@@ -1,4 +1,4 @@
-"""The server's adapter where requests arrive: which prompts run with it."""
+"""Front side of the server's adapter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Adapter:
         self.adapter = adapter
 
     def planned(self, plan: StarPlan, options: StarOptions, prompt: PromptFacts) -> StarPlan:
-        """The plan with the adapter, where it was trained for such plans and the request names none of its own."""
+        """Add the adapter to a plan if it was trained for plans like this one and the request names none of its own."""
         purpose = "documents" if plan.documents else "star"
         if purpose not in self.adapter.purposes or prompt.has_lora or options.adapter == "off":
             return plan
@@ -33,6 +33,6 @@ class Adapter:
 
 
 def make(vllm_config: Any) -> Adapter | None:
-    """Return the adapter of a server, or None if it has none (raises OptionError: its folder has none of use)."""
+    """Return the adapter of a server, or None if it has none (raises OptionError: its folder has no usable one)."""
     adapter = adapter_of(options_of(vllm_config))
     return None if adapter is None else Adapter(adapter)

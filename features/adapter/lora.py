@@ -1,8 +1,8 @@
 """The adapter with which an engine runs prompts that have a star plan (``--star-adapter``).
 
-It is vLLM's own LoRA: the engine is started with LoRA on, and the requests of such prompts name an adapter that no list
-of models shows. Its name has a digest of its files, and vLLM's page keys have the name: so pages of another adapter, or
-of the base model, are never taken for its own.
+It is vLLM's own LoRA: the engine is started with LoRA on, and the requests of these prompts name an adapter that no
+list of models shows. Its name contains a digest of its files, and vLLM's page keys contain the name. So pages of
+another adapter, or of the base model, are never taken for its own.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ logger = init_logger("vllm.starling")
 NAME = f"{ENTRY}.{STAR_ADAPTER}"
 MADE = "a folder that `starling distil` made of this model"
 NUMBER = 2**30
-"""vLLM's number of the adapter. vLLM counts those of the user from 1."""
+"""The adapter's number in vLLM, which counts the user's adapters from 1."""
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's --max-lora-rank may be (vllm/config/lora.py)."""
+"""Allowed values of vLLM's --max-lora-rank (vllm/config/lora.py)."""
 
 
 def adapter_of(config: StarlingConfig | None) -> StarAdapter | None:
-    """The adapter that a server's options name; None: they name none.
+    """Return the adapter that a server's options name, or None if they name none.
 
     Raises:
-        OptionError: the folder has none that can be used.
+        OptionError: the folder has no usable adapter.
     """
     if config is None or config.star_adapter is None:
         return None
@@ -44,12 +44,12 @@ def adapter_of(config: StarlingConfig | None) -> StarAdapter | None:
 
 
 def lora_request(adapter: StarAdapter) -> LoRARequest:
-    """The adapter as a request of vLLM names it."""
+    """Return the adapter in vLLM's form for a request."""
     return LoRARequest(f"starling-{adapter.digest}", NUMBER, adapter.folder)
 
 
 def adapter_fields(lora: LoRARequest | None) -> list[Any] | None:
-    """An adapter as a call to an engine core takes it; None: the base model."""
+    """Return an adapter in the form that a call to an engine core takes, or None for the base model."""
     return None if lora is None else [lora.lora_name, lora.lora_int_id, lora.lora_path]
 
 
@@ -109,6 +109,6 @@ def check_adapter(config: StarlingConfig, vllm_config: Any, facts: EngineFacts) 
 
 
 def own_adapter(vllm_config: Any) -> LoRARequest | None:
-    """The engine's adapter as a request of vLLM names it; None: it has none (raises OptionError)."""
+    """Return the engine's adapter in vLLM's form for a request, or None if it has none (raises OptionError)."""
     adapter = adapter_of(config_of(vllm_config))
     return None if adapter is None else lora_request(adapter)

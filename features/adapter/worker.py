@@ -1,4 +1,4 @@
-"""The server's adapter in a worker."""
+"""Worker side of the server's adapter."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from starling.features.adapter.lora import own_adapter
 
 
 class Adapter:
-    """Loads it for good: else the first prompt waits for it, and an error of it ends the engine."""
+    """Worker side of the server's adapter, which stays loaded.
+
+    Otherwise the first prompt would wait for it, and an error in it would end the engine.
+    """
 
     def __init__(self, adapter: LoRARequest) -> None:
         self.adapter = adapter
 
     def load(self, worker: Any) -> None:
-        """Load it, after the warm-up (raises RuntimeError: vLLM can't)."""
+        """Load the adapter, after the warm-up (raises RuntimeError: vLLM can't)."""
         adapter = self.adapter
         try:
             worker.add_lora(adapter)

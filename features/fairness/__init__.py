@@ -1,1 +1,1 @@
-"""Long prompts share steps with others."""
+"""Fair steps: long prompts share them with other requests."""

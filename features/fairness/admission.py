@@ -1,4 +1,4 @@
-"""Which of the long prompts that wait may be admitted in a step: those that find a seat and pages."""
+"""Admission of waiting long prompts: a prompt is admitted in a step that has a seat and pages for it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ WAITING = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 class Admission:
     """The admission of long prompts to one scheduler.
 
-    A prompt that is admitted without room for its pages would only be preempted. So none is admitted beside running
-    long prompts unless it fits, and none passes an earlier one that does not. Where no long prompt runs, vLLM decides
+    A prompt that is admitted without room for its pages would only be preempted. So no prompt is admitted beside running
+    long prompts unless it fits, and none passes an earlier one that does not fit. If no long prompt runs, vLLM decides
     whether the first one fits, so that it is admitted once the other requests have ended. Short prompts may pass it in
-    every second step, until they have a quarter as many tokens as it has itself; by priority they may not.
+    every second step, until together they have a quarter of its tokens; with priority scheduling they may not.
 
     A long prompt leaves the last free seat (vLLM's max_num_seqs, max_num_active_seqs) to short prompts while another
     long prompt runs.
@@ -35,7 +35,11 @@ class Admission:
         self.head_without_room: str | None = None
 
     def begin_step(self, requests: Sequence[Any]) -> list[Any]:
-        """Of the long prompts, most urgent first, those that run and those that may be admitted in this step."""
+        """Return the long prompts that run or may be admitted in this step, most urgent first.
+
+        Args:
+            requests: the long prompts, most urgent first.
+        """
         running = [request for request in requests if request.status == RequestStatus.RUNNING]
         head = requests[0].request_id if requests and not running else None
         self.passed = head if head is not None and self._may_be_passed(requests[0]) else None
@@ -67,7 +71,7 @@ class Admission:
             self.tokens_before[self.passed] = self.tokens_before.get(self.passed, 0) + tokens
 
     def end_step(self, head: Any | None) -> None:
-        """A step has been scheduled.
+        """Take note that a step has been scheduled.
 
         Args:
             head: the most urgent long prompt, if it was to get tokens in this step.
@@ -77,7 +81,7 @@ class Admission:
         self.head_without_room = head.request_id if head is not None and waits and self._lacks_room(head) else None
 
     def forget(self, name: str) -> None:
-        """A request has ended."""
+        """Forget a request that has ended."""
         self.tokens_before.pop(name, None)
 
     def _may_be_passed(self, head: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Bounds the chunks of long prompts in each step of a scheduler; step_budget.py divides the step's tokens."""
+"""Bounds of the chunks of long prompts in each step of a scheduler; step_budget.py divides the step's tokens."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ logger = init_logger("vllm.starling")
 
 
 def adapter_of(request: Any) -> int:
-    """The number of a request's LoRA adapter; 0: none."""
+    """Return the number of a request's LoRA adapter, or 0 if it has none."""
     return request.lora_request.lora_int_id if request.lora_request else 0
 
 
 class PrefillLimiter(CorePart):
-    """Bounds the chunks of long prompts in each step of one scheduler.
+    """Bounds of the chunks of long prompts in each step of one scheduler.
 
-    Costs nothing while every live prompt fits in one step.
+    They cost nothing while every live prompt fits in one step.
     """
 
     def __init__(self, scheduler: Any, limits: Limits) -> None:
@@ -60,15 +60,15 @@ class PrefillLimiter(CorePart):
         return cls(scheduler, make_limits(config.scheduling, step_tokens, unit))
 
     def may_be_long(self, request: Any) -> bool:
-        """Whether an arriving request may be a long prompt; a prompt with images that must not be cut is none."""
+        """Return whether an arriving request may be a long prompt; a prompt with images that must not be cut is none."""
         uncut = request.mm_features and self.scheduler.scheduler_config.disable_chunked_mm_input
         return request.num_prompt_tokens > self.limits.long_prompt and not uncut
 
     def added(self, request: Any) -> None:
         """Take in a request that may be a long prompt.
 
-        Whether it counts as long follows from its tokens that are not cached as it arrives, and does not change until
-        it ends: its last chunks are as deep as those before.
+        It counts as long if enough of its tokens are not cached when it arrives, and until it ends: its last chunks
+        are as deep as those before.
         """
         if self.may_be_long(request):
             self.prompts[request.request_id] = request
@@ -82,10 +82,9 @@ class PrefillLimiter(CorePart):
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """While a step is scheduled, bound long prompts, and take waiting ones that get no tokens out of the queue.
+        """Bound long prompts while a step is scheduled, and take waiting ones that get no tokens out of the queue.
 
-        With --prefill-schedule-interval, vLLM leaves all prefills out of some steps, which leave their shares to the
-        next one.
+        With --prefill-schedule-interval, vLLM leaves all prefills out of some steps; their shares go to the next step.
         """
         self.deferred, self.prefills = 0, False
         self.granted = self._grant(self.limits.for_steps(1 + self.deferred_steps))
@@ -102,7 +101,7 @@ class PrefillLimiter(CorePart):
             self.granted = None
 
     def bound(self, request: Any, start: int, tokens: int) -> int:
-        """Its part of this step at most."""
+        """Return how many of ``tokens`` a request may have in this step."""
         if self.granted is None:
             return tokens
         is_long = request.status == RequestStatus.RUNNING and self._is_long(request)
@@ -119,20 +118,20 @@ class PrefillLimiter(CorePart):
         return bounded
 
     def _left(self, request: Any) -> int:
-        """Tokens to prefill; an estimate for a request that waits."""
+        """Return the tokens that a request has yet to prefill, an estimate if it waits."""
         if request.status in WAITING:
             known = max(self.cached_tokens.get(request.request_id, 0), request.num_computed_tokens)
             return max(1, request.num_tokens - known)
         return request.num_tokens - request.num_computed_tokens
 
     def _is_long(self, request: Any) -> bool:
-        """Whether a request is a long prompt whose prefill is not done."""
+        """Return whether a request is a long prompt whose prefill is not done."""
         cached = self.cached_tokens.get(request.request_id)
         is_long = cached is not None and request.num_prompt_tokens - cached > self.limits.long_prompt
         return is_long and self._left(request) > 1
 
     def _long_prompts(self) -> list[Any]:
-        """The long prompts, most urgent first."""
+        """Return the long prompts, most urgent first."""
         for name in [name for name, request in self.prompts.items() if request.is_finished()]:
             del self.prompts[name], self.cached_tokens[name]
             self.admission.forget(name)
@@ -143,7 +142,10 @@ class PrefillLimiter(CorePart):
         return found
 
     def _grant(self, limits: Limits) -> dict[str, int] | None:
-        """Tokens that each long prompt may have in a step, those that are not named none; None: there are none."""
+        """Return the tokens that each long prompt may have in a step, or None if there are no long prompts.
+
+        Long prompts that are not named get none.
+        """
         long_prompts = self._long_prompts()
         self.long_runs = any(request.status == RequestStatus.RUNNING for request in long_prompts)
         self.without_adapter = self._without_adapter(())
@@ -172,10 +174,10 @@ class PrefillLimiter(CorePart):
         return divide_step(prompts, decodes + short, limits)
 
     def _wanted_by_others(self, priority: int) -> tuple[int, int]:
-        """Tokens that decodes, and that short prompts would take.
+        """Return the tokens that decodes would take, and those that short prompts would take.
 
         Args:
-            priority: of the most urgent long prompt. Short prompts that are less urgent do not count.
+            priority: priority of the most urgent long prompt. Short prompts that are less urgent do not count.
         """
         limit = self.limits.step_tokens
 
@@ -203,7 +205,7 @@ class PrefillLimiter(CorePart):
         return decodes, short
 
     def _not_admitted(self) -> list[Any]:
-        """The long prompts that wait, and get no tokens in this step."""
+        """Return the waiting long prompts that get no tokens in this step."""
         if self.granted is None:
             return []
         return [
@@ -216,11 +218,11 @@ class PrefillLimiter(CorePart):
         ]
 
     def _without_adapter(self, held_out: Sequence[Any]) -> set[str]:
-        """Requests that wait, and whose LoRA adapter finds no slot beside the adapters of the requests that run.
+        """Return the ids of waiting requests whose LoRA adapter finds no slot beside those of the running requests.
 
         Args:
-            held_out: requests that are not admitted in this step, and take no slot. Those that wait for something
-                else, as a grammar, take none either, but may be admitted in this step.
+            held_out: requests that are not admitted in this step, and take no slot. Requests that wait for something
+                else, such as a grammar, take none either, but may be admitted in this step.
         """
         max_loras = self.view.max_loras
         if max_loras is None:

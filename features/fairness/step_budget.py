@@ -1,4 +1,4 @@
-"""How a step's tokens are divided among long prompts and all other requests. Pure functions.
+"""Division of a step's tokens among long prompts and all other requests, in pure functions.
 
 vLLM serves running requests in list order, each with all that is left of the step. So one long prefill takes the whole
 step, and every request behind it in the list waits, other long prompts included. Here, before a step is scheduled:
@@ -6,9 +6,8 @@ step, and every request behind it in the list waits, other long prompts included
 - other requests (decodes, short prompts) get the tokens they want, up to half the step;
 - while there are other requests, the long prompts' chunks are bounded in tokens and in attended keys: at depth a dense
   chunk costs more, a star chunk does not;
-- a step that prefills short prompts is for these prompts and the decodes alone, but never twice in a row
-  (core.py): a short prompt's first token waits for the whole step, and a stream of short prompts
-  must not stop the long ones;
+- a step that prefills short prompts is for these prompts and the decodes alone, but never twice in a row (core.py): a
+  short prompt's first token waits for the whole step, and a stream of short prompts must not stop the long ones;
 - of what is left, the most urgent long prompt gets half, and the long prompt with the fewest tokens left gets the other
   half. So none starves, and a shorter one need not wait for a longer one to end.
 """
@@ -27,10 +26,10 @@ KEYS_PER_TOKEN = 49152
 
 @dataclass(frozen=True)
 class Limits:
-    """SchedulingOptions as numbers for one engine; in tokens, but for ``shared_keys`` (query-key pairs).
+    """SchedulingOptions as numbers for one engine, in tokens except for ``shared_keys`` (query-key pairs).
 
     Attributes:
-        chunk_unit: chunks are multiples of this, but for a prompt's last one.
+        chunk_unit: chunks are multiples of this, except a prompt's last one.
     """
 
     step_tokens: int
@@ -41,12 +40,12 @@ class Limits:
 
     @property
     def min_chunk(self) -> int:
-        """A chunk is not cut below this: a small chunk at great depth reads all keys for a few tokens."""
+        """Smallest chunk that is cut off: a smaller one at great depth reads all keys for a few tokens."""
         smallest = max(MIN_CHUNK, min(self.shared_tokens, self.step_tokens // 16))
         return max(smallest, min(self.chunk_unit, self.step_tokens))
 
     def for_steps(self, count: int) -> Limits:
-        """The limits of a step that has the share of so many steps."""
+        """Return the limits of a step that has the shares of ``count`` steps."""
         tokens = min(self.shared_tokens * count, self.step_tokens)
         return replace(self, shared_tokens=tokens, shared_keys=self.shared_keys * count)
 
@@ -56,8 +55,8 @@ class LongPrompt:
     """A long prompt with ``left`` tokens to prefill, from position ``start`` on.
 
     Attributes:
-        runs: whether it runs; else it waits.
-        priority: a lower one is served first.
+        runs: whether the prompt runs; otherwise it waits.
+        priority: prompts with a lower number are served first.
     """
 
     name: str
@@ -80,7 +79,7 @@ def make_limits(options: SchedulingOptions, step_tokens: int, chunk_unit: int = 
 
 
 def divide_step(prompts: Sequence[LongPrompt], others: int, limits: Limits) -> dict[str, int]:
-    """Tokens that each long prompt may prefill in a step; a prompt that is not named may prefill none.
+    """Return the tokens that each long prompt may prefill in a step; a prompt that is not named may prefill none.
 
     Args:
         prompts: the long prompts, most urgent first.
@@ -120,19 +119,19 @@ def divide_step(prompts: Sequence[LongPrompt], others: int, limits: Limits) -> d
 
 
 def pieces(plan: StarPlan | None, start: int, end: int) -> list[tuple[int, int]]:
-    """(tokens, keys that the last of them sees) of each piece of a chunk that is cut at block borders."""
+    """Cut a chunk at block borders, and return (tokens, keys that the last of them sees) of each piece."""
     if plan is None:
         return [(end - start, end)]
     return [(stop - first, sum(b - a for a, b in keys)) for first, stop, keys in plan.split(start, end)]
 
 
 def attended(plan: StarPlan | None, start: int, end: int) -> int:
-    """Query-key pairs of the tokens ``[start, end)``."""
+    """Count the query-key pairs of the tokens ``[start, end)``."""
     return sum(count_pairs(tokens, ((0, keys),)) for tokens, keys in pieces(plan, start, end))
 
 
 def chunk_within(plan: StarPlan | None, start: int, tokens: int, keys: float) -> int:
-    """The largest number of tokens from ``start`` on, up to ``tokens``, with no more than ``keys`` query-key pairs."""
+    """Return the most tokens from ``start`` on, up to ``tokens``, with no more than ``keys`` query-key pairs."""
     if keys == math.inf or tokens <= 0:
         return max(tokens, 0)
     taken = 0

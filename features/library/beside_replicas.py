@@ -23,16 +23,17 @@ KVConnectorFactory.register_connector(LIBRARY_CONNECTOR, LibraryConnector.__modu
 
 @dataclass
 class Handshakes(KVConnectorHandshakeMetadata):
-    """What a worker says at the start to each connector."""
+    """The handshakes of one worker, one for each connector."""
 
     metadata: tuple[KVConnectorHandshakeMetadata | None, ...]
 
 
 class LibraryAndReplicasConnector(MultiConnector):
-    """Asks the connector between replicas first, then the library's.
+    """A MultiConnector that asks the connector between replicas first, then the library's.
 
-    vLLM's MultiConnector passes one connector's handshake on. Here both have one. What Starling's scheduler, workers
-    and features/replicas/replica_calls.py call beside vLLM's methods are methods of the connector between replicas.
+    vLLM's MultiConnector passes one connector's handshake on. Here both have one. The methods that Starling's
+    scheduler, workers and features/replicas/replica_calls.py call beside vLLM's are those of the connector between
+    replicas.
     """
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
@@ -48,12 +49,12 @@ class LibraryAndReplicasConnector(MultiConnector):
             connector.set_xfer_handshake_metadata_pp_aware(own)
 
     def make_page_loads(self, view: SchedulerView, group: CacheGroup) -> PageLoads:
-        """Load single pages from now on, for a scheduler that reuses blocks."""
+        """Return the object that loads single pages from now on, for a scheduler that reuses blocks."""
         assert isinstance(self.library, LibraryConnector)
         return self.library.make_page_loads(view, group)
 
     def close_files(self, reason: str) -> None:
-        """Use no files any more, since what they hold may be wrong from now on."""
+        """Stop using files, since their content may be wrong from now on."""
         assert isinstance(self.library, LibraryConnector)
         self.library.close_files(reason)
 

@@ -1,7 +1,7 @@
-"""vLLM's OffloadingConnector, whose pages are also found behind a prompt's first missing one.
+"""vLLM's OffloadingConnector, whose pages are also found behind a prompt's first missing page.
 
-vLLM's connector stores the pages of prompts, and loads those that a prompt starts with. It still does. Requests whose
-star blocks are independent of one another are left to page_loads.py, which asks for each missing page.
+vLLM's connector stores the pages of prompts, and loads the pages that a prompt starts with. It still does. Requests
+whose star blocks are independent of one another are left to page_loads.py, which asks for each missing page.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ logger = init_logger("vllm.starling")
 
 
 RESET_SECONDS = 3.0
-"""A reset waits so long for reads and writes of files. No step is made meanwhile."""
+"""Longest wait of a reset for reads and writes of files. No step is made meanwhile."""
 
 
 MAX_PAUSE_SECONDS = 0.02
-"""vLLM makes steps without a token while a request waits for pages, each a millisecond after the last one."""
+"""Longest pause between two empty steps: vLLM makes one each millisecond while a request waits for pages."""
 
 GIVEN_UP = float("-inf")
-"""In place of the time since which a request waits."""
+"""Stands in place of the time since which a request waits."""
 
 
 @dataclass
 class WorkerPages(KVConnectorHandshakeMetadata):
-    """What a worker says at the start of what its pages depend on.
+    """A worker's description of what the content of its pages depends on, made at the start.
 
     Attributes:
-        digest: of its weights; None: it does not know.
-        layouts: of the pages of its layers, by their names (identity.py).
+        digest: digest of its weights, or None if it is not known.
+        layouts: layouts of its layers' pages, by the layers' names (identity.py).
     """
 
     digest: str | None
@@ -56,9 +56,9 @@ class WorkerPages(KVConnectorHandshakeMetadata):
 
 
 def close_after_change(core: Any, method: Any) -> None:
-    """Close the files of an engine core's library before a front's call of its workers that may change the weights.
+    """Close the files of an engine core's library before a front calls a worker method that may change the weights.
 
-    A process may have several engines (vLLM's VLLM_ENABLE_V1_MULTIPROCESSING=0), and not all of them a library, or a
+    A process may have several engines (vLLM's VLLM_ENABLE_V1_MULTIPROCESSING=0), some of which have no library or no
     scheduler yet.
     """
     close = getattr(getattr(getattr(core, "scheduler", None), "connector", None), "close_files", None)
@@ -67,15 +67,15 @@ def close_after_change(core: Any, method: Any) -> None:
 
 
 def pause_after(empty_steps: int) -> float:
-    """Seconds before the next step: longer from step to step, so that a slow disk keeps no core busy."""
+    """Return the seconds to wait before the next step: more from step to step, so that a slow disk keeps no core busy."""
     return min(empty_steps / 1000, MAX_PAUSE_SECONDS)
 
 
 class LibraryConnector(OffloadingConnector):
-    """In place of vLLM's OffloadingConnector where star requests may reuse pages.
+    """Replacement of vLLM's OffloadingConnector for engines whose star requests may reuse pages.
 
     Attributes:
-        page_loads: of the scheduler, where blocks are reused.
+        page_loads: the scheduler's loads of single pages, if blocks are reused.
     """
 
     page_loads: PageLoads | None = None
@@ -94,7 +94,7 @@ class LibraryConnector(OffloadingConnector):
     # The scheduler's side.
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
-        """Open the library's files, now that the workers have said what their pages depend on."""
+        """Open the library's files, now that the workers have described what their pages depend on."""
         workers = [metadata[rank] for rank in sorted(metadata)]
         weights = [worker.digest for worker in workers]
         for tier in self._file_tiers():
@@ -105,19 +105,19 @@ class LibraryConnector(OffloadingConnector):
             tier.open(identity_of(description), description)
 
     def make_page_loads(self, view: SchedulerView, group: CacheGroup) -> PageLoads:
-        """Load single pages from now on, for a scheduler that reuses blocks."""
+        """Return the object that loads single pages from now on, for a scheduler that reuses blocks."""
         offloading = self.scheduler
         assert isinstance(offloading, PageOffloading)
         self.page_loads = PageLoads(view, group, offloading, max(chunks_of(offloading.manager) // 2, 1))
         return self.page_loads
 
     def close_files(self, reason: str) -> None:
-        """Use no files any more, since what they hold may be wrong from now on."""
+        """Stop using files, since their content may be wrong from now on."""
         for tier in self._file_tiers():
             tier.close(reason)
 
     def reset_cache(self) -> bool | None:
-        """Empty host memory; False: not, since a read or write of a file goes on in it."""
+        """Empty host memory; return False if a read or write of a file still uses it, so that it was not emptied."""
         if not all(tier.is_idle_within(RESET_SECONDS) for tier in self._file_tiers()):
             logger.warning("The library is not reset: its disk has not answered for %g s", RESET_SECONDS)
             return False
@@ -138,7 +138,7 @@ class LibraryConnector(OffloadingConnector):
         return self.scheduler.get_num_new_matched_tokens(request, num_computed_tokens, max_num_new_tokens=0)
 
     def _leading_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """As vLLM, which loads what a prompt starts with; but a request does not wait for pages for ever."""
+        """Look up the pages that a prompt starts with, as vLLM does, but don't let the request wait for them forever."""
         found, is_async = super().get_num_new_matched_tokens(request, num_computed_tokens)
         if found is not None:
             if self.waiting.get(request.request_id) != GIVEN_UP:

@@ -1,4 +1,4 @@
-"""The part that a KV connector brings into the scheduler: that of a library loads single pages (page_loads.py)."""
+"""Hooks that the library's KV connector adds to the scheduler: they load single pages (page_loads.py)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LoadsPages(Protocol):
 
 
 def part_of_connector(scheduler: Any, config: StarlingConfig) -> CorePart | None:
-    """The part that loads pages, where blocks are reused; it knows from where pages came."""
+    """Return the hooks that load pages, if blocks are reused; they also know where pages came from."""
     if scheduler.part(BlockReuse) is None or not isinstance(scheduler.connector, LoadsPages):
         return None
     loads: Any = scheduler.connector.make_page_loads(scheduler.view, scheduler.view.only_group)

@@ -1,11 +1,11 @@
-"""The room that the files of a library may take: what was not used for longest is removed to make room.
+"""Disk space of a library's files: the file that was used least recently is removed first to make room.
 
 Only files with the names that the library gives are counted and removed.
 
 All servers with the same folder share one count of bytes, in a file that each of them locks while it changes it. Bytes
-are counted before they are written. Where files were removed by hand the count is too high, and is put right by the
-next look at all files. Such a look does not see what another server is about to write, which is at most a page for each
-of its threads.
+are counted before they are written. If files were removed by hand, the count is too high until the next scan of all
+files corrects it. A scan does not see what another server is about to write, which is at most a page for each of its
+threads.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from pathlib import Path
 
 COUNT_FILE = ".bytes"
 KEPT = 0.9
-"""Of the limit, what stays when room is made: then all files are looked at once in so many writes, not at each."""
+"""Share of the limit that stays when room is made, so that not every write has to scan all files."""
 LATER_SECONDS = 86400.0
-"""A page that is to stay counts as used so much later."""
+"""Seconds by which a page that is to stay counts as used later."""
 LATER = 0.5
-"""Of the limit, what files may take that count as used later than now."""
+"""Share of the limit that may be taken by files that count as used later than now."""
 ABANDONED_SECONDS = 3600.0
-"""A file that is still being written after so long was left by a server that was killed."""
+"""Seconds after which a file that is still being written counts as left by a server that was killed."""
 
 
 MODEL_FOLDER = re.compile(r"[0-9a-f]{16}_[0-9a-f]{16}_r[0-9]+")
-"""Of an identity, a layout of pages, and a rank (tier.py)."""
+"""Name of a model's folder: an identity, a layout of pages, and a rank (tier.py)."""
 FIRST_FOLDER, SECOND_FOLDER = re.compile(r"[0-9a-f]{3}"), re.compile(r"[0-9a-f]{2}_g[0-9]+")
-"""Of the first digits of a page's hash, as vLLM's FileMapper has them; the second has the KV cache group."""
+"""Names of the folders of the first digits of a page's hash (vLLM's FileMapper); the second has the KV cache group."""
 PAGE_FILE = re.compile(r"[0-9a-f]{16,}\.bin(_[0-9]+\.tmp)?")
-"""A page's hash. While vLLM writes the file, its name ends with a number and ``.tmp``."""
+"""Name of a page's file: its hash. While vLLM writes the file, its name ends with a number and ``.tmp``."""
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file of a page, or what is left of one (``*.tmp``)."""
+    """The file of a page, or the rest of an unfinished one (``*.tmp``)."""
 
     path: str
     num_bytes: int
@@ -51,12 +51,12 @@ class StoredFile:
 
 
 class FileSpace:
-    """Counts and bounds the bytes of all files below a folder.
+    """Count and bound of the bytes of all files below a folder.
 
     Args:
-        folder: of the library; it exists.
-        limit: in bytes.
-        removed: is told of each file that was removed to make room, by its path.
+        folder: the library's folder; it exists.
+        limit: the limit in bytes.
+        removed: called with the path of each file that was removed to make room.
     """
 
     def __init__(self, folder: Path, limit: int, removed: Callable[[str], None] = lambda path: None) -> None:
@@ -68,7 +68,7 @@ class FileSpace:
 
     @contextmanager
     def room_for(self, num_bytes: int) -> Iterator[None]:
-        """Count so many bytes that are written within the block, and make room for them. A failed write takes none.
+        """Count ``num_bytes`` that are written within the block, and make room for them; a failed write takes none.
 
         Raises:
             OSError: there is no room (EDQUOT), or the count can't be read or written.
@@ -97,14 +97,14 @@ class FileSpace:
         """Note when a page was used, so that its file stays, if it has one.
 
         Args:
-            used: in seconds since 1970. A file that counts as used later already stays as it is.
+            used: seconds since 1970. A file that already counts as used later stays as it is.
         """
         with suppress(OSError):
             if os.stat(path).st_mtime < used:
                 os.utime(path, (used, used))
 
     def _make_room(self, num_bytes: int) -> int:
-        """Remove files until so many more fit; returns the bytes of those that stay."""
+        """Remove files until ``num_bytes`` more fit; return the bytes of the files that stay."""
         writing = self.being_written  # read first: a file that gets its name meanwhile may be missed below
         files = list(stored_files(self.folder))
         now, total = time.time(), writing + sum(file.num_bytes for file in files)
@@ -121,7 +121,7 @@ class FileSpace:
         return total
 
     def _remove(self, file: StoredFile) -> int:
-        """The bytes that this frees; 0 where the file can't be removed."""
+        """Remove a file; return the bytes that this frees, or 0 if it can't be removed."""
         try:
             os.remove(file.path)
         except FileNotFoundError:
@@ -143,12 +143,12 @@ class FileSpace:
 
 @dataclass(frozen=True)
 class Count:
-    """The count in its file, which is locked."""
+    """The count of bytes in its file, which is locked."""
 
     descriptor: int
 
     def read(self) -> int | None:
-        """The bytes; None: nobody has counted them yet."""
+        """Return the count of bytes, or None if nobody has counted them yet."""
         text = os.pread(self.descriptor, 32, 0)
         return int(text) if text.strip().isdigit() else None
 
@@ -157,7 +157,10 @@ class Count:
 
 
 def in_order_of_removal(files: Iterable[StoredFile], later_bytes: float, now: float) -> list[StoredFile]:
-    """Files by their last use. Of those that count as used later than now, so many bytes do so, the latest first."""
+    """Sort files by their last use.
+
+    Files count as used later than now up to ``later_bytes``, the latest first; the others lose LATER_SECONDS.
+    """
     order = sorted(files, key=lambda file: file.used)
     later = list(takewhile(lambda file: file.used > now, reversed(order)))
     total = list(accumulate(file.num_bytes for file in later))
@@ -181,14 +184,14 @@ def stored_files(folder: Path) -> Iterator[StoredFile]:
 
 
 def _folders(parent: str, name: re.Pattern[str]) -> list[str]:
-    """Return the folders of ``parent`` that have such a name; links are none."""
+    """Return the folders of ``parent`` whose names match ``name``, without links."""
     return [
         entry.path for entry in _entries(parent) if name.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
     ]
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
-    """Return the entries of a folder; none of one that was removed meanwhile, or can't be read."""
+    """Return the entries of a folder, none if it was removed meanwhile or can't be read."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)

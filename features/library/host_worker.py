@@ -1,4 +1,4 @@
-"""Moves KV pages between a CPU engine's cache and its library in host memory; for GPUs vLLM has a worker of its own."""
+"""Copies of KV pages between a CPU engine's cache and its library in host memory; for GPUs vLLM has its own worker."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Copies = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class HostWorker(OffloadingWorker):
-    """Copies pages in a thread of its own, while the engine computes.
+    """Worker that copies pages in a thread while the engine computes.
 
     One page of the cache is one chunk of the library (blocks_per_chunk = 1). A chunk has the pages of all layers, one
     after another.
@@ -46,7 +46,7 @@ class HostWorker(OffloadingWorker):
         return self._submit(job_id, self.chunks, source.block_ids, self.pages, self._page_ids(target))
 
     def get_finished(self) -> list[TransferResult]:
-        """The jobs that have ended since the last call."""
+        """Return the jobs that have ended since the last call."""
         ended = [job_id for job_id, job in self.jobs.items() if job.done()]
         return [self.jobs.pop(job_id).result() for job_id in ended]
 

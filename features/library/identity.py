@@ -1,4 +1,4 @@
-"""What the content of a page depends on beside its key: engines whose pages are the same have the same identity."""
+"""Identity of an engine's pages, from what their content depends on beside their keys: equal pages, equal identity."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ LENGTH = 16
 
 
 def layouts_of(vllm_config: Any, layers: Iterable[str]) -> dict[str, str]:
-    """How a worker's layers lay out their pages inside, as their backends have chosen: by the layer's name.
+    """Return how each layer of a worker lays out the inside of its pages, as its backend has chosen, by layer name.
 
-    What the host could have chosen is no matter: a GPU's pages are the same on each of them.
+    The host does not matter: a GPU's pages are the same on every host.
     """
     default = vllm_config.cache_config.cache_dtype
     found = {}
@@ -28,9 +28,10 @@ def layouts_of(vllm_config: Any, layers: Iterable[str]) -> dict[str, str]:
 
 
 def described(vllm_config: Any, weights: Sequence[str], layouts: Sequence[dict[str, str]]) -> dict[str, Any]:
-    """What an identity stands for. The sizes of pages are in the name of the files' folder too (tier.py).
+    """Return what an identity stands for.
 
-    The model's name is in neither: a path may be written in several ways, and another model has other weights.
+    The sizes of pages are in the name of the files' folder too (tier.py). The model's name is in neither: a path may be
+    written in several ways, and another model has other weights.
 
     Args:
         weights: the digest of each worker's weights, by rank.
@@ -52,13 +53,13 @@ def described(vllm_config: Any, weights: Sequence[str], layouts: Sequence[dict[s
 
 
 def uses_long_rope(config: dict[str, Any], max_model_len: int) -> bool:
-    """Whether vLLM turns keys by LongRoPE's long factors: it does so where a server takes prompts that need them."""
+    """Return whether vLLM rotates keys by LongRoPE's long factors, as it does if a server takes prompts that need them."""
     rope = config.get("rope_parameters") or {}
     return rope.get("rope_type") == "longrope" and max_model_len > rope["original_max_position_embeddings"]
 
 
 def identity_of(description: dict[str, Any]) -> str:
-    """The name of an identity: LENGTH hexadecimal digits."""
+    """Return the name of an identity, LENGTH hexadecimal digits."""
     return digest(description)[:LENGTH]
 
 

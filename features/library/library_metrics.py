@@ -1,4 +1,4 @@
-"""Series of the library on vLLM's /metrics, beside vLLM's own of its tiers (vllm:kv_offload_*)."""
+"""Series of the library on vLLM's /metrics, beside vLLM's own series of its tiers (vllm:kv_offload_*)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from starling.vllm_compat.metrics import report_to_front
 
 
 class LibraryMetrics:
-    """Counted in the engine core's process."""
+    """Series of the engine core's process."""
 
     def __init__(self) -> None:
         report_to_front()

@@ -1,9 +1,9 @@
-"""Pages of star blocks that are in the library: they are loaded wherever they stand in a prompt.
+"""Loads of star blocks' pages from the library, wherever they stand in a prompt.
 
-When a request would start, all pages that the prefix cache does not have are asked for. Those that the library has are
-loaded into free pages, and go into the prefix cache as if they had been computed; the request adopts them there
-(block_reuse.py). It starts once its next page is known, and computes what is missing while others arrive. It does not
-compute a page that is on its way.
+When a request would start, the library is asked for all pages that the prefix cache does not have. The pages that the
+library has are loaded into free pages, and go into the prefix cache as if they had been computed; the request adopts
+them there (block_reuse.py). It starts once its next page is known, and computes what is missing while others arrive. It
+does not compute a page that is on its way.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from starling.vllm_compat.scheduler_view import SchedulerView
 logger = init_logger("vllm.starling")
 
 MAX_STARTING = 4
-"""Requests that wait for pages before they start; others are asked for when these have started."""
+"""Most requests that wait for pages before they start; the library is asked for others when these have started."""
 
 PATIENCE_SECONDS = 10.0
-"""A request for which no page has arrived for so long computes those that it waits for."""
+"""Seconds without an arriving page after which a request computes the pages that it waits for."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Wanted:
 
     Attributes:
         pages: their numbers in the prompt, ascending.
-        since: when the last of them arrived or turned out to be nowhere.
+        since: when the last page arrived or was found to be missing.
     """
 
     request: Any
@@ -48,11 +48,11 @@ class Wanted:
 
 
 class PageLoads(CorePart):
-    """Loads pages for the star requests of one scheduler.
+    """Loads of pages for the star requests of one scheduler.
 
     Args:
         group: the only KV cache group.
-        library: vLLM's offloading.
+        library: vLLM's offloading connector.
         max_pages: how many pages may be on their way at once.
     """
 
@@ -75,16 +75,16 @@ class PageLoads(CorePart):
         library.on_loaded = self._end
 
     def takes(self, request: Any) -> bool:
-        """Whether a request's pages are asked for here, one by one, and not by vLLM as a prefix."""
+        """Return whether a request's pages are asked for here, one by one, and not by vLLM as a prefix."""
         return independent_plan(request) is not None and self.view.may_hit(request)
 
     def fetches(self, request: Any) -> bool:
-        """Whether a request takes pages of other replicas in place of the library's."""
+        """Return whether a request takes pages of other replicas in place of the library's."""
         metadata = metadata_of(request)
         return metadata.fetch is not None or metadata.remote is not None
 
     def may_start(self, request: Any, num_computed_tokens: int) -> bool:
-        """Whether a waiting request may start with the tokens found in the prefix cache; else it is asked again."""
+        """Return whether a waiting request may start with the tokens found in the prefix cache; if not, it is asked again."""
         wanted = self.wanted.get(request.request_id)
         if wanted is None:
             starting = (entry.pages and not entry.request.num_computed_tokens for entry in self.wanted.values())
@@ -102,18 +102,18 @@ class PageLoads(CorePart):
         return not wanted.pages or wanted.pages[0] * self.group.page_size > num_computed_tokens
 
     def _pages_of(self, request: Any, first: int, last: int) -> list[int]:
-        """The pages ``[first, last)`` of a prompt, without those that a part of a prompt leaves to other replicas."""
+        """Return the pages ``[first, last)`` of a prompt, without those that a split prompt leaves to other replicas."""
         part = metadata_of(request).part
         left_out = range(0) if part is None else range(part.anchor_size, part.start)
         return [page for page in range(first, last) if page * self.group.page_size not in left_out]
 
     @property
     def is_waited_for(self) -> bool:
-        """Whether a request waits for pages that are on their way."""
+        """Return whether a request waits for pages that are on their way."""
         return any(wanted.pages for wanted in self.wanted.values())
 
     def before_step(self) -> None:
-        """Ask for pages, and load those that are found."""
+        """Ask the library for pages, and load those that it has."""
         for request_id, wanted in list(self.wanted.items()):
             if wanted.request.is_finished() or not self.library.knows(wanted.request):
                 del self.wanted[request_id]
@@ -123,13 +123,13 @@ class PageLoads(CorePart):
                 del self.wanted[request_id]
 
     def pages_freed(self, request: Any) -> None:
-        """If it starts once more, it asks for all of them."""
+        """Forget the pages that a request waits for; if it starts again, it asks for all of them."""
         self.wanted.pop(request.request_id, None)
 
     def source_of(self, page: Page, request_id: str) -> str:
-        """The kind (provenance.py) of a page that a request takes from the prefix cache.
+        """Return the kind (provenance.py) of a page that a request takes from the prefix cache.
 
-        Where it has asked for the page: the tier that had it.
+        If the request has asked the library for the page, it is the tier that had the page.
         """
         page_hash, asked, kind = self.arrived.get(page.block_id, (b"", "", MEMORY))
         if asked != request_id or not self.view.pool.holds(page, page_hash, self.group.index):
@@ -141,11 +141,11 @@ class PageLoads(CorePart):
         return self._before_coming(request, start, num_tokens) or num_tokens
 
     def refuses(self, request: Any, start: int, num_tokens: int) -> bool:
-        """A chunk waits for its pages."""
+        """Return whether a chunk has to wait for its pages."""
         return not self._before_coming(request, start, num_tokens)
 
     def _before_coming(self, request: Any, start: int, num_tokens: int) -> int:
-        """How many of the tokens from a position on come before the first page that is on its way; 0: none."""
+        """Return how many of the tokens from ``start`` on come before the first page that is on its way."""
         wanted = self.wanted.get(request.request_id)
         if wanted is None or not wanted.pages:
             return num_tokens
@@ -184,7 +184,7 @@ class PageLoads(CorePart):
         wanted.pages = sorted(left)
 
     def _load(self, request: Any, pages: list[int]) -> list[int]:
-        """Load as many of these pages of a prompt as there is room for; returns them. The others are computed."""
+        """Load as many of these pages of a prompt as there is room for, and return them; the others are computed."""
         pages = pages[: self.view.pool.num_free_pages]
         if pages:
             targets = self.view.pool.take(len(pages))

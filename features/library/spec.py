@@ -1,4 +1,4 @@
-"""What the library is made of, for vLLM's OffloadingConnector (its spec_name and spec_module_path)."""
+"""Spec of the library for vLLM's OffloadingConnector (its spec_name and spec_module_path)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stamp of a chunk: what tells a page that was written whole, for this key, from any other content of a file."""
+"""The stamp of a chunk, which tells a page that was written whole for this key from any other content of a file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ STAMP_BYTES = len(MAGIC) + DIGEST_BYTES
 
 
 def stamp_of(key: bytes, content: memoryview) -> bytes:
-    """The stamp of a page: STAMP_BYTES bytes, a digest of its key and its content (BLAKE2b) behind MAGIC."""
+    """Return the stamp of a page: STAMP_BYTES bytes, MAGIC and then a digest of its key and its content (BLAKE2b)."""
     digest = hashlib.blake2b(key, digest_size=DIGEST_BYTES)
     digest.update(content)
     return MAGIC + digest.digest()
@@ -22,5 +22,5 @@ def write_stamp(chunk: memoryview, key: bytes) -> None:
 
 
 def has_stamp(chunk: memoryview, key: bytes) -> bool:
-    """Whether a chunk has the stamp of its content under this key."""
+    """Return whether a chunk has the stamp of its content under this key."""
     return chunk[-STAMP_BYTES:] == stamp_of(key, chunk[:-STAMP_BYTES])

@@ -1,4 +1,4 @@
-"""The library's files: vLLM's tier of files, for one model and its weights, with a check of each file that is read."""
+"""The library's files: vLLM's file tier for one model and its weights, with a check of each file that is read."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from starling.vllm_compat.offloading import FileTier, ends_within, say_io_errors
 logger = init_logger("vllm.starling")
 
 LOG_SECONDS = 10.0
-"""Between two lines of the log about files that could not be read or written."""
+"""Seconds between two lines of the log about files that could not be read or written."""
 
 WRITE_SECONDS, END_SECONDS = 1.5, 0.5
-"""For the last writes, and then for the threads: vLLM kills an engine that has not ended 3 s after its signal."""
+"""Seconds for the last writes, and then for the threads: vLLM kills an engine 3 s after its signal to end."""
 
 SETTINGS_FILE = "config.json"
 
@@ -40,9 +40,9 @@ SETTINGS_FILE = "config.json"
 class LibraryTier(FileTier, FileSystemTierManager):
     """Pages in files, which are found under the identity of the engine's model only.
 
-    The files are in a folder for each identity, a digest of the weights and of what else the content of a page depends
-    on, and layout of pages. vLLM's own folder, which it names by the model too as the user wrote it, has no pages.
-    Until the engine has said its identity, and after it has changed its weights, no file is read or written.
+    There is a folder for each identity and each layout of pages. An identity is a digest of the weights and of what
+    else the content of a page depends on. vLLM's own folder, whose name also has the model as the user wrote it, has no
+    pages. Until the engine has given its identity, and after it has changed its weights, no file is read or written.
 
     The files belong to the user that runs the engine: nobody else can read them. Together they take at most
     ``file_bytes``, whatever models and servers have written them.
@@ -72,7 +72,7 @@ class LibraryTier(FileTier, FileSystemTierManager):
 
         Args:
             identity: the start of the folder's name.
-            described: what it stands for, to be read by people.
+            described: what the identity stands for, to be read by people.
         """
         layout = {name: value for name, value in self.file_mapper.get_run_config().items() if name != "model_name"}
         folder = self.folder / f"{identity}_{digest(layout)[:LENGTH]}"
@@ -86,7 +86,7 @@ class LibraryTier(FileTier, FileSystemTierManager):
         logger.info("The library's pages are in %s", folder)
 
     def close(self, reason: str) -> None:
-        """Read and write no files any more."""
+        """Stop reading and writing files."""
         if self.is_open:
             self.is_open = False
             logger.warning("The library's files are not used any more: %s", reason)
@@ -95,10 +95,10 @@ class LibraryTier(FileTier, FileSystemTierManager):
         return super().lookup(key, req_context) if self.is_open else LookupResult.MISS
 
     def note_used(self, keys: Iterable[OffloadKey], later: float = 0) -> None:
-        """Note that a request has used pages, from wherever it had them: their files are the last to be removed.
+        """Note that a request has used pages, wherever they came from: their files are the last to be removed.
 
         Args:
-            later: seconds by which they count as used later than now. A page without a file counts so once it has one.
+            later: seconds by which they count as used later than now, also a page that gets its file only later.
         """
         if not self.is_open:
             return
@@ -120,7 +120,7 @@ class LibraryTier(FileTier, FileSystemTierManager):
 
     @property
     def num_chunks(self) -> int:
-        """How many pages host memory has."""
+        """Number of pages in host memory."""
         return len(self.chunks_as_bytes()) // self.block_size_bytes
 
     def take_events(self) -> Iterable[OffloadingEvent]:
@@ -130,7 +130,7 @@ class LibraryTier(FileTier, FileSystemTierManager):
             yield OffloadingEvent(keys=removed, medium=self.medium, removed=True, locality=self.locality)
 
     def _removed(self, path: str) -> None:
-        """Count a file that has made room for others; where it had a page of this engine, the KV events say so."""
+        """Count a file that has made room for others; if it had a page of this engine, the KV events say so."""
         self.metrics.removed_files.inc()
         if (
             self.events is not None
@@ -143,7 +143,7 @@ class LibraryTier(FileTier, FileSystemTierManager):
                 self.removed.append(make_offload_key(bytes.fromhex(file.stem), group))
 
     def shutdown(self) -> None:
-        """Write what is to be written, as long as the engine may take for that, and end the threads.
+        """Write what is still to be written, within the time that the engine may take for that, and end the threads.
 
         Raises:
             TimeoutError: a thread has not ended, since the disk does not answer: it may still use the memory of chunks.
@@ -158,7 +158,7 @@ class LibraryTier(FileTier, FileSystemTierManager):
     # What vLLM's tier runs in its threads.
 
     def store_pages(self, keys: list[OffloadKey], chunk_ids: list[int]) -> None:
-        """Write chunks into files, unless they exist (raises OSError)."""
+        """Write chunks into files that do not exist yet (raises OSError)."""
         if not self.is_open:
             return
         self.write_used()
@@ -181,10 +181,10 @@ class LibraryTier(FileTier, FileSystemTierManager):
             raise
 
     def load_pages(self, keys: list[OffloadKey], chunk_ids: list[int]) -> None:
-        """Read files into chunks, in their order, up to the first one that is not what it should be.
+        """Read files into chunks, in their order, up to the first file with the wrong content.
 
         Raises:
-            OSError: with ``num_succeeded``, the files before it.
+            OSError: ``num_succeeded`` is the number of files before it.
         """
         view, size = self.chunks_as_bytes(), self.block_size_bytes
         for index, (key, chunk) in enumerate(zip(keys, chunk_ids, strict=True)):
@@ -211,7 +211,7 @@ class LibraryTier(FileTier, FileSystemTierManager):
 
 
 def is_full(error: OSError, folder: Path, size: int) -> bool:
-    """Whether a write of so many bytes has failed for want of room. vLLM reports a write that is cut short as EIO."""
+    """Return whether a write of ``size`` bytes has failed for lack of space; vLLM reports a short write as EIO."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     try:
@@ -222,12 +222,12 @@ def is_full(error: OSError, folder: Path, size: int) -> bool:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder that its owner alone can enter; what exists keeps its permissions."""
+    """Make a folder that only its owner can enter; folders that exist keep their permissions."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def remove(path: str) -> None:
-    """Remove a file, if that is possible."""
+    """Remove a file if that is possible."""
     try:
         os.remove(path)
     except OSError as error:
@@ -235,7 +235,7 @@ def remove(path: str) -> None:
 
 
 def remove_folder(path: str) -> None:
-    """Remove an empty folder in the place of a page's file. What is in another one is not the library's."""
+    """Remove an empty folder in the place of a page's file; the content of other folders is not the library's."""
     try:
         os.rmdir(path)
     except OSError as error:

@@ -1,6 +1,6 @@
-"""Library in a worker: the digest of the weights, by which servers share files, and which calls may change them.
+"""Worker side of the library: the digest of the weights, by which servers share files, and calls that may change them.
 
-The digest is taken when the weights are loaded: later they may be in the form that a kernel takes.
+The digest is computed when the weights are loaded: later they may be in the form that a kernel takes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from starling.attention_backends.star.refusals import has_library
 from starling.vllm_compat.models import on_weights_loaded
 
 SAMPLES = 256
-"""Bytes of each tensor that are read, at equal distances."""
+"""Number of bytes of each tensor that are read, at equal distances."""
 
 HARMLESS = frozenset(
     {
@@ -27,7 +27,7 @@ HARMLESS = frozenset(
         "update_max_model_len",
     }
 )
-"""Methods of workers that a front of vLLM calls and that leave the weights as they are. Any other may change them."""
+"""Worker methods that vLLM's front calls and that leave the weights as they are; any other may change them."""
 
 _loaded: list[str] = []  # the digest of this process's model, once it is loaded
 

@@ -1,4 +1,4 @@
-"""The requests of one engine as the live page shows them: plain numbers and names, read between two steps.
+"""One engine's requests for the live page: plain numbers and names, read between two steps.
 
 Nothing is noted before the first look, and everything is forgotten when nobody has looked for a while.
 """
@@ -21,30 +21,30 @@ from starling.vllm_compat.core_process import add_core_utility
 from starling.vllm_compat.scheduler_view import SchedulerView
 
 LISTED = 100
-"""Requests of a snapshot; the counts are those of all."""
+"""Most requests in a snapshot; its counts include all requests."""
 
 ENDED, ENDED_SECONDS = 50, 60.0
-"""How many requests that have ended a snapshot has, and for how long."""
+"""Most ended requests in a snapshot, and the seconds for which it has them."""
 
 WATCH_SECONDS = 10.0
-"""How long after a look requests are noted for the next one."""
+"""Seconds after a look in which requests are noted for the next one."""
 
 MAX_ID = 200
-"""Characters of a request's id: clients choose ids, of any length."""
+"""Most characters of a request's id that are shown: clients choose ids of any length."""
 
 PLAN = ("attention", "block_size", "documents", "replicas", "shards", "keys_attended", "dense_keys", "why")
 
 
 def shortened(request_id: str) -> str:
-    """An id as it is shown."""
+    """Return an id in the form that is shown."""
     return request_id if len(request_id) <= MAX_ID else f"{request_id[: MAX_ID - 1]}…"
 
 
 class LiveRequests(CorePart):
-    """What the live page shows of one scheduler.
+    """The requests of one scheduler that the live page shows.
 
     Attributes:
-        looked: when somebody looked last; None: nobody has for a while, and nothing is noted.
+        looked: when somebody looked last, or None if nobody has for a while, so that nothing is noted.
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -64,11 +64,11 @@ class LiveRequests(CorePart):
         self.ended: deque[tuple[float, str, dict[str, Any]]] = deque(maxlen=ENDED)  # with the time and the engine's id
 
     def look(self) -> dict[str, Any]:
-        """The requests now; from now on, and for a while, what the next look shows is noted.
+        """Return the current requests; from now on, and for a while, note what the next look shows.
 
         Returns:
             ``running`` and ``waiting``, the numbers of all requests; ``requests``, the states of the first LISTED ones
-            (running ones before waiting ones); ``ended``, those of requests that have ended since the first look.
+            (running ones before waiting ones); ``ended``, the states of requests that ended since the first look.
         """
         self.looked = now = time.monotonic()
         scheduler = self.scheduler
@@ -87,7 +87,7 @@ class LiveRequests(CorePart):
         }
 
     def outputs(self, outputs: dict[int, Any]) -> None:
-        """Note the prefix hits of a step's first tokens: vLLM forgets them when it hands them on."""
+        """Note the prefix hits of a step's first tokens, which vLLM forgets when it hands them on."""
         if self.looked is None:
             return
         if time.monotonic() - self.looked >= WATCH_SECONDS:
@@ -106,7 +106,7 @@ class LiveRequests(CorePart):
                 state["cached"] = self.cached.pop(name)
 
     def pages_freed(self, request: Any) -> None:
-        """Note a request that has ended. One that prefilled a part of a prompt has not: the prompt goes on."""
+        """Note a request that has ended, unless it prefilled a part of a prompt, which goes on."""
         if self.looked is None or not request.is_finished() or metadata_of(request).part is not None:
             return
         state = self._state(request)
@@ -116,14 +116,14 @@ class LiveRequests(CorePart):
         self.ended.append((time.monotonic(), request.request_id, ended))
 
     def _requests(self) -> Iterator[Any]:
-        """Running requests, then those that wait, in the order in which they came."""
+        """Yield running requests, then waiting ones, in the order in which they came."""
         running = self.scheduler.running
         others = (request for request in self.scheduler.requests.values() if not request.is_finished())
         known = {id(request) for request in running}
         return chain(running, (request for request in others if id(request) not in known))
 
     def _state(self, request: Any) -> dict[str, Any] | None:
-        """One request; None for a part of a prompt that only computes the anchor once more."""
+        """Return the state of one request, or None for a part of a prompt that only computes the anchor once more."""
         progress: dict[str, Any] | None = progress_of(request)
         if progress is None:
             return None
@@ -152,7 +152,7 @@ class LiveRequests(CorePart):
 
 
 def live_requests(core: Any) -> dict[str, Any]:
-    """What a front asks an engine core for (scheduler/core_rpc.py)."""
+    """Return the requests of an engine core to a front that asks for them (scheduler/core_rpc.py)."""
     found: dict[str, Any] = core.scheduler.part(LiveRequests).look()
     return found
 

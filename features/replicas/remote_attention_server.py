@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 
-from starling.attention_backends.kernels.contract import Layout
-from starling.attention_backends.kernels.rotary import NO_ROTATION, Rotation
+from starling.attention_backends.kernels.contract import NO_ROTATION, Layout, Rotation
 from starling.attention_backends.star.rows import TurnedKeys
 from starling.attention_backends.star.turned_rows import add_rows, make_turned_rows
 from starling.features.replicas.notifications import Message, MessageError, MessageLimits, Messenger

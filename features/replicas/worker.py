@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from starling.attention_backends.star.remote_step import RemoteStep
+from starling.attention_backends.star.remote_queries import RemoteStep
 from starling.features.replicas.transfer_metrics import replica_metrics
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import RequestMetadata

@@ -56,8 +56,8 @@ def cuda_graphs(config: Any) -> dict[str, str]:
 
 def attention_op(config: Any, cpu_attention: str, gpu_attention: str) -> dict[str, str]:
     """Return the attention op of some batches, and why it is used; the settings are the options of these names."""
+    from starling.attention_backends.kernels.cpu.attention import Processor, select_op
     from starling.attention_backends.kernels.cpu.build import compiler
-    from starling.attention_backends.kernels.cpu.selection import Processor, select_op
     from starling.attention_backends.star.refusals import document_refusals, is_attamba, unread_isa
 
     on_cpu = config.device_config.device_type == "cpu"
@@ -95,7 +95,7 @@ def unprofiled_memory(config: Any) -> dict[str, Any]:
     vLLM sizes the KV cache by a profile of the weights and of one dense step. ``gpu_memory_utilization`` has to leave
     room for what comes later. ``bytes`` is None on a CPU.
     """
-    from starling.attention_backends.star.head_calls import CONTIGUOUS_OUTPUT
+    from starling.attention_backends.star.head_step import CONTIGUOUS_OUTPUT
     from starling.attention_backends.star.refusals import (
         has_dense_heads,
         is_attamba,
@@ -148,7 +148,7 @@ def output_bytes(config: Any) -> int:
 
 def partial_results(config: Any) -> int:
     """Return the most bytes that the kernel of tokens behind documents keeps beside its output, on any GPU."""
-    from starling.attention_backends.kernels.triton.decode import rows_that_fill
+    from starling.attention_backends.kernels.triton.attention import rows_that_fill
     from starling.attention_backends.kernels.triton.ranges import PREFILL_LANES, partial_bytes
 
     model = config.model_config
@@ -160,7 +160,7 @@ def partial_results(config: Any) -> int:
 def graph_table_bytes(config: Any) -> int:
     """Return the bytes of the table of an engine's full CUDA graphs, where it has such graphs."""
     from starling.attention_backends.kernels.ranges import packed_size
-    from starling.attention_backends.star.graph_ranges import MAX_RANGES
+    from starling.attention_backends.star.range_attention import MAX_RANGES
 
     mode = config.compilation_config.cudagraph_mode
     has_graphs = mode is not None and mode.has_full_cudagraphs()

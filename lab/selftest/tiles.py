@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from starling.attention_backends.kernels.contract import Sizes
+from starling.attention_backends.kernels.contract import Rotation, Sizes
 from starling.attention_backends.kernels.ranges import RangeTable, TokenRanges, make_range_table
-from starling.attention_backends.kernels.rotary import Rotation
 from starling.lab.machine import has_gpu
 from starling.lab.selftest.kernels import NO_GPU
 from starling.lab.selftest.result import Check, Result, Skip
@@ -117,7 +116,7 @@ class Call:
 
     def default(self) -> Choice:
         """Return the choice of engines."""
-        from starling.attention_backends.kernels.triton.decode import PROGRAMS_PER_MULTIPROCESSOR
+        from starling.attention_backends.kernels.triton.attention import PROGRAMS_PER_MULTIPROCESSOR
         from starling.attention_backends.kernels.triton.ranges import range_tile
 
         capability = torch.cuda.get_device_capability() if self.query.is_cuda else None
@@ -138,7 +137,7 @@ class Call:
 
     def run(self, choice: Choice) -> torch.Tensor:
         """Compute the attention of all tokens."""
-        from starling.attention_backends.kernels.triton.decode import multiprocessors, rows_that_fill
+        from starling.attention_backends.kernels.triton.attention import multiprocessors, rows_that_fill
         from starling.attention_backends.kernels.triton.ranges import attend_ranges
 
         out = torch.empty_like(self.query)

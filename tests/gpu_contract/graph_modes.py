@@ -26,8 +26,7 @@ from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
 
-from starling.attention_backends.star.document_layers import DocumentLayers  # noqa: E402
-from starling.attention_backends.star.head_layers import HeadLayers  # noqa: E402
+from starling.attention_backends.star.document_layers import DocumentLayers, HeadLayers  # noqa: E402
 from starling.attention_backends.star.refusals import star_refusals  # noqa: E402
 from starling.engine_ext.worker.backends import register_backends  # noqa: E402
 from starling.lab.doctor.attention_report import cuda_graphs  # noqa: E402

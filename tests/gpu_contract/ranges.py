@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from starling.attention_backends.kernels.contract import Rotation, turn_back
 from starling.attention_backends.kernels.ranges import PLACE_FIELDS, RANGE_FIELDS, RangeTable
-from starling.attention_backends.kernels.rotary import Rotation, turn_back
 
 
 def attend_in_ranges(

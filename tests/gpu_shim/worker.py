@@ -9,7 +9,7 @@ import torch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from starling.attention_backends.star import graph_ranges
+from starling.attention_backends.star import range_attention
 from starling.attention_backends.star.rows import VirtualRows
 from starling.attention_backends.star.step import current_step
 from tests.gpu_shim.cuda import Graph
@@ -63,7 +63,7 @@ def kernels_after_the_start() -> list[str]:
 
 def leave_room_for_few_ranges(worker: Any) -> None:
     """From now on, a full graph has no room for a step of two prompts with documents."""
-    graph_ranges.MAX_RANGES = 9
+    range_attention.MAX_RANGES = 9
 
 
 class GpuWorker(Worker):

@@ -19,9 +19,9 @@ from torch.nn.functional import rms_norm, silu
 from starling.attention_backends.attamba import attend_step, decode, decode_kernels, mix
 from starling.attention_backends.attamba.attend_step import Cache, Sizes
 from starling.attention_backends.attamba.backend import AttambaMetadata
+from starling.attention_backends.attamba.cache import KvPages
 from starling.attention_backends.attamba.chunks import PAGE_ROWS, StepTokens, chunk_start, dense_tokens, plan_step
 from starling.attention_backends.attamba.mixer import MixerSizes
-from starling.attention_backends.attamba.pages import KvPages
 from starling.attention_backends.kernels import reference
 from starling.attention_backends.kernels.contract import Layout
 from tests.kernels.attamba_scan_job import make_parameters, recurrence

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from starling.attention_backends.kernels.contract import Rotation
 from starling.attention_backends.kernels.ranges import RangeTable, TokenRanges, make_range_table
-from starling.attention_backends.kernels.rotary import Rotation
 
 POSITIONS, SCALE = 90, 0.3
 
@@ -285,7 +285,7 @@ class Allocations(TorchDispatchMode):
 
 def count_kernels_of_steps() -> None:
     """One kernel of each kind takes all steps, and a layer launches each once, and nothing else."""
-    from starling.attention_backends.kernels.triton.decode import LANES
+    from starling.attention_backends.kernels.triton.attention import DECODE_LANES
     from starling.attention_backends.kernels.triton.ranges import attend_ranges, partial_bytes
     from tests.kernels.compiles import count_compiles, count_launches
 
@@ -297,7 +297,7 @@ def count_kernels_of_steps() -> None:
         programs = 5 if count % 2 else 16
         with count_launches() as launched, Allocations() as allocated:
             attend_ranges(*operands, scale=SCALE, programs=programs)
-        assert allocated.num_bytes == partial_bytes(programs, step.case.kv_heads, LANES, step.case.value_size)
+        assert allocated.num_bytes == partial_bytes(programs, step.case.kv_heads, DECODE_LANES, step.case.value_size)
         assert launched == {"attend_ranges_kernel": 1, "merge_ranges_kernel": 1}, launched
     assert compiled == launched, compiled
 

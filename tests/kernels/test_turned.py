@@ -10,10 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starling.attention_backends.kernels.contract import Layout
+from starling.attention_backends.kernels.contract import Layout, Rotation
 from starling.attention_backends.kernels.cpu import attention as cpu
-from starling.attention_backends.kernels.rotary import Rotation
-from starling.attention_backends.kernels.turned import TurnedQueries, add_turned_attention, turned_attention
+from starling.attention_backends.kernels.dispatch import TurnedQueries, add_turned_attention, turned_attention
 from tests.kernels.cases import Case, cases
 
 POSITIONS = 50

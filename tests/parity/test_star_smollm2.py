@@ -56,7 +56,7 @@ def of_reference(ids: tuple[int, ...], options: tuple) -> torch.Tensor:
 
 def highest_heads() -> list[tuple[int, int]]:
     """The tenth of all (layer, KV head)s with the highest scores."""
-    scores = json.loads((ROOT / "features" / "dense_heads" / "scores" / f"{MODEL.name}.json").read_text())["scores"]
+    scores = json.loads((ROOT / "attention_backends" / "star" / "scores" / f"{MODEL.name}.json").read_text())["scores"]
     heads = sorted((-score, layer, head) for layer, row in enumerate(scores) for head, score in enumerate(row))
     return [(layer, head) for _, layer, head in heads[: round(0.1 * len(heads))]]
 

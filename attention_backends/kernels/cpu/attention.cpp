@@ -1,4 +1,4 @@
-// Paged attention with log-sum-exp on a CPU; contract.py defines the contract, turned.py that of turned queries. This is
+// Paged attention with log-sum-exp on a CPU; contract.py defines the contract, dispatch.py that of turned queries. This is
 // flash attention (arXiv 2205.14135) that reads the pages in place: one pass over the keys in tiles, with a running
 // maximum and sum per query row. No row's keys are gathered.
 //
@@ -67,7 +67,7 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& keys, cons
   return lse;
 }
 
-// Takes operands that turned.py and attention.py have checked. Where lse is given, out is float32, and both hold
+// Takes operands that dispatch.py and attention.py have checked. Where lse is given, out is float32, and both hold
 // attention to other keys, which is merged.
 void turned_attention(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
                       const at::Tensor& block_table, const at::Tensor& query_start_loc, const at::Tensor& seq_lens,

@@ -16,7 +16,7 @@ struct Strides {
   int64_t page, head, token;  // in elements; for keys, `token` is between keys (PAGES) or dimensions (CPU)
 };
 
-// How query tokens are turned; turned.py has the definition. The rows' query token i is the query's token tokens[i],
+// How query tokens are turned; dispatch.py has the definition. The rows' query token i is the query's token tokens[i],
 // turned back by turns[i] positions. cos and sin are (positions, pairs).
 struct Turns {
   const int64_t *tokens, *turns;

@@ -1,4 +1,4 @@
-"""Divides the cores of a host between its replicas, and between its servers.
+"""Division of a host's cores between its replicas, and between its servers.
 
 By default, vLLM binds every data-parallel replica of a CPU host to all cores of the same NUMA node, and every server to
 the same ones. VLLM_CPU_OMP_THREADS_BIND gives each worker its own cores.
@@ -23,7 +23,7 @@ WORKER = "VLLM::Worker"  # begins the titles of vLLM's workers
 
 
 def split_cores(cores: Sequence[int], workers: int) -> str | None:
-    """Equal, disjoint, contiguous parts in vLLM's notation; None where there are fewer cores than workers."""
+    """Return equal, disjoint, contiguous parts in vLLM's notation, or None if there are fewer cores than workers."""
     size = len(cores) // workers
     if not size:
         return None
@@ -32,7 +32,7 @@ def split_cores(cores: Sequence[int], workers: int) -> str | None:
 
 
 def physical_cores() -> list[int]:
-    """The cores that this process may run on. Of several threads of one physical core, the list has the first."""
+    """Return the cores that this process may run on, with only the first of several threads of one physical core."""
     cores: dict[str, int] = {}
     for core in sorted(os.sched_getaffinity(0)):
         cores.setdefault(physical(core), core)
@@ -40,13 +40,13 @@ def physical_cores() -> list[int]:
 
 
 def physical(core: int) -> str:
-    """What the threads of one physical core have in common."""
+    """Return a text that is the same for all threads of one physical core."""
     siblings = Path(SIBLINGS.format(core))
     return siblings.read_text() if siblings.exists() else str(core)
 
 
 def bound_cores() -> set[int]:
-    """The cores that workers of other engines of this host are bound to, as far as this process sees them."""
+    """Return the cores that workers of other engines of this host are bound to, as far as this process can see them."""
     bound: set[int] = set()
     for process in psutil.process_iter():
         # A process may end meanwhile, or be hidden from this user.
@@ -59,28 +59,30 @@ def bound_cores() -> set[int]:
 
 
 def free_cores(cores: Sequence[int], bound: set[int]) -> list[int]:
-    """Those of the cores no thread of which is bound."""
+    """Return the cores none of whose threads is bound."""
     taken = set(map(physical, bound))
     return [core for core in cores if physical(core) not in taken]
 
 
 def on_one_node(cores: Sequence[int]) -> list[int]:
-    """Those of the cores that share a memory node with most of them."""
+    """Return the cores on the memory node that most of them share."""
     nodes = {core: node_of(core) for core in cores}
     most = Counter(nodes.values()).most_common(1)
     return [core for core in cores if nodes[core] == most[0][0]]
 
 
 def node_of(core: int) -> str:
-    """The memory node of a core; empty where the machine does not say."""
+    """Return the memory node of a core, or "" if the machine does not say."""
     return next((path.name for path in Path(NODE.format(core)).glob("node*")), "")
 
 
 def core_binding(args: Namespace, environ: Mapping[str, str], bound: set[int]) -> str | None:
-    """The value of VLLM_CPU_OMP_THREADS_BIND for these arguments of `vllm serve`; None: the variable stays as it is.
+    """Return VLLM_CPU_OMP_THREADS_BIND for these arguments of `vllm serve`, or None to leave the variable as it is.
 
     Args:
-        bound: of ``bound_cores``.
+        args: parsed arguments of `vllm serve`.
+        environ: the environment.
+        bound: result of ``bound_cores``.
     """
     local = args.data_parallel_size_local
     replicas = args.data_parallel_size if local is None else local

@@ -1,6 +1,6 @@
-"""How much of a CPU host's memory an engine takes.
+"""Share of a CPU host's memory that an engine takes.
 
-vLLM takes a share of all memory for the engine's worker, 92 % by default, and does not start where less is free.
+By default, vLLM takes 92 % of all memory for the engine's worker, and does not start if less is free.
 """
 
 from __future__ import annotations
@@ -18,25 +18,27 @@ from starling.vllm_compat.config import default_memory_share
 
 KV_SPACE_ENV = "VLLM_CPU_KVCACHE_SPACE"
 OF_FREE_MEMORY = 0.85
-"""Of an engine whose weights are not in a folder, so that their size is not known."""
+"""Share of the free memory for an engine whose weights are not in a folder, so that their size is not known."""
 OTHER_PROCESSES = 4 << 30
-"""Bytes for the server's processes beside the engine's worker, and for the host's."""
+"""Bytes for the server's processes other than the engine's worker, and for the host's processes."""
 MOST_LEFT = 32 << 30
-"""Bytes that are left to other programs at most."""
+"""Largest number of bytes that are left to other programs."""
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 NOT_LOADED = ("consolidated", "training_args")
-"""How the names of files begin that have the weights once more, or none."""
+"""Beginnings of the names of files that hold the weights a second time, or hold no weights."""
 
 
 def memory_share(args: Namespace, environ: Mapping[str, str]) -> float | None:
-    """The share of all memory with which an engine on a CPU can run; None: vLLM's default can, or the user chose.
+    """Return the share of all memory with which an engine on a CPU can run, or None to keep vLLM's or the user's.
 
-    Where all memory is free, some of it is left to the server's other processes. Where other programs use the host too,
-    they may grow: an engine takes its weights and half of the memory that is left. A host without free memory kills the
-    engine, or stands still until vLLM takes it for dead.
+    If all memory is free, some of it is left to the server's other processes. Other programs on the host may grow: then
+    an engine takes its weights and half of the memory that is left. A host without free memory kills the engine, or
+    stands still until vLLM takes it for dead.
 
     Args:
-        args: of `vllm serve`. Several engines or workers on one host are left alone: who starts these divides memory.
+        args: arguments of `vllm serve`. Several engines or workers on one host are left alone: their user divides the
+            memory.
+        environ: the environment.
     """
     workers = args.data_parallel_size * args.tensor_parallel_size * args.pipeline_parallel_size
     chosen = args.kv_cache_memory_bytes is not None or KV_SPACE_ENV in environ
@@ -57,12 +59,12 @@ def memory_share(args: Namespace, environ: Mapping[str, str]) -> float | None:
 
 
 def rounded(share: float) -> float:
-    """A share of the memory in four digits, and no more than it is."""
+    """Round a share of the memory down to four digits."""
     return math.floor(share * 10_000) / 10_000
 
 
 def weights_of(folder: Path) -> int | None:
-    """The bytes of a model's weights, in the first format that the folder has; None: it is no folder of this host."""
+    """Return the bytes of a model's weights in the first format that the folder has, or None if it is no folder."""
     if not folder.is_dir():
         return None
     for pattern in WEIGHTS:

@@ -1,6 +1,6 @@
 """`python -m starling.engine_ext.serving.cli.ended_with_parent PID ...` is `starling ...`, which ends when PID is gone.
 
-For a server that a measurement starts: a measurement that is killed can't stop its server itself.
+It is for a server that a measurement starts: a measurement that is killed can't stop its server itself.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def end_with(parent: int) -> None:
-    """Let SIGTERM end this process once its parent is gone; only Linux can do that.
+    """Let SIGTERM end this process once its parent is gone; only Linux supports it.
 
     Args:
-        parent: the process id of the parent. Linux means its thread that started this process.
+        parent: process id of the parent. Linux watches the thread of the parent that started this process.
     """
     if sys.platform != "linux":
         return

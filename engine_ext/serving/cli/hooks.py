@@ -1,4 +1,4 @@
-"""Whether the processes of a server have Starling's hooks: vLLM logs a plugin that fails, and serves without it."""
+"""Check that a server's processes have Starling's hooks: vLLM only logs a plugin that fails, and serves without it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ GROUP, PLUGIN = "vllm.general_plugins", "starling.engine_ext.start.plugin"
 
 
 class NotHooked(RuntimeError):
-    """A server would run without Starling: without salts, page keys and star."""
+    """Error of a server that would run without Starling: without salts, page keys and star."""
 
 
 def install_hooks() -> None:
-    """Hook this process into vLLM, and check that vLLM's other processes can do the same (raises NotHooked)."""
+    """Install the hooks in this process, and check that vLLM's other processes can do the same (raises NotHooked)."""
     if ENTRY not in {plugin.name for plugin in entry_points(group=GROUP)}:
         raise NotHooked(f"no installed package has the entry point `{ENTRY}` of {GROUP}: install vllm-starling again")
     try:
@@ -28,7 +28,7 @@ def install_hooks() -> None:
 
 
 def check_hooks(engine: Any) -> None:
-    """Check that the front of an AsyncLLM that has started has Starling's hooks, and each engine core its scheduler.
+    """Check that the front of a started AsyncLLM has Starling's hooks, and that each engine core has its scheduler.
 
     Raises:
         NotHooked: one of them does not.

@@ -1,4 +1,4 @@
-"""What is installed, and how a report is printed: for `starling doctor`, and for `starling setup-cpu` at its end."""
+"""Report on the installation and its printing, for `starling doctor` and for the end of `starling setup-cpu`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("vllm-starling", "torch", "triton", "transformers", "xformers", "grp
 
 
 def installation() -> dict[str, Any]:
-    """The versions of packages, and what Starling needs of the machine."""
+    """Return the versions of packages, and the machine's state as far as Starling depends on it."""
 
     def version(name: str) -> str | None:
         try:
@@ -56,7 +56,7 @@ def print_report(report: dict[str, Any], output: TextIO) -> None:
 
 
 def format_value(value: Any) -> str:
-    """A value of a report as a table shows it."""
+    """Return a value of a report as a table shows it."""
     if value is None:
         return "-"
     if isinstance(value, dict):

@@ -24,9 +24,9 @@ class Command:
     """A subcommand.
 
     Attributes:
-        module: whose ``run(arguments)`` returns the exit code.
-        summary: for the help.
-        without_vllm: the exit code where Starling can't extend the installed vLLM; None: the command needs no vLLM.
+        module: module whose ``run(arguments)`` returns the exit code.
+        summary: description for the help.
+        without_vllm: exit code if Starling can't extend the installed vLLM, or None if the command needs no vLLM.
     """
 
     module: str
@@ -34,7 +34,7 @@ class Command:
     without_vllm: int | None = None
 
     def __call__(self, name: str, arguments: Sequence[str]) -> int:
-        """Run the command; returns its exit code."""
+        """Run the command and return its exit code."""
         reason = None if self.without_vllm is None else versions.problem()
         if reason is not None and self.without_vllm is not None:
             print(f"starling {name}: error: {reason}", file=sys.stderr)
@@ -55,7 +55,7 @@ FIRST = {
     ),
     "setup-cpu": Command(f"{CLI}.setup_cpu", "install vLLM for CPUs into this environment"),
 }
-"""What a server needs."""
+"""Commands that set up and run a server."""
 
 OTHERS = {
     "eval": Command(
@@ -74,18 +74,18 @@ COMMANDS = FIRST | OTHERS
 
 
 def version() -> str:
-    """Starling's and vLLM's version."""
+    """Return the versions of Starling and vLLM."""
     own = importlib.metadata.version("vllm-starling")
     return f"starling {own} (vLLM {versions.vllm_version() or 'not installed'})"
 
 
 def listed(title: str, commands: Mapping[str, Command]) -> str:
-    """A group of commands, for the help."""
+    """Return a group of commands as text for the help."""
     return "\n".join([f"{title}:", *(f"  {name:10} {command.summary}" for name, command in commands.items()), "\n"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code, 2 where this installation or the arguments are unusable."""
+    """Run a command and return its exit code, which is 2 if this installation or the arguments are unusable."""
     parser = argparse.ArgumentParser(
         prog="starling",
         description="vLLM whose prompts find the KV cache of their documents in any order, and whose long prompts have "

@@ -50,9 +50,10 @@ START_GRACE_SECONDS = 3.0
 
 
 def run(argv: Sequence[str]) -> int:
-    """Serve until a signal; returns the exit code.
+    """Serve until a signal and return the exit code.
 
-    0 after a signal, 1 where the engine died, 2 for unusable arguments, 130 for a signal at the start.
+    Returns:
+        0 after a signal, 1 if the engine died, 2 for unusable arguments, 130 for a signal at the start.
     """
     set_defaults(os.environ)
     set_up_environment()
@@ -99,13 +100,13 @@ def run(argv: Sequence[str]) -> int:
 
 
 def without_hooks(error: NotHooked) -> int:
-    """Say why the server would run without Starling; returns the exit code."""
+    """Print why the server would run without Starling, and return the exit code."""
     print(f"starling serve: error: Starling is not in this vLLM: {error}", file=sys.stderr)
     return UNUSABLE
 
 
 def set_defaults(environ: MutableMapping[str, str]) -> None:
-    """Set the environment variables of vLLM whose default is another one here, unless the user has set them."""
+    """Set environment variables of vLLM to Starling's own defaults, unless the user has set them."""
     # By default vLLM reports usage to its project's server. A Starling server does so only where the user wants it.
     environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     environ.setdefault(MAX_CHOICES_ENV, str(MAX_CHOICES))
@@ -116,7 +117,9 @@ def refuse_taken_port(option: str, host: str, port: int) -> None:
     """Check that a port is free.
 
     Args:
-        host: empty: all addresses of this machine.
+        option: the option that sets the port, for the message.
+        host: host of the port; empty for all addresses of this machine.
+        port: the port.
 
     Raises:
         OSError: the port can't be used.
@@ -133,7 +136,7 @@ def refuse_taken_port(option: str, host: str, port: int) -> None:
 
 
 def fit_memory(args: Namespace) -> None:
-    """Let an engine on a CPU run where vLLM's share of all memory is not free, or nearly all that is."""
+    """Lower the memory share of an engine on a CPU if vLLM's share is not free, or is nearly all that is free."""
     share = memory_share(args, os.environ)
     if share is not None:
         args.gpu_memory_utilization = share
@@ -142,9 +145,9 @@ def fit_memory(args: Namespace) -> None:
 
 
 def is_one_front(args: Namespace) -> bool:
-    """Whether the server is one API server, in this process, of one replica or several.
+    """Return whether the server is one API server, in this process, of one replica or several.
 
-    Then Starling logs where it listens, and handles a signal during the start.
+    If it is, Starling logs the addresses it listens on, and handles a signal during the start.
     """
     external = args.data_parallel_external_lb or args.data_parallel_rank is not None
     several = external or args.data_parallel_multi_port_external_lb or args.data_parallel_start_rank is not None
@@ -153,7 +156,7 @@ def is_one_front(args: Namespace) -> bool:
 
 
 def bind_cores(args: Namespace) -> None:
-    """Give each replica and server of this host its own cores, unless the environment already says which."""
+    """Give each replica and server of this host its own cores, unless the environment already sets them."""
     if CORES_ENV in os.environ or not current_platform.is_cpu():
         return
     bound = bound_cores()
@@ -173,7 +176,7 @@ def bind_cores(args: Namespace) -> None:
 
 
 async def serve_both(args: Namespace, grpc_port: int | None, admin: AdminOptions) -> int:
-    """Run vLLM's OpenAI server, and the gRPC server where there is a port for it; returns the exit code.
+    """Run vLLM's OpenAI server, and the gRPC server if it has a port, and return the exit code.
 
     The gRPC server starts before the HTTP server, and stops before the engine.
     """
@@ -229,7 +232,7 @@ def kill_processes() -> None:
 
 
 def kv_room(planner: PromptPlanner) -> str:
-    """For the log: the size of a KV page, and how many tokens all replicas have room for."""
+    """Return the size of a KV page, and the tokens that all replicas have room for, as text for the log."""
     page_size = planner.page_size
     if page_size is None:
         return "KV pages of several sizes"
@@ -238,11 +241,12 @@ def kv_room(planner: PromptPlanner) -> str:
 
 
 def addresses(http: str, grpc: str | None, args: Namespace) -> str:
-    """For the log: where clients find the server.
+    """Return the addresses of the server as text for the log.
 
     Args:
         http: the address as vLLM shows it.
-        grpc: host:port; None: no gRPC.
+        grpc: host:port, or None without gRPC.
+        args: parsed arguments of the server.
     """
     if grpc is None:
         return f"HTTP on {http}, no gRPC (--grpc-port)"
@@ -251,10 +255,10 @@ def addresses(http: str, grpc: str | None, args: Namespace) -> str:
 
 
 async def start_front(engine: Any, args: Namespace, port: int, admin: AdminOptions) -> tuple[Front, str]:
-    """Start the gRPC server on ``port`` (0: any free port); returns it, and its address.
+    """Start the gRPC server on ``port`` (0: any free port), and return it and its address.
 
     Raises:
-        ValueError, OSError: as ``server_credentials`` raises them.
+        ValueError, OSError: the TLS options can't be used, see ``server_credentials``.
         RuntimeError: the server can't listen there.
     """
     host = args.host or LOOPBACK
@@ -265,7 +269,7 @@ async def start_front(engine: Any, args: Namespace, port: int, admin: AdminOptio
 
 
 def stop_before_engine(engine: Any, front: Front) -> None:
-    """Let gRPC streams end before the engine does: they have its time, and GRACE_SECONDS at least.
+    """Let gRPC streams end before the engine does: they get the engine's shutdown time, and at least GRACE_SECONDS.
 
     On a signal, vLLM's serve_http stops the engine in a thread, where it is safe to wait for the event loop. On the
     event loop's own thread this does nothing: ``serve_both`` stops the front there.

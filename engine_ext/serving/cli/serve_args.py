@@ -1,4 +1,4 @@
-"""The options of `starling serve`: all of `vllm serve`, and Starling's own."""
+"""Options of `starling serve`: all of `vllm serve`, and Starling's own."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ class Flag:
 
     Attributes:
         dest: the flag's name in the parsed namespace: ``star_block_size``.
-        path: of the value in the entry: ``("star_block_size",)``, ``("scheduler", "fairness")``.
-        keywords: of argparse's add_argument.
+        path: path of the value in the entry: ``("star_block_size",)``, ``("scheduler", "fairness")``.
+        keywords: keyword arguments of argparse's add_argument.
     """
 
     dest: str
@@ -89,11 +89,11 @@ class Flag:
 
     @property
     def option(self) -> str:
-        """``--star-block-size``."""
+        """Name on the command line, such as ``--star-block-size``."""
         return "--" + self.dest.replace("_", "-")
 
     def merge(self, entry: Mapping[str, Any], value: Any) -> dict[str, Any]:
-        """The entry with the flag's value.
+        """Return the entry with the flag's value.
 
         Raises:
             OptionError: the entry has another value.
@@ -108,7 +108,7 @@ class Flag:
         return dict(entry)
 
     def alone(self, value: Any, owner: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-        """An entry with the flag's value, and beside it in its section what ``owner`` has."""
+        """Return an entry with the flag's value and, in the same section, the other values of ``owner``."""
         *section, name = self.path
         changed = {**owner, name: value}
         return {section[0]: changed} if section else changed
@@ -126,7 +126,7 @@ METAVARS = {
 
 
 def star_flags() -> Iterator[Flag]:
-    """A flag for each star option; the options' own checks refuse wrong values."""
+    """Yield a flag for each star option; the options' own checks refuse wrong values."""
     for field, info in StarOptions.model_fields.items():
         if flat_name(field) not in SHARED:
             continue
@@ -136,7 +136,7 @@ def star_flags() -> Iterator[Flag]:
 
 
 def choice(name: str, help_text: str, *section: str) -> Flag:
-    """A flag of one of a few words."""
+    """Return a flag that takes one of a few words."""
     choices = ("on", "off") if section else CHOICES[name]
     return Flag("_".join((*section, name)), (*section, name), {"choices": choices, "help": help_text})
 
@@ -165,16 +165,16 @@ FLAGS = (
 
 ADMIN_OPTIONS = ("grpc-admin-port", "grpc-admin-host", "grpc-admin-key")
 OWN_OPTIONS = (*(flag.option[2:] for flag in FLAGS), "grpc-port", "grpc-plaintext", *ADMIN_OPTIONS)
-"""Starling's options of `starling serve`, without dashes at the front."""
+"""Starling's options of `starling serve`, without leading dashes."""
 
 CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
 UNKNOWN = re.compile(r"unrecognized arguments: .*?(--[^ =]+).*", re.DOTALL)
 
 
 def with_nearest(message: str) -> str:
-    """argparse's message, and what was meant by a word that is nearly an allowed one, or an option of Starling's.
+    """Return a message of argparse, with the allowed word or Starling option that a wrong one resembles.
 
-    Of unknown options it names the first, without its value, which may be a secret.
+    Only the first unknown option is named, without its value, which may be a secret.
     """
     if found := CHOICE.search(message):
         return message + meant(found[1], [word.strip("'") for word in found[2].split(", ")])
@@ -185,7 +185,7 @@ def with_nearest(message: str) -> str:
 
 
 def make_parser() -> FlexibleArgumentParser:
-    """vLLM's parser of `vllm serve`, with Starling's options and its meaning of --grpc-port."""
+    """Make vLLM's parser of `vllm serve`, with Starling's options and its meaning of --grpc-port."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -238,7 +238,7 @@ def make_parser() -> FlexibleArgumentParser:
 
 
 def admin_options(args: argparse.Namespace, grpc_port: int | None, environ: Mapping[str, str]) -> AdminOptions:
-    """Remove the admin options from the parsed arguments, because vLLM logs those, and so the key.
+    """Remove the admin options from the parsed arguments and return them; vLLM would log them, including the key.
 
     Raises:
         ValueError: options have no effect, or would let anyone on a network control the server.
@@ -294,7 +294,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, int | None]:
         ValueError: options can't be used, alone or together (OptionError is one).
         SystemExit: from argparse, after its own message or help.
     """
-
     args = make_parser().parse_args(["serve", *argv])
     values = {flag.dest: vars(args).pop(flag.dest) for flag in FLAGS if flag.dest in args}
     args.additional_config = activate(args.additional_config, values)
@@ -311,10 +310,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, int | None]:
 
 
 def activate(additional_config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """``additional_config`` with its `starling` entry, into which the flags' values are merged.
+    """Return ``additional_config`` with its `starling` entry, into which the flags' values are merged.
 
     Args:
-        values: ``dest`` of a flag of FLAGS -> its value, of the flags that were given.
+        additional_config: value of vLLM's --additional-config.
+        values: values of the given flags of FLAGS, by ``dest``.
 
     Raises:
         OptionError: an option is bad, or a flag and --additional-config give it different values.

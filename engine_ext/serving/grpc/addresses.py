@@ -1,4 +1,4 @@
-"""Where the gRPC server listens."""
+"""Addresses on which the gRPC server listens."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class AdminOptions:
-    """Where AdminService is served, and to whom.
+    """Address and access of AdminService.
 
     Attributes:
-        port: a port of its own; None: there is none.
+        port: a port of its own, or None if it has none.
         host: the host of that port.
-        key: calls need this key, and with it the service is open on the gRPC port too; None: there is no key.
+        key: key that calls need, and that also opens the service on the gRPC port, or None if there is no key.
     """
 
     port: int | None
@@ -27,7 +27,7 @@ NO_ADMIN = AdminOptions(None, LOOPBACK, None)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is the local machine."""
+    """Return whether a host is the local machine."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

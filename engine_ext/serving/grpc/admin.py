@@ -1,4 +1,4 @@
-"""starling.v1.AdminService: server and cache state, abort, reset and drain; and the check of who may call it."""
+"""The service starling.v1.AdminService: server and cache state, abort, reset and drain; and who may call it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ MAX_WAIT_SECONDS = 86400.0
 POLL_SECONDS = 0.05
 
 ANSWER_SECONDS = 5.0
-"""How long the state of a replica is waited for. A replica answers between two of its steps."""
+"""Seconds to wait for the state of a replica. A replica answers between two of its steps."""
 
 NO_ACCESS = (
     "this method is the operator's, and not open here: start the server with --grpc-admin-port PORT and call that "
@@ -61,13 +61,13 @@ Refusal = tuple[grpc.StatusCode, str]
 
 
 def refusal(metadata: Metadata, key: str | None, own_port: bool) -> Refusal | None:
-    """The code and the reason with which a call is refused; None: the call is allowed.
+    """Return the code and the reason with which a call is refused, or None if the call is allowed.
 
     Without a key, the service is open on its own port and closed on the gRPC port. With a key, every call needs it.
 
     Args:
-        metadata: of the call.
-        key: the server's admin key; None where it has none.
+        metadata: metadata of the call.
+        key: the server's admin key, or None if it has none.
         own_port: whether the call came in on the port that serves AdminService alone.
     """
     if has_several_keys(metadata):
@@ -82,10 +82,10 @@ def refusal(metadata: Metadata, key: str | None, own_port: bool) -> Refusal | No
 def matching_request_ids(
     request_id: str, front_ids: Iterable[str], engine_ids: Iterable[str]
 ) -> tuple[list[str], list[str]]:
-    """The requests that a client's id stands for: (ids that a front gave, the engine's own ids).
+    """Return the requests that a client's id stands for: (ids that a front gave, the engine's own ids).
 
     vLLM knows a gRPC request as `grpc-<id>`, and each prompt of an OpenAI completion as `<id>-<index>`. The engine's
-    ids are compared only where no front's id matches.
+    ids are compared only if no front's id matches.
     """
     prompts = r"(-\d+)?" if request_id.startswith("cmpl-") else ""
     pattern = re.compile(rf"(grpc-)?{re.escape(request_id)}{prompts}")
@@ -94,7 +94,7 @@ def matching_request_ids(
 
 
 class AdminInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls of AdminService, as ``refusal`` says; on a port of its own, those of reflection too.
+    """Interceptor that refuses AdminService's calls as ``refusal`` says; on a port of its own, also reflection's.
 
     Args:
         key: the admin key, or None.
@@ -118,7 +118,7 @@ class AdminInterceptor(grpc.aio.ServerInterceptor):
 
 
 class Admission(Protocol):
-    """What AdminService needs of the gRPC server."""
+    """The part of the gRPC server that AdminService needs."""
 
     @property
     def draining(self) -> bool: ...
@@ -128,7 +128,7 @@ class Admission(Protocol):
 
 
 def answering(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """A method that gRPC calls with a context too: an error ends the call with its status."""
+    """Make a method that gRPC can call with a context too; an error ends the call with its status."""
 
     @functools.wraps(method)
     async def answer(self: Any, request: Any, context: Any) -> Any:
@@ -141,7 +141,7 @@ def answering(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[
 
 
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
-    """Serves the calls of one port.
+    """AdminService on one port.
 
     Args:
         engine: the AsyncLLM of both fronts.
@@ -177,7 +177,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         )
 
     async def _look_up_backends(self) -> None:
-        """Ask the replicas, which have the same ones: one that answers is enough."""
+        """Ask the replicas for their attention backends. All have the same ones, so one answer is enough."""
         of_engines = await front_state(self.engine).rpc.ask_all(self.engine, ANSWER_SECONDS, ATTENTION_BACKENDS)
         if of_engines:
             self.backends = sorted({name for names in of_engines.values() for name in names})
@@ -195,7 +195,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         )
 
     def _add_front_state(self, request: dict[str, Any]) -> None:
-        """Add what the front knows: the client's id and, once the prompt is prefilled, its cached tokens."""
+        """Add the front's part: the client's id and, once the prompt is prefilled, its cached tokens."""
         state = request_state(self.engine, request["engine_request_id"])
         if state is not None:
             request["request_id"] = state.external_req_id
@@ -248,7 +248,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
 
 
 def limits(config: Any, max_message_bytes: int) -> pb.Limits:
-    """The limits of requests, from vLLM's configuration."""
+    """Return the limits of requests, from vLLM's configuration."""
     scheduling = config.scheduler_config
     return pb.Limits(
         max_model_tokens=config.model_config.max_model_len,
@@ -261,7 +261,7 @@ def limits(config: Any, max_message_bytes: int) -> pb.Limits:
 
 
 def star_message(star: StarOptions) -> inference_pb2.StarOptions:
-    """The server's star options; options that are derived from the prompt or from other options stay unset."""
+    """Return the server's star options; options that are derived from the prompt or from other options stay unset."""
     mode = next(number for number, name in MODES.items() if name == star.mode)
     values: dict[str, int | str | bool] = {
         "mode": mode,
@@ -277,7 +277,7 @@ def star_message(star: StarOptions) -> inference_pb2.StarOptions:
 async def start_admin_server(
     servicer: AdminServicer, key: str | None, address: str, credentials: grpc.ServerCredentials | None
 ) -> tuple[grpc.aio.Server, int]:
-    """Serve AdminService and reflection on a port of their own; returns the server and the port.
+    """Serve AdminService and reflection on a port of their own, and return the server and the port.
 
     Raises:
         RuntimeError: the server can't listen there.

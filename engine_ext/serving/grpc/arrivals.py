@@ -1,4 +1,4 @@
-"""Receives the message of a unary call after the call is allowed, within a time and beside few other messages.
+"""Receiving of a unary call's message: only after the call is allowed, within a time, and with few others at once.
 
 gRPC's own handler of a unary call takes the whole message from the network before anything else. So a client without a
 key, or one that stalls, could fill the memory. On the network a unary call is a stream of one message: Starling's
@@ -32,12 +32,12 @@ ClientOf = Callable[[grpc.aio.ServicerContext], str]
 
 
 async def arriving(message: Awaitable[Any], seconds: float) -> Any:
-    """A message that gRPC is reading.
+    """Wait for a message that gRPC is reading, and return it.
 
-    A read that lasts too long is not cancelled, since gRPC would keep the bytes of it. It ends with the call.
+    A read that takes too long is not cancelled, because gRPC would keep its bytes. It ends with the call.
 
     Raises:
-        SlowMessageError: it did not arrive within ``seconds``.
+        SlowMessageError: the message did not arrive within ``seconds``.
     """
     reading = asyncio.ensure_future(message)
     reading.add_done_callback(retrieve_error)
@@ -48,12 +48,12 @@ async def arriving(message: Awaitable[Any], seconds: float) -> Any:
 
 
 class Arrivals:
-    """Limits the messages that arrive at the same time. Further ones wait, unread.
+    """Limit of the messages that arrive at the same time. Further ones wait, unread.
 
     Args:
-        at_once: messages of all clients.
-        of_client: messages of one client.
-        seconds: from the start of the call to the end of the message.
+        at_once: number of messages of all clients.
+        of_client: number of messages of one client.
+        seconds: time from the start of the call to the end of the message.
         client_of: returns a name for the client of a call.
     """
 
@@ -65,10 +65,10 @@ class Arrivals:
         self.clients: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     async def receive(self, context: grpc.aio.ServicerContext) -> Any:
-        """The call's message as bytes; grpc.aio.EOF: the client has sent none.
+        """Return the call's message as bytes, or grpc.aio.EOF if the client has sent none.
 
         Raises:
-            SlowMessageError: it did not arrive in time.
+            SlowMessageError: the message did not arrive in time.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.seconds
@@ -84,11 +84,11 @@ class Arrivals:
 
 
 class RunningCalls:
-    """Limits the calls that run at the same time. Further ones are refused.
+    """Limit of the calls that run at the same time. Further ones are refused.
 
     Args:
-        at_once: calls of all hosts.
-        of_host: calls of one host.
+        at_once: number of calls of all hosts.
+        of_host: number of calls of one host.
     """
 
     def __init__(self, at_once: int, of_host: int) -> None:
@@ -98,7 +98,7 @@ class RunningCalls:
 
     @contextmanager
     def count(self, host: str) -> Iterator[bool]:
-        """Count a call until the end of the block; yields whether it is allowed."""
+        """Count a call until the end of the block, and yield whether it is allowed."""
         allowed = self.hosts.total() < self.at_once and self.hosts[host] < self.of_host
         self.hosts[host] += allowed
         try:
@@ -109,9 +109,9 @@ class RunningCalls:
 
 
 class ArrivalInterceptor(grpc.aio.ServerInterceptor):
-    """Receives the messages of unary calls; add it after the interceptors that refuse calls.
+    """Interceptor that receives the messages of unary calls; add it after the interceptors that refuse calls.
 
-    A message that is none of the called method ends the call with INVALID_ARGUMENT; gRPC's code is UNKNOWN.
+    Bytes that are not a message of the called method end the call with INVALID_ARGUMENT; gRPC itself would use UNKNOWN.
 
     Args:
         client_of: returns a name for the client of a call.
@@ -137,7 +137,7 @@ class ArrivalInterceptor(grpc.aio.ServerInterceptor):
 
 
 def counting_handler(handler: grpc.RpcMethodHandler, path: str) -> grpc.RpcMethodHandler:
-    """A handler that counts the fields of each message before it parses it; ``handler`` where it parses none."""
+    """Return a handler that counts the fields of each message before parsing it, or ``handler`` if it parses none."""
     method, parse = method_of(path), handler.request_deserializer
     if method is None or parse is None:
         return handler
@@ -152,7 +152,7 @@ def counting_handler(handler: grpc.RpcMethodHandler, path: str) -> grpc.RpcMetho
 
 
 def limited_handler(handler: grpc.RpcMethodHandler, calls: RunningCalls) -> grpc.RpcMethodHandler:
-    """A handler of streams of messages that refuses calls beyond a limit, before it reads a message."""
+    """Return a handler of message streams that refuses calls beyond a limit before it reads a message."""
     serve = handler.stream_stream if handler.response_streaming else handler.stream_unary
 
     async def count_and_serve(messages: Any, context: grpc.aio.ServicerContext) -> Any:
@@ -167,7 +167,7 @@ def limited_handler(handler: grpc.RpcMethodHandler, calls: RunningCalls) -> grpc
 
 
 def receiving_handler(handler: grpc.RpcMethodHandler, arrivals: Arrivals) -> grpc.RpcMethodHandler:
-    """A handler that receives one message through ``arrivals``, and then calls the method of ``handler``."""
+    """Return a handler that receives one message through ``arrivals``, and then calls the method of ``handler``."""
     serve = handler.unary_stream if handler.response_streaming else handler.unary_unary
 
     async def receive_and_serve(_: Any, context: grpc.aio.ServicerContext) -> Any:

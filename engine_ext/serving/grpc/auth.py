@@ -1,4 +1,4 @@
-"""The gRPC server's interceptors for API keys, drain and who sent a call; its TLS credentials and ports."""
+"""Interceptors of the gRPC server for API keys, drain and the sender of a call; its TLS credentials and ports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ADMIN_METHODS = (ADMIN_PREFIX, *(f"{GATEWAY_PREFIX}{name}" for name in ("FlushCa
 """Prefixes of the methods that need the admin key, and no API key."""
 
 KV_EVENTS = f"{GATEWAY_PREFIX}SubscribeKvEvents"
-"""Its answers have the tokens of all clients' prompts, and it runs as long as its client."""
+"""Method whose answers have the tokens of all clients' prompts, and which runs as long as its client."""
 
 SEVERAL_KEYS = "the metadata has several `authorization`: send one"
 
@@ -31,34 +31,34 @@ METHOD_HANDLERS = {
     (True, False): grpc.stream_unary_rpc_method_handler,
     (True, True): grpc.stream_stream_rpc_method_handler,
 }
-"""(request_streaming, response_streaming) -> gRPC's function that makes such a handler."""
+"""Functions of gRPC that make a handler, by (request_streaming, response_streaming)."""
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]]
 Metadata = Iterable[tuple[str, str | bytes]] | None
 
 
 def authorization(metadata: Metadata) -> str:
-    """The value of a call's metadata `authorization`; empty where there is none."""
+    """Return the value of a call's `authorization` metadata, or "" if it has none."""
     return str(next((value for key, value in metadata or () if key == "authorization"), ""))
 
 
 def has_several_keys(metadata: Metadata) -> bool:
-    """Whether a call has more than one metadata `authorization`, of which only the first would be checked."""
+    """Return whether a call has more than one `authorization` metadata value; only the first would be checked."""
     return sum(key == "authorization" for key, _ in metadata or ()) > 1
 
 
 def host_of(context: grpc.aio.ServicerContext) -> str:
-    """The address of a call's client, without the port."""
+    """Return the address of a call's client, without the port."""
     return context.peer().rpartition(":")[0]
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls without a valid API key, and all calls while the server drains.
+    """Interceptor that refuses calls without a valid API key, and all calls while the server drains.
 
     Health and the methods of the admin key need no API key, and are served while the server drains.
 
     Args:
-        api_keys: the valid keys; none: calls need no key.
+        api_keys: the valid keys; empty if calls need no key.
     """
 
     def __init__(self, api_keys: Sequence[str]) -> None:
@@ -87,7 +87,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         return handler
 
     def refusal(self, metadata: Metadata) -> str | None:
-        """Why a call's metadata does not allow the call; None: it does."""
+        """Return why a call's metadata does not allow the call, or None if it does."""
         if has_several_keys(metadata):
             return SEVERAL_KEYS
         if not self.digests or has_valid_key(authorization(metadata), self.digests):
@@ -95,15 +95,15 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         return "this server needs the metadata `authorization: Bearer <API key>`"
 
     def client_of(self, context: grpc.aio.ServicerContext) -> str:
-        """A name for the client of an allowed call: its address, and the digest of its API key where it has one.
+        """Return a name for the client of an allowed call: its address, and the digest of its API key if it has one.
 
-        Not the key alone: clients of a server with one key would take one another's share.
+        The key alone would not do: clients of a server with one key would take one another's share.
         """
         given, host = authorization(context.invocation_metadata()), host_of(context)
         return f"{host} {digest(bearer_key(given)).hex()}" if has_valid_key(given, self.digests) else host
 
     async def drain(self, seconds: float) -> bool:
-        """Refuse new calls and wait for running calls; returns whether all of them ended within ``seconds``."""
+        """Refuse new calls, wait for running calls, and return whether all of them ended within ``seconds``."""
         self.draining = True
         if not self.calls:
             return True
@@ -112,9 +112,9 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
 
 
 class NoteClient(grpc.aio.ServerInterceptor):
-    """Notes who sent a call, for the rules of the prefix cache.
+    """Interceptor that notes who sent a call, for the rules of the prefix cache.
 
-    Sets ``current_call`` for the call's coroutine, in which gRPC runs interceptors too.
+    It sets ``current_call`` for the call's coroutine, in which gRPC also runs interceptors.
 
     Args:
         show_cached: whether responses say how many tokens were cached.
@@ -132,7 +132,7 @@ class NoteClient(grpc.aio.ServerInterceptor):
 
 
 def refusal_handler(handler: grpc.RpcMethodHandler, code: grpc.StatusCode, text: str) -> grpc.RpcMethodHandler:
-    """A handler that ends each call with ``code``, and reads no message: gRPC reads that of a unary call first."""
+    """Return a handler that ends each call with ``code`` and reads no message; gRPC's own unary calls read it first."""
 
     async def refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
         await context.abort(code, text)
@@ -142,10 +142,10 @@ def refusal_handler(handler: grpc.RpcMethodHandler, code: grpc.StatusCode, text:
 
 
 def server_credentials(args: Namespace) -> grpc.ServerCredentials | None:
-    """Credentials from the HTTP server's --ssl-* options; None where the options give no certificate.
+    """Return credentials from the HTTP server's --ssl-* options, or None if they give no certificate.
 
     Raises:
-        ValueError: gRPC does not support what the options say, or they need --ssl-ca-certs.
+        ValueError: gRPC does not support the options, or they need --ssl-ca-certs.
         OSError: a file of the options can't be read.
     """
     if not (args.ssl_certfile and args.ssl_keyfile):
@@ -166,7 +166,7 @@ def server_credentials(args: Namespace) -> grpc.ServerCredentials | None:
 
 
 def add_port(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
-    """Let a server listen on an address, with TLS where there are credentials; returns the port.
+    """Let a server listen on an address, with TLS if there are credentials, and return the port.
 
     Raises:
         RuntimeError: the server can't listen there.

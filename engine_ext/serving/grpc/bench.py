@@ -1,4 +1,4 @@
-"""`vllm bench serve --backend starling-grpc`: sends a request of vLLM's benchmark over gRPC, timed as over HTTP."""
+"""Backend `starling-grpc` of `vllm bench serve`: sends the benchmark's requests over gRPC, timed as over HTTP."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BACKEND = "starling-grpc"
 REQUEST_FIELDS = ("priority", "cache_salt")
 NO_TOKEN = "the stream ended without a token"
 MAX_EVENT_BYTES = 64 * 2**20
-"""Of an event, compressed and decompressed. Those that a client did not read in time are merged into one."""
+"""Largest size of an event, compressed and decompressed. Events that were not read in time are merged into one."""
 MAX_MESSAGE = 4096  # characters of an error
 
 # One connection for each benchmark: vLLM makes one HTTP session and passes it to every request.
@@ -31,10 +31,11 @@ _channels: WeakKeyDictionary[Any, grpc.aio.Channel] = WeakKeyDictionary()
 
 
 def channel_of(session: Any, api_url: str) -> grpc.aio.Channel:
-    """The benchmark's channel, to the host and port of its --base-url or --host and --port; TLS for https.
+    """Return the benchmark's channel to the host and port of its --base-url or --host and --port; TLS for https.
 
     Args:
         session: vLLM's HTTP session, one for each benchmark.
+        api_url: URL of the server's endpoint.
     """
     if session not in _channels:
         url = urlsplit(api_url)
@@ -47,7 +48,7 @@ def channel_of(session: Any, api_url: str) -> grpc.aio.Channel:
 
 
 def request_of(func_input: RequestFuncInput) -> pb.GenerateStreamRequest:
-    """The request that the HTTP backend `vllm` would send.
+    """Return the request that the HTTP backend `vllm` would send.
 
     --extra-body has sampling parameters, star options and REQUEST_FIELDS by name.
 
@@ -92,7 +93,7 @@ def request_of(func_input: RequestFuncInput) -> pb.GenerateStreamRequest:
 
 
 def metadata_of(func_input: RequestFuncInput) -> tuple[tuple[str, str], ...]:
-    """The metadata of a call: the headers of --header, and the API key of OPENAI_API_KEY."""
+    """Return the metadata of a call: the headers of --header, and the API key of OPENAI_API_KEY."""
     key = os.environ.get("OPENAI_API_KEY")
     headers = ({"authorization": f"Bearer {key}"} if key else {}) | (func_input.extra_headers or {})
     return tuple((name.lower(), value) for name, value in headers.items())
@@ -101,7 +102,7 @@ def metadata_of(func_input: RequestFuncInput) -> tuple[tuple[str, str], ...]:
 async def request_starling(
     request_func_input: RequestFuncInput, session: Any, pbar: Any | None = None
 ) -> RequestFuncOutput:
-    """vLLM's RequestFunc. It never raises: ``error`` says why a request failed.
+    """Send one request, as a RequestFunc of vLLM. It never raises: ``error`` says why a request failed.
 
     The times are those of deltas, as the HTTP backend's are those of chunks.
     """

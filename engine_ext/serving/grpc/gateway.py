@@ -1,7 +1,7 @@
-"""vllm.grpc.engine.VllmEngine, the service that gateways such as SMG call, on the engine that the OpenAI server uses.
+"""The service vllm.grpc.engine.VllmEngine, which gateways such as SMG call, on the OpenAI server's engine.
 
 The package smg-grpc-servicer implements it (the extra `smg`). Here it gets the bounds and checks of starling.v1, and
-the metadata of an answer has the prompt's plan. A request has no star options: the server's defaults hold for it.
+the metadata of an answer has the prompt's plan. A request has no star options: the server's defaults apply to it.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ MEDIA = {"mm_inputs", "extra_mm_inputs", "media_refs"}
 """Fields of a GenerateRequest with images or videos: tensors, names of shared memory, or addresses to fetch."""
 
 PREFIX = "gateway-"
-"""Of the engine's ids of these requests: no client can name a request of another front."""
+"""Prefix of the engine's ids of these requests, so that no client can name a request of another front."""
 
 
 class Gateway(VllmEngineServicer):
-    """The package's servicer behind Starling's checks.
+    """Servicer of the package, behind Starling's checks.
 
     Args:
-        inference: the service of starling.v1, whose limits, tokenizer and admission hold here too.
+        inference: the service of starling.v1, whose limits, tokenizer and admission apply here too.
     """
 
     def __init__(self, inference: Inference) -> None:
@@ -70,10 +70,10 @@ class Gateway(VllmEngineServicer):
 
     @contextmanager
     def _unique_id(self, request_id: str, client: str) -> Iterator[None]:
-        """Take a request's id until the request ends: from before its text is tokenised, when other calls run.
+        """Reserve a request's id until the request ends, from before its text is tokenised, when other calls run.
 
         Raises:
-            VLLMValidationError: the id is empty, or too long.
+            VLLMValidationError: the id is empty or too long.
             DuplicateRequestError: a request of that id is running.
         """
         REQUEST_ID.check(len(request_id))
@@ -91,8 +91,8 @@ class Gateway(VllmEngineServicer):
         """Check a request as one of starling.v1, and make token ids of its text.
 
         Raises:
-            VLLMValidationError, ValueError: bad input.
-            Exception: as Inference.check_admission raises it.
+            VLLMValidationError, ValueError: the input is bad.
+            Exception: the engine can't take the request, see Inference.check_admission.
         """
         self.inference.check_admission(max(request.sampling_params.n, 1))
         SAMPLING.check(request.sampling_params.ByteSize())
@@ -128,7 +128,7 @@ class Gateway(VllmEngineServicer):
 
 
 class BoundedErrors:
-    """The context of a call, with errors as starling.v1 has them: a bounded message, UNAVAILABLE of a dead engine."""
+    """Context of a call, with starling.v1's errors: a bounded message, and UNAVAILABLE if the engine is dead."""
 
     def __init__(self, engine: Any, context: grpc.aio.ServicerContext) -> None:
         self.engine = engine

@@ -1,4 +1,4 @@
-"""starling.v1.InferenceService on the engine that the OpenAI server uses."""
+"""The service starling.v1.InferenceService on the engine that the OpenAI server uses."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
 
 class Inference(inference_pb2_grpc.InferenceServiceServicer):
-    """Translates calls to engine requests, and the engine's outputs to responses.
+    """InferenceService: translates calls to engine requests, and the engine's outputs to responses.
 
     Args:
         engine: the AsyncLLM that the OpenAI server uses.
         on_dead: called when a call finds the engine dead.
-        chat: how chat messages are rendered.
+        chat: parameters for rendering chat messages.
         client_of: returns a name for the client of a call.
     """
 
@@ -148,6 +148,10 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         """Send the events of a request; an error ends the call with its status.
 
         Args:
+            request: the client's request.
+            context: context of the call.
+            send: sends one event.
+            progress: whether to send the prompt's progress too.
             on_prepared: called once the prompt is tokenised.
         """
         metadata = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
@@ -201,11 +205,11 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
                         yield final(output, usages[output.index], plan)
 
     async def _prepare(self, request: GenerateRequest) -> tuple[Any, SamplingParams, dict[str, Any]]:
-        """Engine input with its Decision, sampling parameters, and the plan as a response shows it.
+        """Return the engine input with its Decision, the sampling parameters, and the plan as a response shows it.
 
         Raises:
-            VLLMValidationError, ValueError: bad input.
-            Exception: as ``check_admission`` raises it.
+            VLLMValidationError, ValueError: the input is bad.
+            Exception: the engine can't take the request, see ``check_admission``.
         """
         self.check_admission(max(request.sampling.n, 1))
         star = star_args(request.star)
@@ -239,7 +243,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
 
         Raises:
             EngineDeadError: the engine is dead.
-            Exception: vLLM's, for a full queue; DrainingError after a drain.
+            Exception: an error of vLLM if the queue is full, or DrainingError after a drain.
         """
         if self.engine.errored:
             raise self.engine.dead_error
@@ -257,7 +261,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
 
     @contextmanager
     def _unique_id(self, client_id: str) -> Iterator[str]:
-        """A request's id for the engine, taken until the request ends. The engine itself would accept duplicates.
+        """Reserve a request's id until it ends, and yield the engine's id; the engine itself would accept duplicates.
 
         Raises:
             DuplicateRequestError: a request of that id is running.
@@ -280,13 +284,13 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
 
 @dataclass
 class Call:
-    """The state of a call of Inference.
+    """State of a call of Inference.
 
     Attributes:
         error_field: the request's field for errors that name none.
-        on_prepared: to call once the prompt is tokenised.
+        on_prepared: called once the prompt is tokenised.
         sent_prompt_logprobs: whether the prompt's log probabilities have been sent.
-        trace_headers: by which the request's span has the client's as its parent; None: it has none.
+        trace_headers: headers that make the client's span the parent of the request's span, or None if there are none.
     """
 
     error_field: str
@@ -296,10 +300,10 @@ class Call:
 
 
 def lora_adapter(engine: Any, request: GenerateRequest) -> Any:
-    """The LoRA adapter (vLLM's LoRARequest) that a request names; None: the base model.
+    """Return the LoRA adapter (vLLM's LoRARequest) that a request names, or None for the base model.
 
     Raises:
-        VLLMValidationError: the server has no such adapter.
+        VLLMValidationError: the server has no adapter of that name.
     """
     if not request.HasField("lora_name"):
         return None
@@ -312,11 +316,11 @@ def lora_adapter(engine: Any, request: GenerateRequest) -> Any:
 
 
 def capabilities(engine: Any, max_upload_bytes: int) -> pb.GetCapabilitiesResponse:
-    """The response, from the engine's configuration; makes no call to the engine.
+    """Return the capabilities from the engine's configuration, without a call to the engine.
 
     Args:
         engine: the AsyncLLM of the server.
-        max_upload_bytes: the memory of prompts that are being uploaded.
+        max_upload_bytes: bytes of memory for prompts that are being uploaded.
     """
     model, state = engine.model_config, front_state(engine)
     planner = state.planner

@@ -32,5 +32,5 @@ SERVER_OPTIONS = (
 
 
 def server_options(max_message_bytes: int) -> list[tuple[str, int]]:
-    """gRPC's options of a server whose messages have at most ``max_message_bytes``."""
+    """Return the options of a gRPC server whose messages have at most ``max_message_bytes``."""
     return [*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes)]

@@ -1,4 +1,4 @@
-"""Shared by the gRPC services: a message's set fields, star options, and the end of a call with an error."""
+"""Functions shared by the gRPC services: a message's set fields, star options, and ending a call with an error."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ PUSHBACK = ("grpc-retry-pushback-ms", str(RETRY_SECONDS * 1000))
 
 
 def given(message: Message) -> dict[str, Any]:
-    """The fields of a message that the client set, by name; of repeated fields those that are not empty."""
+    """Return the fields of a message that the client set, by name; repeated fields only if they are not empty."""
     return {field.name: list(value) if field.is_repeated else value for field, value in message.ListFields()}
 
 
 def star_args(message: pb.StarOptions) -> dict[str, Any]:
-    """The star options that the client set, under the flat names they have in SamplingParams.extra_args.
+    """Return the star options that the client set, under their flat names of SamplingParams.extra_args.
 
     A mode without a name in this version stays a number, which parse_options refuses. ``replicas`` 0 means auto.
 
@@ -62,14 +62,14 @@ def star_args(message: pb.StarOptions) -> dict[str, Any]:
 
 
 def field_path(parameter: str | None, text: str, otherwise: str) -> str:
-    """The request's field that an error is about: ``star.block_size``, ``sampling.top_p``, ``text``.
+    """Return the request's field that an error is about: ``star.block_size``, ``sampling.top_p``, ``text``.
 
     vLLM names the parameter of some errors only. Other messages start with the parameter.
 
     Args:
         parameter: the parameter that vLLM names.
         text: the error's message, not empty.
-        otherwise: the field for errors that name no known parameter: the prompt, mostly.
+        otherwise: the field for errors that name no known parameter, mostly the prompt.
     """
     name = parameter or text.split(maxsplit=1)[0]
     offsets = (f"{SEGMENTS}=(", f"{SEGMENTS}=[", "segment_offsets=")
@@ -84,13 +84,15 @@ def field_path(parameter: str | None, text: str, otherwise: str) -> str:
 
 
 def error_status(error: Exception, code: StatusCode, otherwise: str) -> status_pb2.Status:
-    """A status with the exception's message, shortened.
+    """Return a status with the exception's message, shortened.
 
     For INVALID_ARGUMENT, a google.rpc.BadRequest names the field. For RESOURCE_EXHAUSTED, a google.rpc.RetryInfo says
     when to try again.
 
     Args:
-        otherwise: the field for errors that name no known parameter: the prompt, mostly.
+        error: the exception.
+        code: gRPC code of the status.
+        otherwise: the field for errors that name no known parameter, mostly the prompt.
     """
     # VLLMValidationError adds its parameter to str(); the BadRequest names the field already.
     # Since vLLM 0.33 an EngineDeadError has a text for clients beside the one for logs.
@@ -114,10 +116,12 @@ async def abort(context: Any, error: Exception, otherwise: str) -> NoReturn:
     """End a call with the status of an exception.
 
     Args:
-        otherwise: the request's field for errors that name no known parameter: the prompt, mostly.
+        context: context of the call.
+        error: the exception.
+        otherwise: the request's field for errors that name no known parameter, mostly the prompt.
 
     Raises:
-        Exception: gRPC's own, which ends the call's coroutine.
+        Exception: an exception of gRPC's own, which ends the call's coroutine.
     """
     code = grpc_code(error)
     if code is StatusCode.INTERNAL:

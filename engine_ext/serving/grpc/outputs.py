@@ -1,4 +1,4 @@
-"""Converts vLLM's outputs to messages of starling.v1. Pure functions."""
+"""Conversion of vLLM's outputs to messages of starling.v1. Pure functions."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ MAX_LOGPROBS = 32_768  # of one event: below 2 MiB; many clients accept at most 
 
 
 def deltas(output: CompletionOutput, top: int | None = None) -> Iterator[pb.GenerateStreamResponse]:
-    """Yield the new output of a choice: one event, or several where a slow reader left many log probabilities.
+    """Yield the new output of a choice: one event, or several if a slow reader left many log probabilities.
 
     Args:
-        top: as SamplingParams.logprobs; None for no log probabilities.
+        output: vLLM's output of the choice.
+        top: value of SamplingParams.logprobs, or None for no log probabilities.
     """
     token_ids = output.token_ids
     # An output without tokens has all log probabilities so far. Only as many as it has tokens are new.
@@ -46,7 +47,7 @@ def deltas(output: CompletionOutput, top: int | None = None) -> Iterator[pb.Gene
 
 
 def token_logprobs(token_id: int, position: Position, top: int) -> pb.TokenLogprobs:
-    """The chosen token's log probability and those of the ``top`` likeliest tokens (-1: all); else an empty message."""
+    """Return the log probabilities of the chosen and the ``top`` likeliest tokens (-1: all), or an empty message."""
     if not position:
         return pb.TokenLogprobs()
     ranked = sorted(position.items(), key=lambda item: item[1].rank or 0)
@@ -55,21 +56,21 @@ def token_logprobs(token_id: int, position: Position, top: int) -> pb.TokenLogpr
 
 
 def logprob(token_id: int, value: Logprob) -> pb.Logprob:
-    """One token's log probability."""
+    """Return one token's log probability."""
     return pb.Logprob(token_id=token_id, logprob=value.logprob, rank=value.rank or 0, text=value.decoded_token or "")
 
 
 def prompt_logprobs(
     token_ids: Sequence[int], positions: Iterable[Position | None], top: int | None
 ) -> pb.GenerateStreamResponse:
-    """One message for each prompt token. The first one is empty: vLLM has no log probability for it."""
+    """Return the log probabilities of all prompt tokens. The first one is empty, because vLLM has none for it."""
     pairs = zip(token_ids, positions, strict=True)
     tokens = [token_logprobs(token_id, position or {}, top or 0) for token_id, position in pairs]
     return pb.GenerateStreamResponse(prompt_logprobs=pb.PromptLogprobs(tokens=tokens))
 
 
 def final(output: CompletionOutput, usage: pb.Usage, plan: dict[str, Any]) -> pb.GenerateStreamResponse:
-    """The last event of a choice. ``plan`` is the prompt's plan as `PromptPlanner.describe` returns it."""
+    """Return the last event of a choice. ``plan`` is the prompt's plan as `PromptPlanner.describe` returns it."""
     reason = FINISH_REASONS.get(output.finish_reason or "", pb.Final.FINISH_REASON_UNSPECIFIED)
     message = pb.Final(finish_reason=reason, usage=usage, plan=plan_message(plan), index=output.index)
     if isinstance(output.stop_reason, str):
@@ -80,7 +81,7 @@ def final(output: CompletionOutput, usage: pb.Usage, plan: dict[str, Any]) -> pb
 
 
 def plan_message(plan: dict[str, Any]) -> pb.Plan:
-    """A described plan as a message, with the numbers of keys that the description of a dense plan leaves out."""
+    """Return a described plan as a message, with the numbers of keys that the description of a dense plan omits."""
     tokens = plan["prompt_tokens"]
     pairs = tokens * (tokens + 1) // 2
     dense = {"keys_attended": pairs, "dense_keys": pairs, "keys_per_context_token": (tokens + 1) / 2}

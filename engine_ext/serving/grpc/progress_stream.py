@@ -1,4 +1,4 @@
-"""Adds a prompt's progress to a gRPC stream, before the first event."""
+"""Progress of a prompt in a gRPC stream, before the first event."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Events = AsyncGenerator[pb.GenerateStreamResponse]
 
 
 def progress_event(progress: Progress) -> pb.GenerateStreamResponse:
-    """A prompt's progress as an event of the stream."""
+    """Return a prompt's progress as an event of the stream."""
     return pb.GenerateStreamResponse(
         progress=pb.Progress(
             computed_tokens=progress.computed,
@@ -33,7 +33,7 @@ async def with_progress(events: Events, updates: AsyncGenerator[Progress, None])
     Closing this generator closes both others: closing ``events`` ends the request in the engine.
 
     Args:
-        events: of the stream.
+        events: events of the stream.
         updates: the prompt's progress, as ProgressPoller.watch yields it.
     """
     async with aclosing(events), aclosing(updates):

@@ -1,4 +1,4 @@
-"""Makes the engine's input of a request's prompt (text, texts, chat messages or token ids) with vLLM's renderer."""
+"""Engine input of a request's prompt (text, texts, chat messages or token ids), made with vLLM's renderer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAX_TEXTS = 2**13
 
 
 def chat_params(args: Namespace) -> ChatParams:
-    """The HTTP server's parameters for chat messages, from its options."""
+    """Return the HTTP server's parameters for chat messages, from its options."""
     return ChatParams(
         chat_template=load_chat_template(args.chat_template),
         chat_template_content_format=args.chat_template_content_format,
@@ -37,37 +37,37 @@ def chat_params(args: Namespace) -> ChatParams:
 
 
 def prompt_field(request: PromptRequest) -> str:
-    """The field that holds the prompt, to name in an error."""
+    """Return the field that holds the prompt, to name it in an error."""
     return request.WhichOneof("prompt") or "prompt"
 
 
 @dataclass(frozen=True)
 class PromptLimit:
-    """The longest prompt of a model, output included.
+    """Size of the longest prompt of a model, output included.
 
     Attributes:
-        tokens: of the prompt.
-        characters: no prompt of text has more; None: the server has no tokenizer.
+        tokens: number of tokens of that prompt.
+        characters: largest number of characters of a prompt of text, or None if the server has no tokenizer.
     """
 
     tokens: int
     characters: int | None
 
     def check_ids(self, number: int) -> None:
-        """Check a number of token ids (raises VLLMValidationError: no prompt has so many)."""
+        """Check a number of token ids (raises VLLMValidationError if it is above the limit)."""
         if number > self.tokens:
             reason = f"The prompt has {number} token ids or more; the model's context has {self.tokens}."
             raise VLLMValidationError(reason, parameter="token_ids")
 
     def check_chat(self, chat: pb.Chat) -> None:
-        """Check a number of messages and of characters (raises VLLMValidationError: no prompt has so many)."""
+        """Check the numbers of messages and characters (raises VLLMValidationError if they are above the limit)."""
         if len(chat.messages) > self.tokens:
             reason = f"The prompt has {len(chat.messages)} messages; the model's context has {self.tokens} tokens."
             raise VLLMValidationError(reason, parameter="chat")
         self.check_characters(sum(len(message.role) + len(message.content) for message in chat.messages))
 
     def check_texts(self, texts: Sequence[str]) -> None:
-        """Check a prompt of texts (raises VLLMValidationError: no prompt can be made of them)."""
+        """Check a prompt of texts (raises VLLMValidationError if no prompt can be made of them)."""
         most = min(self.tokens, MAX_TEXTS)
         if len(texts) > most:
             reason = f"The prompt has {len(texts)} texts; it may have {most} at most."
@@ -80,20 +80,20 @@ class PromptLimit:
         self.check_characters(sum(map(len, texts)))
 
     def check_characters(self, number: int) -> None:
-        """Check a number of characters (raises VLLMValidationError: no prompt has so many)."""
+        """Check a number of characters (raises VLLMValidationError if it is above the limit)."""
         if self.characters is not None and number > self.characters:
             reason = f"{self.characters} make more tokens than the {self.tokens} of the model's context"
             raise VLLMValidationError(f"The prompt has {number} characters or more; {reason}.", parameter="text")
 
 
 def prompt_limit(engine: Any) -> PromptLimit:
-    """The longest prompt of an engine's model."""
+    """Return the size of the longest prompt of an engine's model."""
     tokens, tokenizer = engine.model_config.max_model_len, engine.renderer.tokenizer
     return PromptLimit(tokens, None if tokenizer is None else tokens * tokenizer.max_chars_per_token)
 
 
 def prompt_of(request: pb.TokenizeRequest | GenerateRequest) -> TextPrompt:
-    """A prompt of text, as vLLM's renderer takes it.
+    """Return a prompt of text, as vLLM's renderer takes it.
 
     Raises:
         VLLMValidationError: the prompt is empty.
@@ -105,9 +105,10 @@ def prompt_of(request: pb.TokenizeRequest | GenerateRequest) -> TextPrompt:
 
 
 async def token_list(ids: MutableSequence[int], check: Callable[[list[int]], None]) -> list[int]:
-    """A message's token ids as a list. The event loop runs between its pieces.
+    """Return a message's token ids as a list. The event loop runs between its pieces.
 
     Args:
+        ids: the token ids of the message.
         check: called with each piece.
     """
     numbers: list[int] = []
@@ -121,7 +122,7 @@ async def token_list(ids: MutableSequence[int], check: Callable[[list[int]], Non
 
 
 def conversation_of(chat: pb.Chat) -> list[dict[str, Any]]:
-    """Messages as vLLM's renderer takes them.
+    """Return messages as vLLM's renderer takes them.
 
     Raises:
         VLLMValidationError: there is no message, or a message has no role.
@@ -135,17 +136,17 @@ def conversation_of(chat: pb.Chat) -> list[dict[str, Any]]:
 
 
 async def render_chat(renderer: Any, messages: pb.Chat, chat: ChatParams) -> Any:
-    """A conversation as a prompt: text, or tokens where the model's template makes tokens.
+    """Render a conversation to a prompt: text, or tokens if the model's template makes tokens.
 
     Raises:
-        VLLMValidationError, ValueError: as ``render`` raises them.
+        VLLMValidationError, ValueError: the messages can't be rendered, see ``render``.
     """
     _, prompt = await renderer.render_messages_async(*chat_arguments(renderer, messages, chat))
     return prompt
 
 
 def chat_arguments(renderer: Any, messages: pb.Chat, chat: ChatParams) -> tuple[list[dict[str, Any]], ChatParams]:
-    """A conversation and its parameters, for vLLM's renderer (raises VLLMValidationError)."""
+    """Return a conversation and its parameters, for vLLM's renderer (raises VLLMValidationError)."""
     conversation = conversation_of(messages)
     if renderer.model_config.hf_config.model_type == "gpt_oss":
         reason = "this model's messages are not rendered by a template: render them and send token_ids"
@@ -158,19 +159,20 @@ def chat_arguments(renderer: Any, messages: pb.Chat, chat: ChatParams) -> tuple[
 
 
 def chat_tok_params(renderer: Any) -> TokenizeParams:
-    """How the text of a chat becomes tokens: its template has put the special tokens into it, as for HTTP."""
+    """Return the parameters for tokenising a chat's text, whose template has already put in the special tokens."""
     return replace(renderer.default_chat_tok_params, add_special_tokens=False)
 
 
 async def render(
     renderer: Any, request: GenerateRequest, chat: ChatParams, extras: dict[str, Any], limit: PromptLimit
 ) -> Any:
-    """The engine's input, with the prompt's tokens in `prompt_token_ids`.
+    """Return the engine's input, with the prompt's tokens in `prompt_token_ids`.
 
     Args:
-        renderer: the engine's.
-        chat: the server's, from ``chat_params``.
-        extras: more keys of the engine's input.
+        renderer: the engine's renderer.
+        request: the client's request.
+        chat: the server's chat parameters, from ``chat_params``.
+        extras: additional keys of the engine's input.
         limit: the longest prompt.
 
     Raises:
@@ -197,14 +199,16 @@ async def render(
 
 
 async def render_texts(renderer: Any, texts: Sequence[str], extras: dict[str, Any], limit: PromptLimit) -> Any:
-    """The engine's input of texts that are tokenised one by one, with where each starts as its KnownSegments.
+    """Return the engine's input for texts that are tokenised one by one, with their starts as its KnownSegments.
 
     Args:
-        extras: more keys of the engine's input.
+        renderer: the engine's renderer.
+        texts: the texts of the prompt.
+        extras: additional keys of the engine's input.
         limit: the longest prompt.
 
     Raises:
-        VLLMValidationError, ValueError: as ``render`` raises them; or a text has no tokens.
+        VLLMValidationError, ValueError: the prompt is refused as by ``render``; or a text has no tokens.
     """
     limit.check_texts(texts)
     first = renderer.default_cmpl_tok_params

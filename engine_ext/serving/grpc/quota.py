@@ -1,4 +1,4 @@
-"""Shares memory between clients: each client gets at most a part of it."""
+"""Memory shared between clients: each client gets at most a part of it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from contextlib import contextmanager
 
 
 class Quota:
-    """Bytes that all clients together, and one client alone, may use.
+    """Limits of the bytes that all clients together, and one client alone, may use.
 
     Args:
         total: bytes of all clients.
         of_client: bytes of one client.
-        make_error: makes the exception of a refusal. The room may be free later.
+        make_error: makes the exception of a refusal. Room may be free again later.
     """
 
     def __init__(self, total: int, of_client: int, make_error: Callable[[], Exception]) -> None:
@@ -24,10 +24,10 @@ class Quota:
 
     @contextmanager
     def room(self, client: str) -> Iterator[Room]:
-        """Room for a client's data, released at the end.
+        """Yield room for a client's data, and release it at the end.
 
         Args:
-            client: its name.
+            client: name of the client.
         """
         room = Room(self, client)
         try:
@@ -38,7 +38,7 @@ class Quota:
 
 
 class Room:
-    """What one call uses of a quota, in bytes."""
+    """The part of a quota that one call uses, in bytes."""
 
     def __init__(self, quota: Quota, client: str) -> None:
         self.quota = quota
@@ -49,7 +49,7 @@ class Room:
         """Use ``size`` bytes more.
 
         Raises:
-            Exception: the quota's, where there is no room.
+            Exception: the quota's error if there is no room.
         """
         quota = self.quota
         if quota.used[self.client] + size > quota.of_client or quota.used.total() + size > quota.total:

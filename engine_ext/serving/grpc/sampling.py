@@ -1,4 +1,4 @@
-"""Makes vLLM's sampling parameters from those of starling.v1. Pure functions."""
+"""Conversion of starling.v1's sampling parameters to vLLM's. Pure functions."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ TEXT_FIELDS = ("stop", "bad_words", "skip_special_tokens", "structured_outputs")
 def sampling_params(
     message: pb.SamplingParams, defaults: dict[str, Any], max_tokens: int, star: dict[str, Any]
 ) -> SamplingParams:
-    """vLLM's sampling parameters, streaming deltas.
+    """Return vLLM's sampling parameters, which stream deltas.
 
     Args:
+        message: the client's sampling parameters.
         defaults: the model's generation config, as ModelConfig.get_diff_sampling_param gives it.
-        max_tokens: tokens to generate at most, resolved against the context.
+        max_tokens: largest number of tokens to generate, resolved against the context.
         star: the star options under their flat names, as star_args gives them.
 
     Raises:
@@ -55,7 +56,7 @@ def sampling_params(
 
 
 def structured_outputs(message: pb.StructuredOutputs) -> StructuredOutputsParams:
-    """vLLM's form of the constraint (raises VLLMValidationError: there is none, or it is empty)."""
+    """Return the constraint in vLLM's form (raises VLLMValidationError if there is none, or it is empty)."""
     kind = message.WhichOneof("constraint")
     if kind == "json_schema":
         return StructuredOutputsParams(json=message.json_schema)
@@ -68,7 +69,7 @@ def structured_outputs(message: pb.StructuredOutputs) -> StructuredOutputsParams
 
 
 def logit_bias(message: pb.SamplingParams) -> dict[int, float]:
-    """Token id -> bias (raises VLLMValidationError: a bias is not from -100 to 100)."""
+    """Return biases by token id (raises VLLMValidationError if a bias is not from -100 to 100)."""
     # vLLM's HTTP server silently clips a bias to these limits.
     for token_id, bias in message.logit_bias.items():
         if not -MAX_BIAS <= bias <= MAX_BIAS:
@@ -81,7 +82,7 @@ def parse_extra_args(text: str) -> dict[str, Any]:
     """Parse the JSON object of extra_args. vLLM itself refuses integers of more than 64 bits.
 
     Raises:
-        VLLMValidationError: it is not a JSON object, or it is nested too deep or has keys that are not allowed.
+        VLLMValidationError: the text is not a JSON object, is nested too deeply, or has keys that are not allowed.
     """
 
     def refused(reason: str) -> VLLMValidationError:
@@ -110,7 +111,7 @@ def parse_extra_args(text: str) -> dict[str, Any]:
 
 
 def is_deep(values: Any) -> bool:
-    """Whether JSON values are nested more than MAX_NESTING levels deep."""
+    """Return whether JSON values are nested more than MAX_NESTING levels deep."""
     level = [values]
     for _ in range(MAX_NESTING):
         inner = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list))]
@@ -119,6 +120,6 @@ def is_deep(values: Any) -> bool:
 
 
 def constraint_path(message: pb.SamplingParams) -> str | None:
-    """The field that constrains the output, to name in an error; None where no field does."""
+    """Return the field that constrains the output, to name it in an error, or None if no field does."""
     kind = message.structured_outputs.WhichOneof("constraint")
     return None if kind is None else f"sampling.structured_outputs.{kind}"

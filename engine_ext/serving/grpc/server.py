@@ -28,13 +28,13 @@ HEALTH_CHECK_SECONDS = 0.5
 
 
 class Front:
-    """The gRPC server with its services, and AdminService's own port where it has one.
+    """The gRPC server with its services, and AdminService's own port if it has one.
 
     Args:
         engine: the AsyncLLM that the OpenAI server uses.
-        api_keys: calls of InferenceService need one of these; none: they need no key.
-        chat: how chat messages are rendered.
-        admin: where AdminService is served.
+        api_keys: keys of which calls of InferenceService need one; empty if they need no key.
+        chat: parameters for rendering chat messages.
+        admin: address and access of AdminService.
         show_cached: whether responses say how many tokens were cached (vLLM's --enable-prompt-tokens-details).
     """
 
@@ -74,7 +74,7 @@ class Front:
         return AdminServicer(self.engine, self, max_message_bytes=MAX_REQUEST_BYTES)
 
     def _add_gateway(self) -> list[str]:
-        """Serve VllmEngine where its package is installed; returns the service's name, in a list."""
+        """Serve VllmEngine if its package is installed, and return the service's name in a list."""
         try:
             from smg_grpc_proto import vllm_engine_pb2_grpc
 
@@ -95,7 +95,7 @@ class Front:
         await self.health.enter_graceful_shutdown()
 
     async def start(self, address: str, credentials: grpc.ServerCredentials | None) -> int:
-        """Listen and report SERVING; returns the port.
+        """Listen, report SERVING and return the port.
 
         Raises:
             RuntimeError: the server can't listen on ``address``, or on AdminService's own port.

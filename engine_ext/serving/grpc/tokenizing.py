@@ -1,4 +1,4 @@
-"""Tokenize on a thread and a tokenizer of its own, so that a long text delays no prompt."""
+"""Tokenisation for Tokenize on a thread and a tokenizer of its own, so that a long text delays no prompt."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from starling.v1 import inference_pb2 as pb
 
 
 class Tokenizing:
-    """Tokenises one request after the other.
+    """Tokenizer of one request after the other.
 
     Args:
-        renderer: the engine's.
-        chat: how chat messages are rendered.
+        renderer: the engine's renderer.
+        chat: parameters for rendering chat messages.
         limit: the longest prompt.
     """
 
@@ -37,10 +37,11 @@ class Tokenizing:
         self.quota = Quota(2 * MAX_REQUEST_BYTES, MAX_REQUEST_BYTES, TokenizeMemoryError)
 
     async def token_ids(self, request: pb.TokenizeRequest, client: str) -> list[int]:
-        """The token ids of a request's prompt, also of one that is somewhat longer than the model's context.
+        """Return the token ids of a request's prompt, even if it is somewhat longer than the model's context.
 
         Args:
-            client: its name, for its share of the requests that wait.
+            request: the client's request.
+            client: name of the client, for its share of the waiting requests.
 
         Raises:
             VLLMValidationError, ValueError: the prompt is empty, or has more characters than any prompt of the model;
@@ -64,7 +65,7 @@ class Tokenizing:
             return await self._in_turn(prompt, params)
 
     async def _in_turn(self, prompt: TextPrompt, params: TokenizeParams) -> list[int]:
-        """Tokenise on the thread. A cancelled call ends with its turn: until then its text is in memory."""
+        """Tokenise on the thread. A cancelled call ends only with its turn, as its text is in memory until then."""
         working = asyncio.get_running_loop().run_in_executor(self.thread, self._tokenize, prompt, params)
         try:
             return await asyncio.shield(working)

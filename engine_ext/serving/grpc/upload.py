@@ -1,4 +1,4 @@
-"""Combines the messages of GenerateUploadStream, which has the prompt in pieces, into one request."""
+"""Combination of the messages of GenerateUploadStream, which has the prompt in pieces, into one request."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ PIECE_BYTES = 64  # of a piece, however short
 
 
 def upload_quota(max_model_len: int) -> Quota:
-    """The memory of all prompts that are being uploaded. A client may use half of it, in which any prompt of ids fits.
+    """Return the quota of all prompts that are being uploaded; a client's half has room for any prompt of ids.
 
     Args:
-        max_model_len: of the model.
+        max_model_len: length of the model's context in tokens.
     """
     total = max(MIN_UPLOAD_BYTES, 2 * (max_model_len * ID_BYTES + 2 * MAX_REQUEST_BYTES))
     return Quota(total, total // 2, UploadMemoryError)
 
 
 async def messages(parts: AsyncIterator[Any], seconds: float, all_seconds: float) -> AsyncIterator[Any]:
-    """The messages of a stream.
+    """Yield the messages of a stream.
 
     Raises:
         SlowMessageError: the next one did not arrive within ``seconds``, or the last one within ``all_seconds``.
@@ -58,7 +58,7 @@ class Upload:
     """One prompt that is being uploaded.
 
     Args:
-        room: for the prompt; whoever owns it releases it.
+        room: memory for the prompt; its owner releases it.
         limit: the longest prompt.
     """
 
@@ -72,7 +72,7 @@ class Upload:
         self.request = pb.GenerateStreamRequest()
 
     async def receive(self, parts: AsyncIterator[pb.GenerateUploadStreamRequest]) -> pb.GenerateStreamRequest:
-        """The request, once the client has sent all of it.
+        """Return the request, once the client has sent all of it.
 
         Raises:
             VLLMValidationError: parts are out of order, too many or of several kinds, or the prompt is longer than any
@@ -137,6 +137,6 @@ class Upload:
 
 
 def as_upload_event(event: pb.GenerateStreamResponse) -> pb.GenerateUploadStreamResponse:
-    """The same event as a message of GenerateUploadStream."""
+    """Return the same event as a message of GenerateUploadStream."""
     kind = event.WhichOneof("event")
     return pb.GenerateUploadStreamResponse(**{kind: getattr(event, kind)})

@@ -34,12 +34,12 @@ TEXTS_HEAD = "the first text of a prompt of texts is its head, and no document: 
 
 @dataclass(frozen=True)
 class Warming:
-    """Computes documents as requests of their own, and looks whether another prompt finds each.
+    """Computation of documents as requests of their own, with a check that another prompt finds each.
 
     Attributes:
         limit: the longest prompt.
         default_form: how the server's requests have their documents, as ``star_segments`` says it.
-        generate: has the engine run a request; yields its events.
+        generate: lets the engine run a request, and yields its events.
     """
 
     limit: PromptLimit
@@ -49,11 +49,11 @@ class Warming:
     async def run(
         self, request: pb.WarmDocumentsRequest, send: Callable[[pb.WarmDocumentsResponse], Awaitable[None]]
     ) -> None:
-        """Compute the documents, and send what became of each when it is done.
+        """Compute the documents, and send the result of each when it is done.
 
         Raises:
-            VLLMValidationError: too many documents, or none; or no head where prompts have one.
-            Exception: the engine's, where it can't take a request; then the other documents end too.
+            VLLMValidationError: there are too many documents, or none; or no head although prompts have one.
+            Exception: an error of the engine if it can't take a request; then the other documents end too.
         """
         DOCUMENTS.check(len(request.documents))
         DOCUMENTS_AT_ONCE.check(request.concurrency)
@@ -79,7 +79,7 @@ class Warming:
     async def _warmed(
         self, index: int, text: str, form: str, request: pb.WarmDocumentsRequest
     ) -> pb.WarmDocumentsResponse:
-        """Compute one document; where it is refused or another prompt does not find it, the response says why."""
+        """Compute one document; the response says why if it is refused or another prompt does not find it."""
         copies = documents_of(text, bool(request.head))
         try:
             self.limit.check_characters(len(text))
@@ -95,7 +95,7 @@ class Warming:
         return pb.WarmDocumentsResponse(index=index, tokens=tokens, source=source)
 
     async def _plan_of(self, message: pb.GenerateRequest) -> pb.Plan:
-        """Run a request to its end; returns how it was prefilled."""
+        """Run a request to its end and return the plan by which it was prefilled."""
         plan = pb.Plan()
         async with aclosing(self.generate(message)) as events:
             async for event in events:
@@ -104,7 +104,7 @@ class Warming:
         return plan
 
     async def _looked_up(self, message: pb.GenerateRequest) -> dict[str, Any]:
-        """What is cached of a request's prompt, which is not run. It is a call of its own, inside the client's."""
+        """Look up what is cached of a request's prompt without running it, in a call of its own inside the client's."""
         call = replace(this_call(), only_looks_up=True, plans=[], request_ids=[], num_sequences=0)
         context = copy_context()
         context.run(current_call.set, call)
@@ -115,7 +115,7 @@ class Warming:
 def message_of(
     form: str, documents: Sequence[str], question: str, request: pb.WarmDocumentsRequest
 ) -> pb.GenerateRequest:
-    """The request of a prompt of these documents, as the prompts of the server's users."""
+    """Return the request of a prompt of these documents, in the form that the server's users send."""
     star = pb.StarOptions(mode=pb.StarOptions.MODE_ON)
     message = pb.GenerateRequest(star=star)
     if form == TEXTS:
@@ -131,7 +131,7 @@ def message_of(
 
 
 def completed(message: pb.GenerateRequest, request: pb.WarmDocumentsRequest, max_tokens: int) -> pb.GenerateRequest:
-    """The request with a short greedy output, and the salt of the call."""
+    """Return the request with a short greedy output, and the salt of the call."""
     message.sampling.CopyFrom(pb.SamplingParams(max_tokens=max_tokens, temperature=0))
     if request.HasField("cache_salt"):
         message.cache_salt = request.cache_salt
@@ -139,6 +139,6 @@ def completed(message: pb.GenerateRequest, request: pb.WarmDocumentsRequest, max
 
 
 def added(sources: Sequence[pb.DocumentSource]) -> pb.DocumentSource:
-    """Where the blocks of a document came from, all together."""
+    """Return the sources of a document's blocks, added up."""
     names = [field.name for field in pb.DocumentSource.DESCRIPTOR.fields]
     return pb.DocumentSource(**{name: sum(getattr(source, name) for source in sources) for name in names})

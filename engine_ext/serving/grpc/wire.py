@@ -1,7 +1,7 @@
-"""How many fields a protobuf message has, counted before it is parsed.
+"""Number of fields of a protobuf message, counted before it is parsed.
 
 protobuf makes an object of each field while no other thread of Python runs: 8 MiB of texts of no characters are 4
-million fields, which held the event loop for over a second on a busy machine.
+million fields, which blocked the event loop for over a second on a busy machine.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from google.protobuf.descriptor_pool import Default
 from starling.engine_ext.front.bounds import FIELDS
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
-"""Kinds of fields on the wire (protobuf's encoding); 3 and 4 are groups, which no message of starling.v1 has."""
+"""Wire types of fields (protobuf's encoding); 3 and 4 are groups, which no message of starling.v1 has."""
 
 
 def method_of(path: str) -> MethodDescriptor | None:
-    """The method of a call's path, "/package.Service/Method"; None: no generated code of this process has it."""
+    """Return the method of a call's path, "/package.Service/Method", or None if this process has no code for it."""
     service, _, method = path.removeprefix("/").partition("/")
     try:
         return Default().FindServiceByName(service).methods_by_name.get(method)
@@ -25,10 +25,10 @@ def method_of(path: str) -> MethodDescriptor | None:
 
 
 def varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number on the wire, and where the next field begins.
+    """Return a number on the wire, and the position of the next field.
 
     Raises:
-        IndexError: the data end before it does.
+        IndexError: the data ends before the number does.
     """
     value = shift = 0
     while True:
@@ -41,9 +41,9 @@ def varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def check_num_fields(data: bytes, message: Descriptor) -> None:
-    """Check how many fields a message and those in it have. Packed numbers, and an entry of a map, are one field.
+    """Check how many fields a message and its inner messages have. Packed numbers, and a map's entry, are one field.
 
-    What is no message is left to the parser, which says so.
+    Data that is not a message is left to the parser, which reports it.
 
     Raises:
         VLLMValidationError: there are more than FIELDS.
@@ -77,7 +77,7 @@ def check_num_fields(data: bytes, message: Descriptor) -> None:
 
 
 def inner_message(message: Descriptor, number: int) -> Descriptor | None:
-    """What the field of a number holds, if it is a message and no entry of a map."""
+    """Return the message type of the field of a number, or None if it holds no message or an entry of a map."""
     field = message.fields_by_number.get(number)
     if field is None or field.type != FieldDescriptor.TYPE_MESSAGE or field.message_type.GetOptions().map_entry:
         return None

@@ -14,7 +14,7 @@ logger = init_logger("vllm.starling")
 
 
 class DescribeApi:
-    """The middleware around ``app``."""
+    """Middleware around ``app`` that makes the description at the start."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

@@ -1,4 +1,4 @@
-"""ASGI middleware: a server with API keys asks for one on every path but a few, and those of operators need their own.
+"""ASGI middleware: a server with API keys asks for one on most paths, and the operator's paths need their own.
 
 vLLM asks for an API key under /v1, /v2, /inference and /cohere. Its other paths run the model too (/invocations,
 /generative_scoring, /tokenize), or change the server (/scale_elastic_ep, /pause), and have no key of their own.
@@ -16,7 +16,7 @@ from starling.engine_ext.front.client_keys import api_keys, authorization_of, di
 
 OPEN_PATHS = ("/health", "/ping", "/version", "/metrics", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
 OPEN_FOLDERS = ("/metrics/", "/static/")
-"""What probes, monitoring and readers of the documentation ask for; none of it has anything of a client."""
+"""Folders that, like OPEN_PATHS, serve probes, monitoring and documentation, without any data of a client."""
 
 
 OPERATOR_PATHS = (
@@ -31,23 +31,23 @@ OPERATOR_PATHS = (
     *("/start_draft_weight_update", "/update_weights", "/finish_weight_update", "/update_weight_version"),
     *("/weight_info", "/weight_checker", "/get_world_size"),
 )
-"""vLLM's paths that change the server, or end requests of any client; most are there with an option of vLLM only."""
+"""Paths of vLLM that change the server, or end requests of any client; most exist only with an option of vLLM."""
 
 NO_OPERATOR = f"this path controls the server: start it with {ADMIN_KEY_ENV}, and send that key"
 
 
 def is_operators(path: str) -> bool:
-    """Whether a path is one of OPERATOR_PATHS. Starlette's routes match with a line feed at the end too."""
+    """Return whether a path is one of OPERATOR_PATHS. Starlette's routes match with a line feed at the end too."""
     return path.removesuffix("\n") in OPERATOR_PATHS
 
 
 def is_open(path: str) -> bool:
-    """Whether a path, without the server's --root-path, needs no key."""
+    """Return whether a path, without the server's --root-path, needs no key."""
     return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS)
 
 
 class RequireKey:
-    """The middleware around ``app``. vLLM's arguments in the application's state have the keys."""
+    """Middleware around ``app`` that checks keys. vLLM's arguments in the application's state have the keys."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -75,7 +75,7 @@ class RequireKey:
 
 
 def with_api_key(scope: Any) -> Any:
-    """An operator's request as vLLM's own check takes it, which knows API keys alone."""
+    """Return an operator's request with an API key, because vLLM's own check knows only API keys."""
     keys = api_keys(scope["app"].state.args)
     if not keys:
         return scope

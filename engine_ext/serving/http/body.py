@@ -1,7 +1,7 @@
-"""ASGI middleware: bounds of a request's body, which are checked before vLLM makes objects of it.
+"""ASGI middleware: bounds on a request's body, which are checked before vLLM makes objects of it.
 
-The event loop parses a body, and all clients wait meanwhile. vLLM has no bound, and pydantic notes each wrong value of
-each kind that the value could have: a body of 1 MiB, `{"messages": [{}, {}, ...]}`, took 4 GB and 7 seconds.
+The event loop parses a body, and all clients wait meanwhile. vLLM has no bound, and pydantic notes each wrong value
+once for each kind that the value could have: a body of 1 MiB, `{"messages": [{}, {}, ...]}`, took 4 GB and 7 seconds.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from starling.engine_ext.front.bounds import (
 )
 
 FEW_VALUES = 1024
-"""A body with fewer values is cheap, whatever they are."""
+"""Number of values up to which a body is cheap, whatever they are."""
 
 INVOCATIONS, INVOCATION_VALUES = "/invocations", 4096
-"""vLLM tries one request model after the other on a body of this path, each with a list of all errors."""
+"""Path on which vLLM tries several request models, each with a list of all errors, and the most values of its body."""
 
 SCORING = "/generative_scoring"
-"""vLLM tokenises the texts of this path in the event loop."""
+"""Path whose texts vLLM tokenises in the event loop."""
 
 TOKEN_FIELDS = ("prompt", "prompt_token_ids", "token_ids", "tokens", "input")
 """Fields that may hold the tokens of prompts."""
@@ -46,7 +46,7 @@ Receive = Callable[[], Any]
 
 
 class BoundBody:
-    """The middleware around ``app``."""
+    """Middleware around ``app`` that checks the bounds."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -69,13 +69,13 @@ class BoundBody:
 
 
 def refusal(message: str, status: int, parameter: str | None) -> JSONResponse:
-    """An error as vLLM's server answers it."""
+    """Return an error as vLLM's server answers it."""
     error = {"message": message, "type": "BadRequestError", "param": parameter, "code": status}
     return JSONResponse({"error": error}, status, {"connection": "close"} if status == 413 else None)
 
 
 def is_form(scope: Any) -> bool:
-    """Whether a request uploads files, which Starlette reads to the disk, with bounds of its own."""
+    """Return whether a request uploads files, which Starlette reads to the disk, with bounds of its own."""
     return any(name == b"content-type" and value.startswith(b"multipart/") for name, value in scope["headers"])
 
 
@@ -87,10 +87,10 @@ def check_request_id(scope: Any) -> None:
 
 
 async def whole_body(receive: Receive, bound: Bound) -> bytes | None:
-    """The body of a request; None: its client has left.
+    """Return the body of a request, or None if its client has left.
 
     Raises:
-        VLLMValidationError: it is above its bound.
+        VLLMValidationError: the body is above its bound.
     """
     parts, size, more = [], 0, True
     while more:
@@ -105,7 +105,7 @@ async def whole_body(receive: Receive, bound: Bound) -> bytes | None:
 
 
 def with_body(body: bytes, receive: Receive) -> Receive:
-    """A request's ``receive`` that begins with its body."""
+    """Return a request's ``receive`` that begins with its body."""
     given = False
 
     async def receive_again() -> Any:
@@ -119,20 +119,20 @@ def with_body(body: bytes, receive: Receive) -> Receive:
 
 
 def most_values(body: bytes) -> int:
-    """At most so many values are in a JSON text: those signs may be in its strings too."""
+    """Return an upper bound of the number of values in a JSON text: the counted signs may also be in its strings."""
     return body.count(b",") + body.count(b"[") + body.count(b"{") + 1
 
 
 def may_have_half_pairs(body: bytes) -> bool:
-    """Whether a JSON text may have half of a surrogate pair, which UTF-8 can't say, or is another encoding.
+    """Return whether a JSON text may have half of a surrogate pair, which UTF-8 can't encode, or is not UTF-8.
 
-    Python's parser takes them all. vLLM then fails with 500, where it sends a text on to its engine, or back.
+    Python's parser accepts them all. vLLM then fails with 500 if it sends a text on to its engine, or back.
     """
     return not is_utf8(body) or b"\0" in body or b"\\ud" in body or b"\\uD" in body
 
 
 def half_pair_in(body: bytes) -> str | None:
-    """The field of a JSON object that has half of a surrogate pair; None: there is none, or the text is no object."""
+    """Return the field of a JSON object with half of a surrogate pair, or None if there is no field or no object."""
     name = None
     try:
         fields = json.loads(body)
@@ -153,7 +153,7 @@ def is_utf8(body: bytes) -> bool:
 
 
 def check_body(body: bytes, scope: Any) -> None:
-    """Check a JSON body's number of values, and what can be checked of them without a list of all errors.
+    """Check a JSON body's number of values, and everything that can be checked of them without a list of all errors.
 
     Raises:
         VLLMValidationError: the body is above a bound, is no JSON, or has a value that the path does not take.
@@ -188,13 +188,13 @@ def check_body(body: bytes, scope: Any) -> None:
 
 
 def token_bound(scope: Any) -> Bound:
-    """The bound of token ids for the model of this server."""
+    """Return the bound of token ids for the model of this server."""
     model = getattr(scope["app"].state.engine_client, "model_config", None)
     return Bound(TOKEN_VALUES.field, max(TOKEN_VALUES.limit, 2 * getattr(model, "max_model_len", 0)), "values")
 
 
 def check_values(content: Any, tokens: Bound) -> int:
-    """The number of a JSON value's values, those in its lists and objects counted, but for its token ids.
+    """Return the number of values in a JSON value, including those in its lists and objects, but without its token ids.
 
     Numbers and texts in lists of TOKEN_FIELDS count as token ids.
 
@@ -227,7 +227,7 @@ def check_values(content: Any, tokens: Bound) -> int:
 
 
 def endpoint_of(scope: Any) -> Any:
-    """The function that answers a request; None: the server has no such path."""
+    """Return the function that answers a request, or None if the server has no path for it."""
     for route in scope["app"].routes:
         match, inner = route.matches(scope)
         if match == Match.FULL:
@@ -237,9 +237,10 @@ def endpoint_of(scope: Any) -> Any:
 
 @functools.cache
 def validator_of(endpoint: Any) -> SchemaValidator | None:
-    """Validates the body of an endpoint's request up to the first wrong value of each list.
+    """Return a validator of the bodies of an endpoint's requests that stops at the first wrong value of each list.
 
-    None: the endpoint does not say what it takes, or is an application of its own.
+    Returns:
+        The validator, or None if the endpoint does not say what it takes, or is an application of its own.
     """
     if not inspect.isroutine(endpoint):
         return None
@@ -255,7 +256,7 @@ def validator_of(endpoint: Any) -> SchemaValidator | None:
 
 
 def fail_fast(schema: Any) -> Any:
-    """A pydantic core schema whose lists end at their first wrong value, as pydantic's FailFast lets one list do."""
+    """Return a pydantic core schema whose lists end at their first wrong value, as FailFast makes a single list do."""
     if isinstance(schema, dict):
         changed = {key: fail_fast(value) for key, value in schema.items()}
         return changed | {"fail_fast": True} if schema.get("type") == "list" else changed

@@ -1,4 +1,4 @@
-"""ASGI middleware: makes the Call of each request, in which the others note what they learn of it.
+"""ASGI middleware: makes the Call of each request, in which the other middleware notes what it learns of the request.
 
 When the application starts, it notes the application's list of models, which alone knows LoRA adapters by name, and
 begins to watch the size of requests' heads, and, once it has started, the event loop. An application whose process does
@@ -22,7 +22,7 @@ NOT_HOOKED = "Starling is not in this vLLM: this process runs vLLM's own front"
 
 
 class NoteClient:
-    """The middleware around ``app``."""
+    """Middleware around ``app`` that makes the Call of each request."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -45,7 +45,7 @@ class NoteClient:
         await self.app(scope, receive, send)
 
     async def _watched(self, scope: Any, receive: Any, send: Any) -> None:
-        """The application's life. Its event loop is watched once the application has started."""
+        """Run the application's lifespan, and watch its event loop once the application has started."""
         with ExitStack() as stack:
 
             async def send_and_watch(message: Any) -> None:

@@ -23,10 +23,10 @@ from starling.engine_ext.front.client_keys import api_keys, authorization_of, di
 from starling.engine_ext.front.live import LiveView
 
 MAX_RESPONSES = 32
-"""Responses with data that are under way; further ones get 503. A viewer has one a second, which takes milliseconds."""
+"""Most data responses in progress at once; further ones get 503. A viewer's one a second takes milliseconds."""
 
 SEND_SECONDS = 10.0
-"""How long a viewer may take to receive a response."""
+"""Seconds that a viewer may take to receive a response."""
 
 HEADERS = {
     "cache-control": "no-store",
@@ -39,7 +39,7 @@ PAGE = Path(__file__).with_suffix(".html").read_bytes()
 
 
 def content_policy(page: bytes) -> str:
-    """The Content-Security-Policy of a page: its own script and style, by their digests, and requests to its server."""
+    """Return a page's Content-Security-Policy: its own script and style, by digest, and requests to its server."""
 
     def source(tag: bytes) -> str:
         content = re.search(b"<%s>(.*?)</%s>" % (tag, tag), page, re.DOTALL)
@@ -56,7 +56,7 @@ PAGE_HEADERS = HEADERS | {"content-security-policy": content_policy(PAGE), "cont
 
 
 class LivePage:
-    """The middleware around ``app``."""
+    """Middleware around ``app`` that serves the page and its data."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -96,9 +96,9 @@ class LivePage:
 
 
 def may_look(scope: Any) -> bool:
-    """Whether a request for the data has a key of who may see all requests.
+    """Return whether a request for the data has a key that allows seeing all requests.
 
-    That is the admin's where the server has an admin key, else those of clients.
+    That is the admin key if the server has one, else any key of a client.
     """
     admin_key = os.environ.get(ADMIN_KEY_ENV)
     keys = [admin_key] if admin_key else api_keys(scope["app"].state.args)

@@ -1,4 +1,4 @@
-"""ASGI middleware: `POST /starling/cached` and the path of a request says what the server has cached of its prompt.
+"""ASGI middleware: `POST /starling/cached` and the path of a request says how much of its prompt the server has cached.
 
 A router sends the body of a request to several servers, and then the request itself to the one that has the most. The
 request goes its usual way, with all checks and bounds, until it would run: see engine_ext/front/look_up.py.
@@ -21,7 +21,7 @@ HIDDEN = "this server does not say what is cached: start it with --star-segments
 
 
 class AnswerCachedTokens:
-    """The middleware around ``app``, inside the one that makes the Call."""
+    """Middleware around ``app`` that answers with the cached tokens, inside the one that makes the Call."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

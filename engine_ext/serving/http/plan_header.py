@@ -17,11 +17,11 @@ from starling.engine_ext.front.call import this_call
 HEADER = b"x-starling-plan"
 MAX_BYTES = 2048
 SOURCES, MAX_SOURCES = "document_sources", 32
-"""Of one plan, so many documents are listed."""
+"""Field of a plan, and the largest number of documents that the header lists in it."""
 
 
 def header_value(plans: Sequence[dict[str, Any]]) -> bytes:
-    """The header's value for the plans of a response, at least one."""
+    """Return the header's value for the plans of a response, at least one."""
     if len(plans) == 1:
         return json.dumps(with_few_sources(plans[0], MAX_SOURCES)).encode()
     shown, size = [], len("[]")
@@ -35,7 +35,7 @@ def header_value(plans: Sequence[dict[str, Any]]) -> bytes:
 
 
 def with_few_sources(plan: dict[str, Any], most: int) -> dict[str, Any]:
-    """A plan that says of so many documents where they came from: of each, the kinds with tokens."""
+    """Return a plan that lists the sources of at most ``most`` documents, each with only the kinds that have tokens."""
     if SOURCES not in plan:
         return plan
     listed = [{kind: tokens for kind, tokens in counts.items() if tokens} for counts in plan[SOURCES][:most]]
@@ -44,7 +44,7 @@ def with_few_sources(plan: dict[str, Any], most: int) -> dict[str, Any]:
 
 
 class PlanHeader:
-    """The middleware around ``app``."""
+    """Middleware around ``app`` that adds the header."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

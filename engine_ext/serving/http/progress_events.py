@@ -1,9 +1,9 @@
-"""ASGI middleware: adds a prompt's prefill progress to a streamed HTTP response, where the client requests it.
+"""ASGI middleware: adds a prompt's prefill progress to a streamed HTTP response if the client requests it.
 
-With the header `x-starling-progress: true`, the event stream of /v1/completions and /v1/chat/completions starts
-with comment lines, `: starling-progress {"prompt_index": 0, "computed": 4096, "prompt": 8064, ...}`. Clients of
-server-sent events skip comments, so OpenAI's own clients work unchanged. The header has no effect on a response that
-is not streamed.
+With the header `x-starling-progress: true`, the event stream of /v1/completions and /v1/chat/completions starts with
+comment lines, `: starling-progress {"prompt_index": 0, "computed": 4096, "prompt": 8064, ...}`. Clients of server-sent
+events skip comments, so OpenAI's own clients work unchanged. The header has no effect on a response that is not
+streamed.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ PATHS = ("/v1/completions", "/v1/chat/completions")
 
 
 def wants_progress(scope: Any) -> bool:
-    """Whether a request has the header, and a path that supports it."""
+    """Return whether a request has the header, and a path that supports it."""
     if scope["type"] != "http" or not scope["path"].endswith(PATHS):
         return False
     return any(name.lower() == HEADER and value.strip().lower() == b"true" for name, value in scope["headers"])
 
 
 def comment(prompt_index: int, progress: Progress) -> bytes:
-    """A comment of the event stream; ``prompt_index`` counts the prompts of a request that has several."""
+    """Return a comment of the event stream; ``prompt_index`` counts the prompts of a request that has several."""
     numbers = {name: value for name, value in asdict(progress).items() if value is not None}
     return f": starling-progress {json.dumps({'prompt_index': prompt_index} | numbers)}\n\n".encode()
 
 
 class HttpProgress:
-    """The middleware around ``app``."""
+    """Middleware around ``app`` that adds the progress."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -76,6 +76,6 @@ class HttpProgress:
 
 
 def is_event_stream(start: Any) -> bool:
-    """Whether the response that this ASGI message starts is an event stream."""
+    """Return whether the response that this ASGI message starts is an event stream."""
     headers = {name.lower(): value for name, value in start.get("headers", [])}
     return headers.get(b"content-type", b"").startswith(b"text/event-stream")

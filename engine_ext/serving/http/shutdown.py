@@ -1,8 +1,8 @@
 """ASGI middleware: no HTTP request outlives the engine.
 
 On a signal vLLM stops the engine, and then waits until the clients have closed their connections. Requests that the
-engine did not end get no answer, and neither they nor the server end. Here requests that arrive meanwhile get 503,
-and those that run when the engine has stopped get 503, or an error event in their stream.
+engine did not end get no answer, and neither they nor the server end. Here, requests that arrive meanwhile get 503, and
+those that run when the engine has stopped get 503, or an error event in their stream.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from starling.vllm_compat.server_socket import close_connections
 MESSAGE = "the server is shutting down"
 ERROR = {"error": {"message": MESSAGE, "type": "ServiceUnavailableError", "param": None, "code": 503}}
 SEND_SECONDS = 2.0
-"""How long clients have to receive the end of their response. Then their connections are closed."""
+"""Seconds that clients have to receive the end of their response. Then their connections are closed."""
 
 STILL_SERVED = ("/metrics",)
 
@@ -31,7 +31,7 @@ def unavailable() -> JSONResponse:
 
 
 class EndWithEngine:
-    """The middleware around ``app``."""
+    """Middleware around ``app`` that ends requests with the engine."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -49,7 +49,7 @@ class EndWithEngine:
             await self._run(scope, receive, send)
 
     def _watch(self, state: Any) -> None:
-        """Learn of the engine's end. A server that only renders prompts has no engine."""
+        """Register for the engine's shutdown. A server that only renders prompts has no engine."""
         if state.engine_client is None:
             return
         loop = asyncio.get_running_loop()
@@ -72,7 +72,7 @@ class EndWithEngine:
         asyncio.get_running_loop().call_later(SEND_SECONDS, self._close, state)
 
     def _close(self, state: Any) -> None:
-        """Close the connections that are there, now and then, since clients may still make new ones."""
+        """Close the present connections, again and again, because clients may still make new ones."""
         close_connections(state)
         asyncio.get_running_loop().call_later(SEND_SECONDS, self._close, state)
 

@@ -18,7 +18,7 @@ import torch
 
 from starling.attention_backends.kernels.cpu import attention as cpu
 from starling.attention_backends.kernels.cpu import build, fallback
-from starling.attention_backends.kernels.cpu.sealed_file import seal
+from starling.attention_backends.kernels.cpu.build import seal
 from tests.kernels.cases import one_row
 
 

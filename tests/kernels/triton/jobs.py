@@ -131,10 +131,9 @@ def compare(case: Case, operands: Operands, kernel: Any) -> Errors:
 
 def measure(case: Case, splits: int | None, strides: str) -> Errors:
     """Errors of the prefill kernel, or with ``splits`` of the decode kernel."""
-    from starling.attention_backends.kernels.triton import decode as triton_decode
-    from starling.attention_backends.kernels.triton import prefill as triton_prefill
+    from starling.attention_backends.kernels.triton import attention as triton_attention
 
-    kernel = triton_prefill.paged_attention
+    kernel = triton_attention.prefill_attention
     if splits is not None:
-        kernel = functools.partial(triton_decode.paged_attention, splits=splits)
+        kernel = functools.partial(triton_attention.decode_attention, splits=splits)
     return compare(case, make_operands(case, strides), kernel)

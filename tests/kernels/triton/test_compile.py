@@ -17,10 +17,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from starling.attention_backends.kernels.contract import Sizes
-from starling.attention_backends.kernels.triton import decode as triton_decode
-from starling.attention_backends.kernels.triton import prefill as triton_prefill
+from starling.attention_backends.kernels.triton import attention as triton_attention
 from starling.attention_backends.kernels.triton.attend import paged_attention_kernel
-from starling.attention_backends.kernels.triton.decode import merge_kernel
+from starling.attention_backends.kernels.triton.attention import merge_kernel
 from starling.attention_backends.kernels.triton.launch import E4M3_CAPABILITY, head_block, make_tile
 from tests.kernels.machine_code import loads_beside_products
 
@@ -51,7 +50,7 @@ class Build:
 def compile_attend(build: Build) -> triton.compiler.CompiledKernel:
     """Compile the kernel as the launcher does, for contiguous tensors that are aligned to 16 bytes."""
     sizes = Sizes(1, 1, build.group, 1, build.head_size, build.head_size, 16)
-    lanes = triton_decode.LANES if build.decode else triton_prefill.LANES
+    lanes = triton_attention.DECODE_LANES if build.decode else triton_attention.PREFILL_LANES
     tile = make_tile(sizes, 4 if build.dtype == "fp32" else 2, lanes)
     constants = {
         "GROUP": build.group,

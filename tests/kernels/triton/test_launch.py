@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from starling.attention_backends.kernels.contract import Operands, Sizes
-from starling.attention_backends.kernels.triton import prefill as triton_prefill
-from starling.attention_backends.kernels.triton.attention import is_decode
-from starling.attention_backends.kernels.triton.decode import MAX_SPLITS, MIN_KEYS_PER_SPLIT, num_splits
+from starling.attention_backends.kernels.triton import attention as triton_attention
+from starling.attention_backends.kernels.triton.attention import MAX_SPLITS, MIN_KEYS_PER_SPLIT, is_decode, num_splits
 from starling.attention_backends.kernels.triton.launch import check_dtypes, make_tile
 
 
@@ -86,4 +85,4 @@ def test_float64_is_refused():
     ones = torch.ones(1, dtype=torch.int32)
     operands = Operands(query, cache, cache, ones[None], torch.tensor([0, 1], dtype=torch.int32), ones, scale=1.0)
     with pytest.raises(ValueError, match=r"query is torch\.float64: the Triton kernels take"):
-        triton_prefill.paged_attention(operands)
+        triton_attention.prefill_attention(operands)

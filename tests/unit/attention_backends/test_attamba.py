@@ -14,7 +14,7 @@ from starling.attention_backends.attamba import attend_step as attention
 from starling.attention_backends.attamba import mix, reference
 from starling.attention_backends.attamba.attend_step import Cache, Sizes
 from starling.attention_backends.attamba.backend import AttambaMetadataBuilder
-from starling.attention_backends.attamba.cache import cache_specs
+from starling.attention_backends.attamba.cache import KvPages, cache_specs
 from starling.attention_backends.attamba.chunks import (
     PAGE_ROWS,
     ChunkPlan,
@@ -23,10 +23,9 @@ from starling.attention_backends.attamba.chunks import (
     dense_tokens,
     layer_offset,
     plan_step,
+    prompt_keys,
 )
-from starling.attention_backends.attamba.count import prompt_keys
 from starling.attention_backends.attamba.mixer import MixerParameters, MixerSizes
-from starling.attention_backends.attamba.pages import KvPages
 from starling.attention_backends.kernels.cpu.attention import built_op
 from starling.attention_backends.star.step import StarStep, open_step
 from starling.engine_ext.models.attamba import refuse_features

@@ -23,7 +23,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from starling.attention_backends.attamba import attend_step as attention
 from starling.attention_backends.attamba import backend, chunks, decode, mix, scan_kernel
 from starling.attention_backends.attamba.backend import AttambaMetadataBuilder
-from starling.attention_backends.kernels.triton import decode as triton_decode
+from starling.attention_backends.kernels.triton import attention as triton_attention
 from starling.attention_backends.kernels.triton import launch
 from starling.engine_ext.models import attamba
 from starling.engine_ext.models.attamba import OP, AttentiveSsm
@@ -165,7 +165,7 @@ def launched(monkeypatch):
         (decode, ("rows_kernel", "mix_kernel", "store_kernel", "join_kernel")),
         (scan_kernel, ("scan_kernel",)),
         (launch, ("paged_attention_kernel",)),
-        (triton_decode, ("merge_kernel",)),
+        (triton_attention, ("merge_kernel",)),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Launches(name, found))

@@ -8,12 +8,11 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder, ops
 
-from starling.attention_backends.kernels.cpu.selection import Op
+from starling.attention_backends.kernels.contract import NO_ROTATION
+from starling.attention_backends.kernels.cpu.attention import Op
 from starling.attention_backends.kernels.merge import merge
-from starling.attention_backends.kernels.rotary import NO_ROTATION
 from starling.attention_backends.star import cpu_impl
-from starling.attention_backends.star.head_calls import HeadBuilders, attend_by_heads
-from starling.attention_backends.star.head_step import HeadCall
+from starling.attention_backends.star.head_step import HeadBuilders, HeadCall, attend_by_heads
 from starling.features.replicas.remote_attention_server import attend_spans
 from starling.features.replicas.remote_query import Span
 from tests.unit.attention_backends.test_rows import batch_metadata

@@ -12,8 +12,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from starling.attention_backends.star import gpu_impl
 from starling.attention_backends.star.backend import make_star_backend
 from starling.attention_backends.star.gpu_impl import make_gpu_impl
-from starling.attention_backends.star.head_calls import unsupported_reason
-from starling.attention_backends.star.head_step import HeadCall, HeadStep
+from starling.attention_backends.star.head_step import HeadCall, HeadStep, unsupported_reason
 from starling.attention_backends.star.step import StarStep, open_step
 from starling.scheduler.star.plan import DenseHeads, StarPlan
 from starling.vllm_compat.head_attention import impl_of_heads

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starling.attention_backends.star.head_rows import head_runs
-from starling.attention_backends.star.head_step import HeadStep
+from starling.attention_backends.star.head_step import HeadStep, head_runs
 from starling.attention_backends.star.reference import head_masks
 from starling.attention_backends.star.step import StarStep, open_step
 from starling.scheduler.star.plan import DenseHeads, StarPlan

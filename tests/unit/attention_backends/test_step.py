@@ -18,7 +18,7 @@ from starling.attention_backends.star import backend as star_backend
 from starling.attention_backends.star import document_step
 from starling.attention_backends.star.backend import PATHS, WRAPPED, make_star_backend, takes_star, virtual_bounds
 from starling.attention_backends.star.document_step import DocumentStep
-from starling.attention_backends.star.remote_step import RemoteStep
+from starling.attention_backends.star.remote_queries import RemoteStep
 from starling.attention_backends.star.rows import split_rows
 from starling.attention_backends.star.step import StarStep, current_step, open_step, set_positions
 from starling.engine_ext.worker.star_requests import StarRequests

@@ -29,7 +29,7 @@ from tests.unit.engine_ext.configs import FULL, drafting, fake_config
 
 WORKER = "starling.engine_ext.worker.star_worker"
 DOCUMENTS = "starling.attention_backends.star.document_layers"
-HEADS = "starling.attention_backends.star.head_layers"
+HEADS = "starling.attention_backends.star.model_heads"
 
 
 class FakeWorker:

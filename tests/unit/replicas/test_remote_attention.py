@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from starling.attention_backends.kernels.contract import Rotation, turn_back
 from starling.attention_backends.kernels.merge import merge
 from starling.attention_backends.kernels.reference import masked_attention
-from starling.attention_backends.kernels.rotary import Rotation, turn_back
 from starling.attention_backends.star.metadata import virtual_metadata
 from starling.attention_backends.star.reference import star_mask
 from starling.attention_backends.star.remote_queries import make_remote_queries

@@ -9,7 +9,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 
-from starling.attention_backends.attamba.count import prompt_keys
+from starling.attention_backends.attamba.chunks import prompt_keys
 from starling.engine_ext.front import bounds
 from starling.engine_ext.front.call import Call, current_call
 from starling.engine_ext.front.requests import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from starling.attention_backends.attamba.count import prompt_keys
+from starling.attention_backends.attamba.chunks import prompt_keys
 from starling.config.star import StarOptions, parse_options
 from starling.scheduler.star.assignment import ReplicaState, assign_blocks
 from starling.scheduler.star.client_tokens import work

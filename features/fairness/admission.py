@@ -15,7 +15,7 @@ WAITING = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 class Admission:
     """The admission of long prompts to one scheduler.
 
-    A prompt that is admitted without room for its pages would only be preempted. So no prompt is admitted beside running
+    A prompt that is admitted without room for its pages would only be preempted: no prompt is admitted beside running
     long prompts unless it fits, and none passes an earlier one that does not fit. If no long prompt runs, vLLM decides
     whether the first one fits, so that it is admitted once the other requests have ended. Short prompts may pass it in
     every second step, until together they have a quarter of its tokens; with priority scheduling they may not.

@@ -60,7 +60,7 @@ class PrefillLimiter(CorePart):
         return cls(scheduler, make_limits(config.scheduling, step_tokens, unit))
 
     def may_be_long(self, request: Any) -> bool:
-        """Return whether an arriving request may be a long prompt; a prompt with images that must not be cut is none."""
+        """Return whether an arriving request may be a long prompt; one with images that must not be cut is none."""
         uncut = request.mm_features and self.scheduler.scheduler_config.disable_chunked_mm_input
         return request.num_prompt_tokens > self.limits.long_prompt and not uncut
 

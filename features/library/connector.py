@@ -67,7 +67,7 @@ def close_after_change(core: Any, method: Any) -> None:
 
 
 def pause_after(empty_steps: int) -> float:
-    """Return the seconds to wait before the next step: more from step to step, so that a slow disk keeps no core busy."""
+    """Return the seconds to wait before the next step: more each time, so that a slow disk keeps no core busy."""
     return min(empty_steps / 1000, MAX_PAUSE_SECONDS)
 
 
@@ -138,7 +138,7 @@ class LibraryConnector(OffloadingConnector):
         return self.scheduler.get_num_new_matched_tokens(request, num_computed_tokens, max_num_new_tokens=0)
 
     def _leading_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Look up the pages that a prompt starts with, as vLLM does, but don't let the request wait for them forever."""
+        """Look up the pages that a prompt starts with, as vLLM does, but bound the time that the request waits."""
         found, is_async = super().get_num_new_matched_tokens(request, num_computed_tokens)
         if found is not None:
             if self.waiting.get(request.request_id) != GIVEN_UP:

@@ -84,7 +84,7 @@ class PageLoads(CorePart):
         return metadata.fetch is not None or metadata.remote is not None
 
     def may_start(self, request: Any, num_computed_tokens: int) -> bool:
-        """Return whether a waiting request may start with the tokens found in the prefix cache; if not, it is asked again."""
+        """Return whether a waiting request may start with the tokens found in the prefix cache, else ask again."""
         wanted = self.wanted.get(request.request_id)
         if wanted is None:
             starting = (entry.pages and not entry.request.num_computed_tokens for entry in self.wanted.values())
@@ -102,7 +102,7 @@ class PageLoads(CorePart):
         return not wanted.pages or wanted.pages[0] * self.group.page_size > num_computed_tokens
 
     def _pages_of(self, request: Any, first: int, last: int) -> list[int]:
-        """Return the pages ``[first, last)`` of a prompt, without those that a split prompt leaves to other replicas."""
+        """Return the pages ``[first, last)`` of a prompt, without those that a split prompt leaves to others."""
         part = metadata_of(request).part
         left_out = range(0) if part is None else range(part.anchor_size, part.start)
         return [page for page in range(first, last) if page * self.group.page_size not in left_out]

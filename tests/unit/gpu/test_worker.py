@@ -29,7 +29,6 @@ from tests.unit.engine_ext.configs import FULL, drafting, fake_config
 
 WORKER = "starling.engine_ext.worker.star_worker"
 DOCUMENTS = "starling.attention_backends.star.document_layers"
-HEADS = "starling.attention_backends.star.model_heads"
 
 
 class FakeWorker:
@@ -189,10 +188,10 @@ def test_layers_that_can_not_attend_in_several_calls_end_the_start_of_a_server_f
     )
 
     monkeypatch.setattr(f"{WORKER}.metadata_builders", lambda runner: [(SPLITS, ["layer"])])
-    monkeypatch.setattr(f"{HEADS}.scores_of", lambda config: SimpleNamespace(order_digest="order"))
-    monkeypatch.setattr(f"{HEADS}.ranks_of_layers", lambda *args: ({"layer": [0]}, None))
+    monkeypatch.setattr(f"{DOCUMENTS}.scores_of", lambda config: SimpleNamespace(order_digest="order"))
+    monkeypatch.setattr(f"{DOCUMENTS}.ranks_of_layers", lambda *args: ({"layer": [0]}, None))
     blocks = {"layer": SimpleNamespace(attention=attention)}
-    monkeypatch.setattr(f"{HEADS}.attention_blocks", lambda model: blocks)
+    monkeypatch.setattr(f"{DOCUMENTS}.attention_blocks", lambda model: blocks)
     entry = {"star": "auto"} | (dict([started_for.split("=")]) if started_for else {})
     worker = make_worker(additional_config={"starling": entry})
     reason = f"{started_for}: layer layer: its cache is nvfp4"

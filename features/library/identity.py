@@ -53,7 +53,7 @@ def described(vllm_config: Any, weights: Sequence[str], layouts: Sequence[dict[s
 
 
 def uses_long_rope(config: dict[str, Any], max_model_len: int) -> bool:
-    """Return whether vLLM rotates keys by LongRoPE's long factors, as for a server that takes prompts which need them."""
+    """Return whether vLLM rotates keys by LongRoPE's long factors for prompts that need them."""
     rope = config.get("rope_parameters") or {}
     return rope.get("rope_type") == "longrope" and max_model_len > rope["original_max_position_embeddings"]
 

@@ -15,7 +15,7 @@ PLATFORM = use_cuda_platform()
 
 import torch  # noqa: E402
 
-from starling.attention_backends.kernels import devices  # noqa: E402
+from starling.attention_backends.kernels import contract  # noqa: E402
 from starling.attention_backends.kernels.triton import attention  # noqa: E402
 from starling.attention_backends.kernels.triton.attention import MAX_QUERIES_PER_DECODE_ROW  # noqa: E402
 from starling.attention_backends.star.warm_up import warm_up  # noqa: E402
@@ -58,7 +58,7 @@ def main() -> None:
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     kernels.install_flash_attention()
     # CPU tensors are here what a GPU's are.
-    devices.uses_triton = lambda device: True
+    contract.uses_triton = lambda device: True
     attention.multiprocessors = lambda device: 132
     compiled = count_compiles()
     if os.environ.get("WARM_UP") != "0":

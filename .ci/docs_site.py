@@ -44,7 +44,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def running_text(html: str) -> list[str]:
-    """The lines of a rendered page that were meant as items of a list or rows of a table."""
+    """Return the lines of a rendered page that were meant as items of a list or rows of a table."""
     return RUNNING_TEXT.findall(CODE.sub("", html))
 
 

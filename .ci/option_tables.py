@@ -41,7 +41,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def coded(text: str) -> str:
-    """A sentence in which names of options, and what stands for a value, are code."""
+    """Return a sentence in which names of options, and what stands for a value, are code."""
     return CODE.sub(lambda found: f"`{found[0]}`", text)
 
 
@@ -60,12 +60,12 @@ def option_table(model: type[BaseModel], name_of: Callable[[str], str] = str) ->
 
 
 def allowed_by(rule: Rule) -> str:
-    """What a rule allows, in words; raises KeyError for a placeholder without words."""
+    """Return what a rule allows, in words; raises KeyError for a placeholder without words."""
     return coded(re.sub(r"\{([\w.]+)\}", lambda found: PLACEHOLDERS[found[1]], rule.allowed))
 
 
 def refusal_table(rules: Iterable[Rule]) -> str:
-    """The rules, one row for all that say the same of several options."""
+    """Return the rules, one row for all that say the same of several options."""
     options: dict[tuple[str, str], list[str]] = {}
     for rule in rules:
         options.setdefault((rule.when, allowed_by(rule)), []).append(f"`{flat_name(rule.option)}`")
@@ -74,7 +74,7 @@ def refusal_table(rules: Iterable[Rule]) -> str:
 
 
 def server_table() -> str:
-    """What `starling serve` has beside the options of the other tables, with the words of its help."""
+    """Return what `starling serve` has beside the options of the other tables, with the words of its help."""
     told = {flag.dest for flag in FLAGS if flag.dest in SHARED or len(flag.path) > 1}
     [commands] = (action for action in make_parser()._actions if action.choices)
     rows = []
@@ -104,7 +104,7 @@ MARKED = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- /options -->)", re.DOT
 
 
 def with_tables(page: str) -> str:
-    """A page with its tables made anew."""
+    """Return a page with its tables made anew."""
     return MARKED.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}", page)
 
 

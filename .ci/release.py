@@ -107,7 +107,7 @@ def find_uv() -> str:
 
 
 def find_python(uv: str, name: str) -> str | None:
-    """The interpreter of a version, a command or a path; None where there is none that runs."""
+    """Return the interpreter of a version, a command or a path; None where there is none that runs."""
     found = subprocess.run([uv, "python", "find", "--system", name], capture_output=True, text=True)
     for candidate in (found.stdout.strip(), name, f"python{name}"):
         path = shutil.which(candidate) if candidate else None
@@ -147,7 +147,7 @@ def digest(path: Path) -> str:
 
 
 def wheel_problems(names: Iterable[str], tracked: Iterable[str]) -> list[str]:
-    """What is wrong with the files of a wheel.
+    """Return what is wrong with the files of a wheel.
 
     Args:
         names: of the files in the wheel.
@@ -173,7 +173,7 @@ def wheel_problems(names: Iterable[str], tracked: Iterable[str]) -> list[str]:
 
 
 def readme_problems(text: str) -> list[str]:
-    """What a package index would show wrong of the README in a wheel's metadata: links to files of the repository."""
+    """Return the links of a wheel's README that a package index would show broken: to files of the repository."""
     return [f"the wheel's README has a link to {found}" for found in RELATIVE_LINK.findall(text)]
 
 

@@ -20,7 +20,7 @@ EXPECTED = "DIR, DIR:MEMORY, DIR:MEMORY:FILES or :MEMORY, as in /var/lib/pages:1
 SIZE = re.compile(r"-?[0-9.]+ ?[a-zA-Z]*")
 SMALLEST = 2**20
 SHARED_MEMORY = Path("/dev/shm")
-"""Where vLLM has the library's host memory."""
+"""Folder in which vLLM keeps the library's host memory."""
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from typing import Any
 
 QUESTION = "?"
 OTHER_DOCUMENT, OTHER_QUESTION = "Another document.", "Which one?"
-"""Of the prompt that has to find a document."""
+"""Texts of the second prompt, which has to find a document of the first one."""
 CHAT, TEXTS = "auto", "texts"
-"""How prompts have their documents; any other word is the text of the token that starts each (``star_segments``)."""
+"""Marks of where documents start; any other word is the text of the token that starts each (``star_segments``)."""
 NO_HEAD = "the first message of a chat is its head, and no document: give the head that your chats have"
 NO_LIBRARY = "the server has no library (--star-library), and forgets documents when it needs their memory or ends"
 NO_FORM = "the server's requests have no documents by default (--star-segments): say how yours have them"

@@ -18,7 +18,7 @@ PACKAGES = {"Starling": "vllm-starling", "torch": "torch", "triton": "triton", "
 NO_GPU = "no NVIDIA GPU"
 QUERY = ("index", "name", "memory.total", "memory.free", "driver_version", "compute_cap")
 SECONDS = 20.0
-"""How long nvidia-smi may take: it starts the driver where nothing else uses a GPU."""
+"""Seconds that nvidia-smi may take: it starts the driver where nothing else uses a GPU."""
 
 
 def has_gpu() -> bool:

@@ -26,7 +26,7 @@ class AdapterKeys:
         self.of_requests: WeakKeyDictionary[Any, tuple[str, str]] = WeakKeyDictionary()
 
     def keys(self, request: Any, start: int, end: int) -> tuple[tuple[str, str], ...]:
-        """The keys of a request's page over positions ``[start, end)``: all of its pages have the same."""
+        """Return the keys of a request's page over positions ``[start, end)``, the same for all of its pages."""
         if request.lora_request is None:
             return ()
         if request not in self.of_requests:
@@ -34,7 +34,7 @@ class AdapterKeys:
         return (self.of_requests[request],)
 
     def key_of(self, folder: Path) -> str:
-        """The key of an adapter whose files are in a folder."""
+        """Return the key of an adapter whose files are in a folder."""
         files = files_in(folder)
         if str(folder) not in self.first:
             self.first[str(folder)] = files, digest(folder, files) if files else self.mine
@@ -43,7 +43,7 @@ class AdapterKeys:
 
 
 def files_in(folder: Path) -> Files:
-    """The files of a folder; none where it is no folder, as for a name on a hub."""
+    """Return the files of a folder; none if it is no folder, as for a name on a hub."""
     try:
         found = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
     except OSError:
@@ -52,7 +52,7 @@ def files_in(folder: Path) -> Files:
 
 
 def digest(folder: Path, files: Files) -> str:
-    """Of the content of these files of a folder."""
+    """Return the digest of the content of these files of a folder."""
     total = hashlib.sha256()
     for name, size, _ in files:
         total.update(f"{name} {size}\n".encode())
@@ -65,5 +65,5 @@ _adapters = AdapterKeys()
 
 
 def adapter_keys(request: Any, start: int, end: int) -> tuple[tuple[str, str], ...]:
-    """The keys of a request's page for its adapter, which has the same in all of its pages."""
+    """Return the keys of a request's page for its adapter, the same for all of its pages."""
     return _adapters.keys(request, start, end)

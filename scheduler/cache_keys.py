@@ -1,4 +1,4 @@
-"""What a KV page depends on under star, as part of its prefix-cache key.
+"""Prefix-cache keys of KV pages under star, whose KV depends on more than the tokens before.
 
 vLLM chains page hashes over tokens and "extra keys" (LoRA, salt, images). Star adds one more:
 
@@ -35,20 +35,20 @@ from starling.vllm_compat.prefix_cache import (
 
 
 def page_keys(request: Any, start: int, end: int) -> tuple[tuple[str, str], ...]:
-    """The extra keys of a request's page over positions ``[start, end)``: one, or none."""
+    """Return the extra keys of a request's page over positions ``[start, end)``: one, or none."""
     plan = metadata_of(request).plan
     key = None if plan is None else star_page_key(plan, start, end)
     return () if key is None else (key,)
 
 
 def star_page_key(plan: StarPlan, start: int, end: int) -> tuple[str, str] | None:
-    """The extra key of the page over positions ``[start, end)``, tagged like vLLM's own; None: none."""
+    """Return the extra key of the page over positions ``[start, end)``, tagged like vLLM's, or None if it has none."""
     key = plan.page_key(start, end)
     return None if key is None else ("star", f"star:{key}")
 
 
 def chain_restarts(plan: StarPlan, page_size: int, start: int) -> Iterator[int]:
-    """The pages whose key does not continue that of the page before: the first of each later block, and the query's.
+    """Yield the pages whose key does not continue that of the page before: the first of later blocks and the query.
 
     Args:
         start: a position; only pages behind it.
@@ -61,7 +61,7 @@ def chain_restarts(plan: StarPlan, page_size: int, start: int) -> Iterator[int]:
 
 
 def parent_pages(plan: StarPlan, page_size: int, page: int) -> tuple[int, ...] | None:
-    """The pages whose keys the key of a page continues, where the chain restarts; None: the page before.
+    """Return the pages whose keys a page's key continues where the chain restarts, or None if it is the page before.
 
     Pages are counted from the start of the prompt.
     """
@@ -75,7 +75,7 @@ def parent_pages(plan: StarPlan, page_size: int, page: int) -> tuple[int, ...] |
 
 
 def independent_plan(request: Any) -> StarPlan | None:
-    """The plan of a request whose star blocks do not depend on one another; None: it has no plan, or they do.
+    """Return the plan of a request whose star blocks are independent, or None if it has none, or they are not.
 
     The rotary positions of an image (M-RoPE) depend on the images before it, so prompts with images are left out.
     """
@@ -84,7 +84,7 @@ def independent_plan(request: Any) -> StarPlan | None:
 
 
 def independent_block_hasher(page_size: int, hash_function: HashFunction) -> Hasher:
-    """vLLM's request hasher, but with keys whose chain restarts at star blocks that are independent.
+    """Request hasher as vLLM's, with keys whose chain restarts at star blocks that are independent.
 
     Args:
         page_size: of the only KV cache group; keys are those of whole pages.

@@ -1,4 +1,4 @@
-"""What the paged KV cache holds, and how far prompts are: read from vLLM's scheduler, as plain numbers and names.
+"""Contents of the paged KV cache, and progress of prompts: from vLLM's scheduler, as plain numbers and names.
 
 To be read between two steps. Numbers are those of one worker: with tensor parallelism each rank has the same number of
 pages, which hold its part of the heads. Keys are the names of the fields in proto/starling/v1/admin.proto.
@@ -54,12 +54,12 @@ def cache_state(scheduler: Any, per_request: bool) -> dict[str, Any]:
 
 
 def is_compressed(spec: Any) -> bool:
-    """Whether one state of a cache represents several tokens."""
+    """Return whether one state of a cache represents several tokens."""
     return isinstance(spec, AttentionSpec) and spec.tokens_per_state > 1
 
 
 def compressed_groups(scheduler: Any) -> list[CacheGroup]:
-    """The KV cache groups whose states represent several tokens each."""
+    """Return the KV cache groups whose states represent several tokens each."""
     return [group for group in SchedulerView(scheduler).groups if is_compressed(group.spec)]
 
 
@@ -125,7 +125,7 @@ def group_state(group: CacheGroup) -> dict[str, Any]:
 
 
 def request_state(view: SchedulerView, request: Any) -> dict[str, Any] | None:
-    """What one request holds; None where it neither runs nor holds a page.
+    """Return what one request holds, or None if it neither runs nor holds a page.
 
     States are the K/V states in its pages: one a token, one per complete chunk of tokens in a compressed group, one a
     page where a state represents the sequence so far.
@@ -146,7 +146,7 @@ def request_state(view: SchedulerView, request: Any) -> dict[str, Any] | None:
 
 
 def prefill_progress(scheduler: Any, request_ids: Sequence[str]) -> dict[str, dict[str, int]]:
-    """How far the prompts of these requests are, by the engine's request id; unknown and ended ones are left out.
+    """Return the progress of these requests' prompts, by the engine's request id, without unknown and ended ones.
 
     ``computed`` of ``prompt`` tokens are done, ``cached`` of them came from the prefix cache. A star request
     also has done ``star_blocks_done`` of ``star_blocks``, which hold its first ``context`` tokens; a dense one
@@ -160,7 +160,7 @@ def prefill_progress(scheduler: Any, request_ids: Sequence[str]) -> dict[str, di
 
 
 def progress_of(request: Any) -> dict[str, int] | None:
-    """The progress of one request; None: it only computes the anchor once more. See ``prefill_progress``."""
+    """Return one request's entry of ``prefill_progress``, or None if it only computes the anchor once more."""
     metadata = metadata_of(request)
     plan, part = metadata.plan, metadata.part
     if part is not None and plan is None:

@@ -1,4 +1,4 @@
-"""What a front can call in an engine core by name, with starling.vllm_compat.front.call_engine_core.
+"""Calls of a front by name in an engine core, with starling.vllm_compat.front.call_engine_core.
 
 Arguments and results are plain numbers and names. A call runs between two of the engine's steps.
 """

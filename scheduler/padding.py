@@ -20,7 +20,7 @@ from starling.vllm_compat.core_process import amend_requests
 
 
 def padded_plan(request: Any) -> StarPlan | None:
-    """The plan of a request whose prompt the engine core pads; None: it does not.
+    """Return the plan of a request whose prompt the engine core pads, or None if it does not.
 
     None for a part of a prompt that is split over replicas: a front has padded that, and counts its tokens itself.
     """
@@ -30,7 +30,7 @@ def padded_plan(request: Any) -> StarPlan | None:
 
 
 def with_padding(request: Any) -> Any:
-    """An engine core's request with the padding of its plan; the request itself where there is none."""
+    """Return an engine core's request with the padding of its plan, or the request itself if it needs none."""
     plan = padded_plan(request)
     if plan is None:
         return request
@@ -42,7 +42,7 @@ def with_padding(request: Any) -> Any:
 
 
 def without_padding(plan: StarPlan, logprobs: Any) -> Any:
-    """The log-probabilities of the prompt's tokens but the first, without those of padding.
+    """Remove padding from the log-probabilities of the prompt's tokens but the first.
 
     That of a block's first token is its log-probability behind the block before it, and its padding. No KV depends on
     the block before.

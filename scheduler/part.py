@@ -1,4 +1,4 @@
-"""What a feature does in the engine core: the hooks of a part, over which the scheduler loops (star_scheduler.py)."""
+"""Hooks of a feature in the engine core: the methods of a part, over which star_scheduler.py loops."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class HasParts:
     parts: Sequence[Any]
 
     def part(self, kind: type[P]) -> P | None:
-        """The part of a class; None: there is none."""
+        """Return the part of a class, or None if there is none."""
         return next((part for part in self.parts if isinstance(part, kind)), None)
 
 
@@ -30,20 +30,20 @@ class CorePart:
 
     @classmethod
     def make(cls, scheduler: Any, config: StarlingConfig) -> Self | None:
-        """The part of a scheduler, whose KV cache and connector are there; None: it has nothing to do here."""
+        """Return the part of a scheduler with KV cache and connector, or None if it has nothing to do here."""
         return cls()
 
     def arriving(self, request: Any) -> None:
-        """A request arrives, and vLLM has not seen it yet."""
+        """Prepare a request that arrives, before vLLM has seen it."""
 
     def added(self, request: Any) -> None:
-        """A request waits now. More input of a session is no new request."""
+        """Take note of a request that waits now; more input of a session is no new request."""
 
     def before_step(self) -> None:
-        """A step is about to be scheduled."""
+        """Prepare a step that is about to be scheduled."""
 
     def around_step(self) -> AbstractContextManager[Any] | None:
-        """What a step is scheduled within; None: nothing. The first part that has something has the step."""
+        """Return the context of a step, or None. The first part that has one has the step."""
         return None
 
     def extend_hit(self, request: Any, pages: Sequence[Page], num_tokens: int) -> list[Page] | None:
@@ -55,7 +55,7 @@ class CorePart:
         return None
 
     def kept_boundary(self, request: Any, num_tokens: int, found: int) -> int:
-        """Where, besides at its end, the state or window of a prompt stays in the prefix cache: a page border.
+        """Return the page border at which a prompt's state or window stays cached, besides at its end.
 
         Args:
             num_tokens: those found in the prefix cache.
@@ -64,24 +64,24 @@ class CorePart:
         return found
 
     def bound(self, request: Any, start: int, num_tokens: int) -> int:
-        """How many of the tokens from position ``start`` on, as the parts before leave them, a request may have now."""
+        """Cap the tokens of a request from position ``start`` on, as the parts before leave them, in this step."""
         return num_tokens
 
     def refuses(self, request: Any, start: int, num_tokens: int) -> bool:
-        """Whether a chunk of this length, the final one, has to wait."""
+        """Return whether a chunk of this length, the final one, has to wait."""
         return False
 
     def scheduled(self, output: Any) -> None:
-        """A step is about to go to the connector and to the workers; computed tokens are still those before it."""
+        """Change a step before the connector and the workers get it; computed tokens are still those before it."""
 
     def before_outputs(self, output: Any) -> None:
-        """What the workers computed in a step (vLLM's ModelRunnerOutput) is about to be read."""
+        """Read what the workers computed in a step (vLLM's ModelRunnerOutput) before vLLM does."""
 
     def outputs(self, outputs: dict[int, Any]) -> None:
-        """The outputs of a step, by client, are about to go to the fronts."""
+        """Change the outputs of a step, by client, before they go to the fronts."""
 
     def pages_freed(self, request: Any) -> None:
-        """A request's pages are about to be freed: it has ended, or is preempted."""
+        """Take note that a request's pages are about to be freed: it has ended, or is preempted."""
 
 
 HOOKS = tuple(name for name in vars(CorePart) if not name.startswith("_") and name != "make")

@@ -1,4 +1,4 @@
-"""Where the KV of a prompt's documents came from: the engine's memory, its library, other servers, or computing it."""
+"""Origin of the KV of a prompt's documents: the engine's memory, its library, other servers, or computing it."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from starling.vllm_compat.scheduler_view import SchedulerView
 
 
 class PlanChunks(CorePart):
-    """Of one scheduler."""
+    """Chunks of prompts with a plan, as one scheduler may run them."""
 
     def __init__(self, view: SchedulerView, page_size: int) -> None:
         self.view = view
@@ -36,7 +36,7 @@ class PlanChunks(CorePart):
         return cls(scheduler.view, scheduler.block_size)
 
     def kept_boundary(self, request: Any, num_tokens: int, found: int) -> int:
-        """The end of the context, where the next turn of a chat goes on, or the border that vLLM has found.
+        """Return the end of the context, where the next turn of a chat goes on, or the border that vLLM has found.
 
         Behind the context, the keys of pages contain its end. vLLM keeps a state or window at the last page of a
         prompt, where only the same prompt finds it. A border that vLLM has found comes first where nothing was hit:
@@ -49,15 +49,15 @@ class PlanChunks(CorePart):
         return plan.context_end // self.page_size * self.page_size
 
     def bound(self, request: Any, start: int, num_tokens: int) -> int:
-        """A chunk of two tokens or more that would replay a decode graph is made one token shorter."""
+        """Cut a token off a chunk of two tokens or more that would replay a decode graph."""
         return num_tokens - 1 if num_tokens > 1 and self._replays_a_graph(request, start, num_tokens) else num_tokens
 
     def refuses(self, request: Any, start: int, num_tokens: int) -> bool:
-        """A chunk of one token waits a step where it would replay a decode graph."""
+        """Let a chunk of one token wait a step if it would replay a decode graph."""
         return self._replays_a_graph(request, start, num_tokens)
 
     def _replays_a_graph(self, request: Any, start: int, num_tokens: int) -> bool:
-        """Whether a batch of such chunks replays a full decode graph, whose block tables are not those of star rows."""
+        """Return whether such chunks replay a full decode graph, whose block tables are not those of star rows."""
         if not self.view.has_decode_graphs or num_tokens != self.view.tokens_of_a_decode_graph:
             return False
         plan = metadata_of(request).plan
@@ -72,7 +72,7 @@ class StarMixin(HasParts, SchedulerHooks):
     """
 
     feature_parts: Sequence[Callable[[Any, StarlingConfig], CorePart | None]] = ()
-    """What makes the parts: see features/schedulers.py."""
+    """Makers of the parts (features/schedulers.py)."""
 
     requests: dict[str, Any]  # vLLM's own
 

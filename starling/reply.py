@@ -44,7 +44,7 @@ class Reply:
             setattr(self._response.usage, field, total)
 
     def response(self) -> pb.GenerateResponse:
-        """The response, with its choices in the order of their indices. Call this once, after the last event."""
+        """Return the response, its choices in the order of their indices. Call this once, after the last event."""
         for index, choice in sorted(self._choices.items()):
             choice.text = "".join(self._texts.get(index, ()))
             self._response.choices.append(choice)

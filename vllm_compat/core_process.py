@@ -19,7 +19,7 @@ logger = logging.getLogger("vllm.starling")
 
 PARENT_CHECK_SECONDS = 1.0
 END_SECONDS = 10.0
-"""How long a process whose parent was killed may take to end its own children."""
+"""Seconds that a process whose parent was killed may take to end its own children."""
 
 
 @touches("vllm.config.model.ModelConfig.{max_model_len, original_max_model_len}")

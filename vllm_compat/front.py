@@ -14,7 +14,7 @@ from starling.vllm_compat.admission_limits import has_arrived, hide_requests
 from starling.vllm_compat.patching import Original, touches, wrap
 
 ENGINE_SECONDS = 3.0
-"""How long an engine that shuts down has at least, to abort its requests and to remove its files."""
+"""Seconds that an engine has at least to abort its requests and remove its files when it shuts down."""
 
 IS_BEAM = "starling_is_beam"
 """The key of an engine input that is a beam of a beam search."""

@@ -23,7 +23,7 @@ logger = logging.getLogger("vllm.starling")
 DIRECTORY_ENV = "STARLING_METRICS_DIR"
 MULTIPROCESS_ENV = "PROMETHEUS_MULTIPROC_DIR"
 FILE_BYTES = 1 << 20
-"""Of a new file of metrics: room for several thousand series. Only a larger file grows without having its blocks."""
+"""Bytes of a new file of metrics: several thousand series. Only a larger file grows without having its blocks."""
 
 
 def allocate(path: str) -> None:

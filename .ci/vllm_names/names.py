@@ -284,7 +284,7 @@ def in_braces(names: str) -> list[str]:
 
 
 def string(node: ast.AST | None) -> str:
-    """The value of a string literal; "" for other expressions."""
+    """Return the value of a string literal; "" for other expressions."""
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
@@ -311,7 +311,7 @@ def read_project(root: Path) -> Project:
 
 
 def vllm_bases(classes: dict[str, ProjectClass], cls: ProjectClass) -> list[str]:
-    """The vLLM classes that a class extends, itself or by bases of Starling, by the names that Starling gives them."""
+    """Return the vLLM classes that a class extends, itself or by bases of Starling, by Starling's names of them."""
     found: dict[str, None] = {}
     for base in cls.bases:
         own = classes.get(base)
@@ -320,7 +320,7 @@ def vllm_bases(classes: dict[str, ProjectClass], cls: ProjectClass) -> list[str]
 
 
 def inherited_uses(project: Project, tree: SourceTree) -> list[Use]:
-    """What classes of Starling override, declare and access of their vLLM bases."""
+    """Return what classes of Starling override, declare and access of their vLLM bases."""
     uses = []
     classes = {cls.name: cls for cls in project.classes}
     for cls in project.classes:
@@ -335,7 +335,7 @@ def inherited_uses(project: Project, tree: SourceTree) -> list[Use]:
 
 
 def make_table(project: Project, tree: SourceTree) -> dict[str, Any]:
-    """The content of a table: the version of vLLM, and the names with their signatures (None: not found there)."""
+    """Return the content of a table: vLLM's version, and the names with their signatures (None: not found)."""
     uses: dict[str, list[Use]] = {}
     for use in [*project.uses, *inherited_uses(project, tree)]:
         if (use.certain and use.name not in project.of_releases) or tree.find(use.name):
@@ -358,7 +358,7 @@ def signature(tree: SourceTree, name: str) -> str | None:
 
 
 def private_names(project: Project, tree: SourceTree) -> list[str]:
-    """Uses of private names outside of vllm_compat/, as "file:line: what"."""
+    """Find uses of private names outside of vllm_compat/, as "file:line: what"."""
     inherited = [
         f"{use.file}:{use.line}: {'overrides' if use.kind == 'override' else 'uses'} the private name {use.name}"
         for use in inherited_uses(project, tree)
@@ -368,7 +368,7 @@ def private_names(project: Project, tree: SourceTree) -> list[str]:
 
 
 def scheduler_internals(project: Project) -> list[str]:
-    """Accesses to names of INTERNAL outside of vllm_compat/, as "file:line: what"."""
+    """Find accesses to names of INTERNAL outside of vllm_compat/, as "file:line: what"."""
     return outside_compat(project.internal)
 
 
@@ -381,7 +381,7 @@ def table_file(version: str) -> Path:
 
 
 def nearest_table(version: str) -> dict[str, Any]:
-    """The table of a version's release; else that of the last release before it, else the first one."""
+    """Return the table of a version's release; else that of the last release before it, else the first one."""
     tables = [json.loads(file.read_text(encoding="utf-8")) for file in TABLES.glob("names-*.json")]
     tables.sort(key=lambda table: release_of(table["vllm"]))
     return next((table for table in reversed(tables) if release_of(table["vllm"]) <= release_of(version)), tables[0])
@@ -412,7 +412,7 @@ def as_json(table: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 where a name is missing or has changed, 2 where there is no such vLLM."""
+    """Return the exit status: 0, 1 where a name is missing or has changed, 2 where there is no such vLLM."""
     parser = argparse.ArgumentParser(
         prog="python -m vllm_names.names",
         description="Compare the vLLM names that Starling depends on with a vLLM.",

@@ -69,7 +69,7 @@ def dotted(node: ast.AST) -> str | None:
 
 
 def statements(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
-    """The statements of one scope, those inside ``if``, ``try``, ``with`` and loops included."""
+    """Return the statements of one scope, those inside ``if``, ``try``, ``with`` and loops included."""
     for node in body:
         yield node
         if not isinstance(node, (*FUNCTIONS, ast.ClassDef, ast.expr)):
@@ -100,7 +100,7 @@ def is_variant(node: ast.AST) -> bool:
 
 
 def scope_bindings(body: Iterable[ast.AST], package: str = "") -> dict[str, list[Binding]]:
-    """What each name of a scope is bound to: definitions first, then imports, annotations, assignments."""
+    """Return what each name of a scope is bound to: definitions first, then imports, annotations, assignments."""
     ranked: dict[str, list[tuple[int, Binding]]] = {}
     for node in statements(body):
         if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
@@ -119,7 +119,7 @@ def scope_bindings(body: Iterable[ast.AST], package: str = "") -> dict[str, list
 
 
 def instance_attributes(cls: ast.ClassDef) -> dict[str, ast.AST]:
-    """What methods of a class assign to ``self``: the annotated assignment where there is one, else the target."""
+    """Return what methods of a class assign to ``self``: the annotated assignment if there is one, or the target."""
     found: dict[str, ast.AST] = {}
     for method in statements(cls.body):
         arguments = [*method.args.posonlyargs, *method.args.args] if isinstance(method, FUNCTIONS) else []
@@ -168,7 +168,7 @@ class SourceTree:
 
     @classmethod
     def installed(cls) -> SourceTree:
-        """The installed vLLM.
+        """Return the installed vLLM.
 
         Raises:
             TreeError: none is installed.
@@ -179,7 +179,7 @@ class SourceTree:
         return cls(Path(next(iter(spec.submodule_search_locations))))
 
     def version(self) -> str:
-        """The version from ``_version.py``, else from the name of the dist-info folder beside the package."""
+        """Return the version from ``_version.py``, else from the name of the dist-info folder beside the package."""
         file = self.package / "_version.py"
         text = file.read_text(encoding="utf-8") if file.is_file() else ""
         if match := re.search(r"^(?:__version__|version)\b.*=\s*['\"]([^'\"]+)", text, re.MULTILINE):
@@ -188,7 +188,7 @@ class SourceTree:
         return next((match[1] for match in names if match), "of unknown version")
 
     def module(self, name: str) -> Module | None:
-        """A module or package of this vLLM, by its full name; None where there is none.
+        """Return a module or package of this vLLM, by its full name; None where there is none.
 
         Raises:
             TreeError: this Python can't parse the file.
@@ -217,7 +217,7 @@ class SourceTree:
         return Module(name, bindings, [link.target for link in bindings.pop("*", []) if isinstance(link, Link)])
 
     def find(self, name: str) -> Symbol | None:
-        """What a full name such as "vllm.v1.request.Request.status" stands for; None where there is nothing."""
+        """Return what a full name such as "vllm.v1.request.Request.status" stands for; None where there is nothing."""
         if name not in self._found:
             self._found[name] = None  # ends an import cycle
             parent, _, last = name.rpartition(".")
@@ -229,7 +229,7 @@ class SourceTree:
         return self._found[name]
 
     def member(self, symbol: Symbol, name: str) -> Symbol | None:
-        """A name in a module; an attribute of a class, its vLLM bases or its instance; None where there is none."""
+        """Find a name in a module, or an attribute of a class, of its vLLM bases or its instance, or None."""
         node = symbol.node
         if node is None:
             return self._module_member(symbol.module, name)
@@ -261,11 +261,11 @@ class SourceTree:
         return next(filter(None, stars), None)
 
     def resolve(self, module: Module, name: str) -> Symbol | None:
-        """What a dotted name means inside of a module of this vLLM; None where it is not vLLM's."""
+        """Return what a dotted name means inside of a module of this vLLM; None where it is not vLLM's."""
         return self.find(f"{module.name}.{name}")
 
     def lineage(self, symbol: Symbol) -> list[Symbol]:
-        """A class and its vLLM bases, in the order in which attributes are looked up."""
+        """Return a class and its vLLM bases, in the order in which attributes are looked up."""
         if symbol not in self._lineages:
             assert isinstance(symbol.node, ast.ClassDef)
             names = filter(None, map(dotted, symbol.node.bases))

@@ -128,8 +128,8 @@ class DocumentLayers:
 CHECKED_POSITIONS = (1, 5, 63)
 TOLERANCES = {torch.float32: 1e-3}
 OTHER_TOLERANCE = 2e-2
-"""How much of a query or key may change if it is turned and turned back: rounding takes about 2e-6 in float32, and 5e-3
-in bfloat16, of which a query is rounded once more than without turning."""
+"""Largest relative change of a query or key that is turned and turned back: rounding takes about 2e-6 in float32, and
+5e-3 in bfloat16, in which a query is rounded once more than without turning."""
 
 
 def turning_layers(vllm_config: Any) -> list[str]:

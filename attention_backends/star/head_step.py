@@ -197,7 +197,7 @@ class HeadStep:
 
 
 CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
-"""Those where a head's part of a cache is a slice of it, as vLLM's options name them."""
+"""Types of a KV cache in which the part of a head is a slice, as vLLM's options name them."""
 
 CONTIGUOUS_OUTPUT = ("CPU_ATTN", "FLASHINFER")
 """The backends that take the heads of an output to be next to one another, whatever its strides."""

@@ -65,7 +65,7 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
     # The scheduler's side: vLLM's methods.
 
     def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[CacheHitSource, int]:
-        """How vLLM's metrics name tokens whose pages came from other replicas."""
+        """Return the name under which vLLM's metrics count tokens whose pages came from other replicas."""
         return {CacheHitSource.P2P: num_external_tokens} if num_external_tokens else {}
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
@@ -119,10 +119,10 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
             self.connector_worker.shutdown()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Does nothing: a request runs once all its pages have arrived."""
+        """Do nothing: a request runs once all its pages have arrived."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        """Does nothing: other replicas read the pages where they are."""
+        """Do nothing: other replicas read the pages where they are."""
 
     def wait_for_save(self) -> None:
-        """Does nothing, as nothing is saved."""
+        """Do nothing, as nothing is saved."""

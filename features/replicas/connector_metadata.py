@@ -1,4 +1,4 @@
-"""What the two sides of the connector send each other: a worker's address, and the pages that requests read."""
+"""Messages between the two sides of the connector: a worker's address, and the pages that requests read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starling.features.replicas.page_transfer import TransferError
 
 @dataclass
 class WorkerAddress(KVConnectorHandshakeMetadata):
-    """What other replicas need to read a worker's pages (page_transfer.py)."""
+    """Address and layout by which other replicas read a worker's pages (page_transfer.py)."""
 
     address: dict[str, Any]
 
@@ -34,7 +34,11 @@ class PageRead:
     local_page_ids: list[int]
 
     def address_of(self, rank: int) -> dict[str, Any]:
-        """The address of the source's rank that a rank here reads from; raises TransferError if it has none."""
+        """Return the address of the source's rank that a rank here reads from.
+
+        Raises:
+            TransferError: the source has fewer ranks.
+        """
         if rank >= len(self.addresses):
             raise TransferError(f"the source has {len(self.addresses)} tensor-parallel ranks, and this is rank {rank}")
         return self.addresses[rank]
@@ -53,7 +57,7 @@ class PageLoad:
 
 @dataclass
 class PageLoads(KVConnectorMetadata):
-    """What changes with a step.
+    """Page loads that begin with a step, and holds that end with it.
 
     Attributes:
         loads: those that begin.

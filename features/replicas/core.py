@@ -21,7 +21,8 @@ from starling.vllm_compat.scheduler_view import SchedulerView
 
 
 class SplitPrompts(CorePart):
-    """
+    """Split prefill in one scheduler: pages of parts, lost reads, and memory that is reserved.
+
     Args:
         kv_is_divided: whether the KV of a prompt is divided among replicas by default.
 
@@ -47,7 +48,7 @@ class SplitPrompts(CorePart):
         return cls(scheduler, default_num_shards(scheduler.vllm_config) > 1)
 
     def arriving(self, request: Any) -> None:
-        """Where KV is divided, a request ends by its length when it alone fills the memory.
+        """End a request by its length if it alone fills the memory, where KV is divided.
 
         Else vLLM has made sure that a request of max_model_len fits.
         """
@@ -66,7 +67,7 @@ class SplitPrompts(CorePart):
             self.scheduler.connector.begin_remote_attention(remote.local_name)
 
     def around_step(self) -> AbstractContextManager[Any] | None:
-        """A step without the requests that wait beside the first one of a split prompt, where nothing else goes on.
+        """Let a split prompt pass the requests before it where nothing else goes on.
 
         A split prompt holds the pages of its parts, so a request before it may wait for just these pages. Where nothing
         else runs, both would wait for good, unless the split prompt passes. The memory it needs is reserved among the

@@ -1,4 +1,4 @@
-"""Whether pages were still held after they had been read: the numbers of released holds, in memory that others read.
+"""Numbers of released holds, in memory that others read: were pages still held after they had been read?
 
 A replica holds pages until their reader has them, or has not answered for the seconds of replicas.timeout. A reader
 that stands still, as a stopped process, may go on to read pages that other requests have by then. Therefore a
@@ -39,7 +39,7 @@ class Holds:
 
     @property
     def address(self) -> int:
-        """Where other workers read the released holds."""
+        """Return the address at which other workers read the released holds."""
         return self.released.data_ptr()
 
     def note_released(self, holds: Iterable[int]) -> None:
@@ -48,7 +48,7 @@ class Holds:
             self.released[hold % WORDS] = max(hold, int(self.released[hold % WORDS]))
 
     def new_answer(self) -> int:
-        """An answer that no other read uses. To be freed when nothing may write to it any more."""
+        """Return an answer that no other read uses; free it when nothing may write to it any more."""
         answer = self._unused.pop()
         self.answers[answer] = UNKNOWN
         return answer
@@ -64,7 +64,7 @@ class Holds:
         return self.agent.get_xfer_descs([local], "DRAM"), self.agent.get_xfer_descs([remote], "DRAM")
 
     def was_held(self, answer: int, hold: int) -> bool:
-        """Whether the answer says that the hold was not released."""
+        """Return whether the answer says that the hold was not released."""
         return int(self.answers[answer]) < hold
 
     def close(self) -> None:

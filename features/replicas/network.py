@@ -29,7 +29,7 @@ class NetworkError(RuntimeError):
 
 
 def devices(one_host: bool, environ: Mapping[str, str]) -> str:
-    """The value for UCX_NET_DEVICES on this host; the user's own where there is one.
+    """Return the value for UCX_NET_DEVICES on this host, the user's own if there is one.
 
     Args:
         one_host: whether all replicas are on this host.
@@ -49,7 +49,7 @@ def devices(one_host: bool, environ: Mapping[str, str]) -> str:
 
 
 def device_of(address: str) -> str | None:
-    """The network device that has an IP address, such as eth0; None where there is none, or this is no address."""
+    """Return the network device with an IP address, such as eth0, or None if no device has it."""
     wanted = parse(address)
     for name, addresses in psutil.net_if_addrs().items():
         if wanted is not None and wanted in map(parse, (item.address for item in addresses)):
@@ -65,7 +65,7 @@ def parse(address: str) -> IPv4Address | IPv6Address | None:
 
 
 def rdma_devices(device: str) -> list[str]:
-    """The RDMA devices behind a network device by UCX's names, such as mlx5_0:1; none for most cards."""
+    """Return UCX's names of the RDMA devices behind a network device, such as mlx5_0:1; most cards have none."""
     folder = SYS_NET / device
     ports = folder / "dev_port"
     port = int(ports.read_text()) + 1 if ports.is_file() else 1

@@ -70,7 +70,7 @@ class Message:
 
 @dataclass(frozen=True)
 class MessageLimits:
-    """What a receiver takes.
+    """Sizes of messages that a receiver takes.
 
     Attributes:
         message_bytes: of one message, its header included.
@@ -127,7 +127,7 @@ class FrameAssembler:
         return Message(sender, *split_message(whole))
 
     def _unpack(self, frame: bytes) -> tuple[int, int, int]:
-        """The number of a frame's message, the frame's index, and their count."""
+        """Return the number of a frame's message, the frame's index, and the count of frames."""
         if not FRAME.size <= len(frame) <= FRAME.size + FRAME_BYTES:
             raise FrameError(f"it has {len(frame)} bytes, and not {FRAME.size} to {FRAME.size + FRAME_BYTES}")
         number, index, count = FRAME.unpack_from(frame)
@@ -150,7 +150,7 @@ class FrameAssembler:
 
 
 def split_message(whole: bytearray) -> tuple[dict[str, Any], bytearray]:
-    """The header and the body of a message.
+    """Return the header and the body of a message.
 
     Raises:
         FrameError: it has no header.
@@ -209,7 +209,7 @@ class Messenger:
             raise MessageError(f"NIXL can't send to {name}: {error!r}") from error
 
     def receive(self) -> list[Message]:
-        """The messages completed since the last call; never waits. Frames that are refused are logged, and dropped."""
+        """Return the messages completed since the last call, without waiting; log and drop frames that are refused."""
         messages = []
         for sender, sent in self.agent.get_new_notifs().items():
             refused: list[FrameError] = []

@@ -26,10 +26,10 @@ from starling.features.replicas.network import make_agent
 logger = init_logger("vllm.starling")
 
 FIRST_WAVE_BYTES = 64 * 2**20
-"""Of the first read over a link."""
+"""Bytes of the first read over a link."""
 
 WAVE_SECONDS = 2.0
-"""How long later waves should take: longer than an engine's step, at whose end the next wave begins."""
+"""Seconds that later waves should take: longer than an engine's step, at whose end the next wave begins."""
 
 MAX_GROWTH = 8
 """A wave is at most this many times as large as the wave before it."""
@@ -137,7 +137,7 @@ class PageReader:
         self._freed_pages: list[int] = []
 
     def address(self) -> dict[str, Any]:
-        """What another worker needs to read these pages, as msgpack takes it."""
+        """Return what another worker needs to read these pages, as msgpack takes it."""
         return {
             "name": self.agent.name,
             "metadata": self.agent.get_agent_metadata(),
@@ -173,7 +173,7 @@ class PageReader:
         self._begin_read(read, self._wave)
 
     def is_done(self, transfer: Transfer) -> bool:
-        """Whether all pages have arrived, and were held until then.
+        """Return whether all pages have arrived, and were held until then.
 
         To be called again and again: begins what comes next in each read.
 
@@ -307,7 +307,7 @@ class PageReader:
 
 
 def next_wave(num_pages: int, seconds: float) -> int:
-    """How many pages arrive in WAVE_SECONDS at the rate of a wave of ``num_pages`` that took ``seconds``.
+    """Return the pages that arrive in WAVE_SECONDS at the rate of a wave of ``num_pages`` that took ``seconds``.
 
     At least 1, and at most MAX_GROWTH times ``num_pages``.
     """
@@ -334,13 +334,13 @@ def bytes_per_page(cache: torch.Tensor, num_pages: int) -> int:
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether a tensor takes one piece of memory without gaps, in any order of its dimensions."""
+    """Return whether a tensor takes one piece of memory without gaps, in any order of its dimensions."""
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     return tensor.permute(order).is_contiguous()
 
 
 def consecutive(remote: Sequence[int], local: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Runs of page ids that are consecutive on both sides.
+    """Find runs of page ids that are consecutive on both sides.
 
     Returns:
         The first remote page, the first local page and the number of pages: [runs] int64 each.
@@ -354,7 +354,7 @@ def consecutive(remote: Sequence[int], local: Sequence[int]) -> tuple[np.ndarray
 def memory_ranges(
     bases: np.ndarray, strides: np.ndarray, first: np.ndarray, count: np.ndarray, device: int
 ) -> np.ndarray:
-    """The memory of runs of pages, as NIXL takes it: an array, as a long list of tuples would delay the worker.
+    """Return the memory of runs of pages as an array for NIXL; a long list of tuples would delay the worker.
 
     Args:
         bases: [layers] int64, the address of each layer's KV cache.
@@ -379,7 +379,7 @@ def layout_mismatch(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str |
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    """The entries that differ, with the values of both sides; empty where none does."""
+    """Return the entries that differ, with the values of both sides; empty if none does."""
     return "; ".join(
         f"{name} {ours.get(name)!r} here, {theirs.get(name)!r} there"
         for name in sorted(ours.keys() | theirs.keys())

@@ -12,7 +12,7 @@ from starling.vllm_compat.prefix_cache import leave_out_of_hit_rate
 
 
 def is_incomplete(request: Any) -> bool:
-    """Whether a request leaves tokens of its prompt to other replicas."""
+    """Return whether a request leaves tokens of its prompt to other replicas."""
     metadata = metadata_of(request)
     return metadata.part is not None or metadata.remote is not None
 

@@ -25,7 +25,7 @@ from starling.features.replicas.worker_report import WorkerReport
 logger = init_logger("vllm.starling")
 
 RESPONSE_SECONDS = 10.0
-"""How long a response may take, besides its arithmetic."""
+"""Seconds that a response may take besides its arithmetic."""
 
 MIN_FLOPS = 1e9
 """The arithmetic of a response may take as long as a replica of this many FLOP/s needs."""
@@ -53,7 +53,7 @@ class RemoteAttentionClient:
         self.lost: dict[str, str] = {}
 
     def take_lost(self) -> WorkerReport | None:
-        """The requests lost since the last call; None where there are none."""
+        """Return the requests lost since the last call, or None if there are none."""
         lost, self.lost = self.lost, {}
         return WorkerReport(lost) if lost else None
 

@@ -166,7 +166,7 @@ class RemoteAttentionServer:
             self.messenger.connect(address)
 
     def _attend(self, query: Query, body: bytearray) -> bytes:
-        """The body of the response to a query: out (T, heads, head size) in the query's dtype, lse (T, heads) float32.
+        """Attend to a query; return the response: out (T, heads, head size) in its dtype, lse (T, heads) float32.
 
         Raises:
             QueryError: a shard of the query is not open, or the query does not fit the layer.
@@ -183,7 +183,7 @@ class RemoteAttentionServer:
         return to_bytes(out) + to_bytes(lse)
 
     def _rotation(self, query: Query) -> Rotation:
-        """How the query tokens are turned.
+        """Return the rotation of the query tokens.
 
         Raises:
             QueryError: they can't be turned so far.
@@ -197,7 +197,7 @@ class RemoteAttentionServer:
         return rotation
 
     def _pages(self, span: Span, page_size: int) -> np.ndarray:
-        """The pages of the shard of a span, which has all of the span's keys."""
+        """Return the pages of a span's shard, which has all of the span's keys."""
         if span.shard not in self.shards:
             raise QueryError(f"shard {span.shard} is not open here")
         page_ids = self.shards[span.shard]
@@ -248,5 +248,5 @@ def attend_spans(
 
 
 def to_bytes(tensor: torch.Tensor) -> bytes:
-    """The memory of a CPU tensor, contiguous."""
+    """Return the bytes of a CPU tensor, contiguous."""
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()

@@ -58,7 +58,7 @@ class Query(msgspec.Struct, frozen=True):
     spans: list[Span]
 
     def tokens(self, body: bytearray, cache: torch.Tensor) -> torch.Tensor:
-        """The query tokens of a body, (T, heads, head size).
+        """Return the query tokens of a body, (T, heads, head size).
 
         Args:
             cache: KV cache of the layer, (pages, KV heads, page size, K and V).
@@ -85,7 +85,7 @@ class Query(msgspec.Struct, frozen=True):
 
 
 def parse_query(message: Message) -> Query:
-    """The header of a message.
+    """Parse the header of a message.
 
     Raises:
         QueryError: it is no query.
@@ -111,6 +111,6 @@ def message_limits(num_tokens: int, row_bytes: int, heads: int, num_ranges: int,
 
 
 def error_of(header: dict[str, Any]) -> str | None:
-    """The error in the header of a response; None: there is none."""
+    """Return the error in the header of a response, or None if it has none."""
     error = header.get("error")
     return None if error is None else str(error)

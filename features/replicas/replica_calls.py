@@ -1,4 +1,4 @@
-"""What a front calls by name in the engine core of a replica, with starling.vllm_compat.front.call_engine_core.
+"""Calls of a front by name in the engine core of a replica, by starling.vllm_compat.front.call_engine_core.
 
 Arguments and results are plain numbers, names, bytes, lists and dicts. A call runs between two of the engine's steps.
 vLLM sends a result that is a Future once it is there, and the engine makes steps until then.

@@ -27,7 +27,7 @@ def replica_state(
     cache_salt: str | None,
     adapter: list[Any] | None = None,
 ) -> Future[dict[str, Any]]:
-    """What the replica has cached of a prompt, how busy it is, and what its KV memory is like.
+    """Return what the replica has cached of a prompt, how busy it is, and the layout of its KV memory.
 
     The caller, which stands between two steps of the engine, waits for nothing that grows with the prompt: a thread
     hashes the prompt and looks its pages up, while the engine makes steps.
@@ -75,7 +75,7 @@ def replica_state(
 
 
 def _cached_blocks(pool: PagePool, page_hashes: list[Any], plan: StarPlan, page_size: int) -> dict[str, Any]:
-    """Which star blocks of a prompt are cached; runs beside the engine's steps."""
+    """Look up which star blocks of a prompt are cached, beside the engine's steps."""
     cached = np.array(pool.are_cached(page_hashes[: plan.context_end // page_size]), dtype=bool)
     first_pages = [page for border in plan.starts if (page := border // page_size) < len(cached)]
     return {

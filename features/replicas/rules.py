@@ -1,4 +1,4 @@
-"""What keeps a prompt on one replica, and its KV together."""
+"""Rules that keep a prompt on one replica, and its KV together."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _moves_kv_memory(config: Any) -> bool:
 
 
 def other_launcher(parallel: Any) -> str | None:
-    """What starts the engines' processes, if it is not vLLM itself: it may do so on other hosts."""
+    """Return what starts the engines' processes, perhaps on other hosts, or None if vLLM does."""
     if parallel.data_parallel_backend != "mp":
         return parallel.data_parallel_backend
     executor = parallel.distributed_executor_backend

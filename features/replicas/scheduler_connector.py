@@ -58,7 +58,7 @@ class SchedulerConnector:
     # Pages to fetch.
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
-        """How many tokens to fetch from other replicas behind the cached ones, and whether that takes several steps.
+        """Return the tokens to fetch from other replicas behind the cached ones, and whether that takes several steps.
 
         A request fetches when it begins. It fetches nothing where the pages are cached here: another choice of its
         prompt has fetched them. It fetches nothing where its own start is no longer cached: the fetched pages would
@@ -137,7 +137,7 @@ class SchedulerConnector:
         return {"name": part.name, "source": vars(source)}
 
     def held_pages(self, name: str) -> list[Page]:
-        """The pages held under a name.
+        """Return the pages held under a name.
 
         Raises:
             KeyError: no pages are held under it.
@@ -145,7 +145,7 @@ class SchedulerConnector:
         return self.holds[name].pages
 
     def begin_remote_attention(self, local_name: str) -> None:
-        """A request has arrived that begins with the pages held under a name."""
+        """Begin the remote attention of a request that begins with the pages held under a name."""
         self.num_users[local_name] += 1
 
     def _end_remote_attention(self, local_name: str) -> None:

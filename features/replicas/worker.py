@@ -13,7 +13,7 @@ from starling.vllm_compat.worker import kv_connector
 
 
 class Replicas:
-    """Of a worker."""
+    """Worker side of split prefill."""
 
     @classmethod
     def make(cls, vllm_config: Any) -> Replicas:

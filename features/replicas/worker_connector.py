@@ -159,7 +159,7 @@ class WorkerConnector:
                 raise RuntimeError(f"other replicas can't attend to the KV of layer {name}")
 
     def _message_limits(self) -> MessageLimits:
-        """What the queries of one step take at most: of all its tokens, in the layer with the largest ones."""
+        """Return the most that the queries of one step take: all its tokens, in the layer with the largest ones."""
         impls = [attention_layer(self.vllm_config, name).impl for name in self.kv_caches]
         heads = max(impl.num_heads for impl in impls)
         row_bytes = (
@@ -181,7 +181,7 @@ class WorkerConnector:
             self.server.close(names)
 
     def remote_attention(self, queries: Sequence[RemoteQuery]) -> StepRemoteAttention:
-        """The object by which a step's layers send these queries to other replicas."""
+        """Return the object by which a step's layers send these queries to other replicas."""
         if self.client is None:
             self.client = RemoteAttentionClient(
                 f"{self.name}-client", self.rank, self.metrics.shard_bytes.inc, self._message_limits()
@@ -189,7 +189,7 @@ class WorkerConnector:
         return self.client.step(queries)
 
     def take_report(self) -> WorkerReport | None:
-        """What the scheduler has to know of the steps since the last call; None where there is nothing."""
+        """Return the report of the steps since the last call, or None if there is nothing to report."""
         report = (self.client.take_lost() if self.client is not None else None) or WorkerReport()
         if self.reader is not None:
             report.stuck_pages, report.freed_pages = self.reader.take_stuck_pages()

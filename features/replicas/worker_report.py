@@ -1,4 +1,4 @@
-"""What workers report of a step to the scheduler: requests that are lost, and pages that may still be written to."""
+"""Report of workers to the scheduler about a step: requests that are lost, and pages that may still be written to."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     freed_pages: list[int] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
-        """Those of two workers together."""
+        """Return the reports of two workers as one."""
         assert isinstance(other, WorkerReport)
         return WorkerReport(
             other.reasons | self.reasons,
@@ -34,7 +34,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
 
 
 def worker_report(model_runner_output: Any) -> WorkerReport:
-    """The report of a step; an empty one where the workers have nothing to report."""
+    """Return the report of a step, an empty one if the workers have nothing to report."""
     output = model_runner_output.kv_connector_output
     metadata = output.kv_connector_worker_meta if output is not None else None
     parts = metadata.metadata if isinstance(metadata, MultiKVConnectorWorkerMetadata) else (metadata,)

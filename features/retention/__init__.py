@@ -1,1 +1,1 @@
-"""How long the cached pages of a prompt stay: as its request says, and longer where its session comes back."""
+"""Retention of a prompt's cached pages: as its request says, and longer where its session comes back."""

@@ -1,4 +1,4 @@
-"""Which cached pages make room first and last: by what requests say of their prompts, and for sessions."""
+"""Order in which cached pages are evicted: by what requests say of their prompts, and for sessions."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def ranges_with(word: str, request: Any) -> list[tuple[int, int]]:
 
 
 def pages_between(group: CacheGroup, request_id: str, start: int, end: int, left: Container[int]) -> list[Page]:
-    """The pages of a request in a KV cache group that hold tokens from ``start`` to ``end``, without ``left``.
+    """Return a request's pages in a KV cache group for tokens ``start`` to ``end``, without ``left``.
 
     Args:
         left: numbers of pages of the request.

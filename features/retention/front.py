@@ -36,7 +36,7 @@ class Retention:
         self.refusals = tuple(reasons(RETENTION_RULES, vllm_config))
 
     def hinted(self, decision: Decision, request: Any, facts: EngineFacts) -> Decision:
-        """What the request's ``kv_hints`` say of its pages, unless its option does; other actions are for others."""
+        """Take the retention from the request's ``kv_hints``, unless its option says it; ignore other actions."""
         hints = request.kv_hints
         for action in () if hints is None or decision.retention is not None else hints.actions:
             if action.action_type != ACTION:

@@ -46,7 +46,7 @@ def reuse_refusal(vllm_config: Any) -> str | None:
 
 
 def has_holes(scheduler: Any, request: Any) -> bool:
-    """Whether cached pages of a request count wherever they stand; else those that the prompt starts with."""
+    """Return whether cached pages of a request count wherever they stand, and not only at its start."""
     return scheduler.part(BlockReuse) is not None and independent_plan(request) is not None
 
 

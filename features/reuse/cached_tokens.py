@@ -1,4 +1,4 @@
-"""How many tokens of a prompt an engine core has in its prefix cache, for a router that chooses among servers.
+"""Look up a prompt's tokens in the prefix cache of an engine core, for a router that chooses among servers.
 
 The pages' keys are made on a thread of their own, since they take milliseconds for a long prompt: the engine goes on
 with its steps. No page is held, so the answer is that of a moment.
@@ -26,7 +26,7 @@ _threads = ThreadPoolExecutor(1, thread_name_prefix="starling-keys")
 def cached_tokens(
     core: Any, token_ids: list[int], metadata: dict[str, Any], salt: str | None, adapter: list[Any] | None
 ) -> dict[str, Any] | Future[dict[str, Any]]:
-    """The tokens of a prompt that are cached, in all and of each document.
+    """Count the tokens of a prompt that are cached, in all and of each document.
 
     Args:
         core: vLLM's EngineCore.
@@ -68,12 +68,12 @@ def cached_tokens(
 
 
 def counted(plan: StarPlan | None, page_size: int, cached: Sequence[bool]) -> dict[str, Any]:
-    """The result of ``cached_tokens``, of which pages are cached, from the prompt's start on."""
+    """Return the result of ``cached_tokens`` for a prompt whose pages are cached or not."""
     if plan is None or not plan.documents:
         return {"cached_tokens": sum(cached) * page_size, "documents": []}
 
     def tokens_of(start: int, stop: int) -> int:
-        """Cached tokens of a span that starts with a page; padding may follow it."""
+        """Count the cached tokens of a span that starts with a page; padding may follow it."""
         pages = range(start // page_size, min(-(-stop // page_size), len(cached)))
         return sum(min((page + 1) * page_size, stop) - page * page_size for page in pages if cached[page])
 

@@ -12,7 +12,7 @@ from starling.vllm_compat.core_process import add_core_utility
 
 
 def make(scheduler: Any, config: StarlingConfig) -> BlockReuse | None:
-    """The part of a scheduler; None: it reuses no blocks."""
+    """Return the part of a scheduler, or None if it reuses no blocks."""
     add_core_utility(CACHED_TOKENS, cached_tokens)
     return BlockReuse.make(scheduler, config)
 

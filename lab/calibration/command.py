@@ -29,7 +29,7 @@ COMMAND = "starling calibrate"
 DEFAULT_TASKS = ("vt", "niah_multikey_2", "niah_multivalue", "fwe", "moves", "association", "nth_note", "code")
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 CURVE_SEED = 1
-"""What is added to the seed for the prompts of the curve, which are not those of the scores."""
+"""Offset of the seed for the prompts of the curve, which are not those of the scores."""
 
 
 def make_parser() -> argparse.ArgumentParser:

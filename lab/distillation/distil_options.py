@@ -17,7 +17,7 @@ from starling.lab.evaluation.prompts import read_own_prompts
 from starling.lab.evaluation.tasks import choose_tasks
 
 MULTIPLIES_BFLOAT16 = ("amx_bf16", "avx512_bf16")
-"""Of torch's names of what a CPU can: those with which bfloat16 takes a half of float32's time or less."""
+"""Features of a CPU, by torch's names, with which bfloat16 takes a half of float32's time or less."""
 
 MODULES = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -27,7 +27,7 @@ MODULES = {
 GIB = 2**30
 QUESTION_TOKENS = 64
 COPIES_OF_LOGITS = 6
-"""Of float32, which the loss and its gradients have at the same time."""
+"""Copies in float32 that the loss and its gradients have at the same time."""
 
 
 class DistilOptions(CommandOptions):

@@ -34,11 +34,11 @@ AVERAGED_STEPS = 80
 
 MAX_NORM = 1.0
 DENSE_SHARE = 0.2
-"""Of the steps, those whose prompt has dense attention: there the model with the adapter is to stay as it is. Where
+"""Share of the steps whose prompt has dense attention: there the model with the adapter is to stay as it is. Where
 blocks lack what an answer needs, the loss can't fall, and would drive the adapter away from the model."""
 
 RECALL_WEIGHT = 0.5
-"""Of the questions for passages, beside the prompt's own questions."""
+"""Weight of the questions for passages, beside the prompt's own questions."""
 
 PATIENCE, LEAST_GAIN = 3, 0.01
 """Training ends after so many measurements in which the loss has not fallen by such a share."""

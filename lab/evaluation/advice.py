@@ -22,7 +22,7 @@ from starling.lab.statistics import LOSSLESS_DRAWS, Interval, lower_bound, promp
 from starling.scheduler.star.sizes import DEFAULT_QUALITY
 
 LIMITS = {"careful": 2.0, "balanced": 5.0, "fast": 10.0}
-"""By how many percent less probable the tokens of the answers may become under each word of star_quality."""
+"""Percent by which the tokens of the answers may become less probable, for each word of star_quality."""
 NUM_BLOCKS = (16, 8, 4)
 """The candidates, the cheapest first: into how many star blocks a prompt is cut, with all other options by default."""
 NUM_LOGPROBS = 8  # tokens of an answer that are compared

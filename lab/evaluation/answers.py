@@ -17,7 +17,7 @@ from starling.lab.evaluation.plans import Plan
 from starling.lab.evaluation.store import TokenScore
 
 MAX_ANSWER_BYTES = 16 * 2**20
-"""Of a decompressed answer. The largest ones are the tokens of a prompt: 8 bytes each, so two million tokens."""
+"""Bytes of a decompressed answer at most: the tokens of a prompt of two million tokens, 8 bytes each."""
 ACCEPTED = "gzip"
 CODINGS = ("gzip", "x-gzip", "deflate")
 ZLIB_OR_GZIP = 32 + zlib.MAX_WBITS  # zlib sees by the first bytes which of the two it is

@@ -37,7 +37,7 @@ class PromptOptions(CommandOptions):
     """The options that decide on which prompts a command measures."""
 
     subcommand: ClassVar[str]
-    """Of `starling`, which has these options."""
+    """Subcommand of `starling` that has these options."""
 
     tasks: tuple[str, ...] = Field((), description=f"of {', '.join((*GROUPS, *TASKS))}; niah: all niah_...")
     lengths: tuple[Length, ...] = Field((4096,), min_length=1, description="tokens of a prompt and its answer")

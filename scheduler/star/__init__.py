@@ -1,1 +1,1 @@
-"""How a prompt's star plan is decided from its options, and how it is split over replicas. Pure functions."""
+"""Planning of prompts: from options to a star plan, and its split over replicas. Pure functions."""

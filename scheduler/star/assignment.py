@@ -1,4 +1,4 @@
-"""Which replica prefills which star blocks of one prompt. Pure functions; work is counted in blocks of B tokens.
+"""Assignment of one prompt's star blocks to replicas. Pure functions; work is counted in blocks of B tokens.
 
 Phase 1 of Star Attention needs nothing of other blocks but the anchor (arXiv 2411.17116, section 2.1), so any replica
 may prefill any block. Each replica gets one contiguous range of blocks. The replica of the first range computes
@@ -87,7 +87,7 @@ def assign_blocks(
 
 
 def completion_time(sizes: np.ndarray, assignment: Assignment, anchor_work: float, replica: ReplicaState) -> float:
-    """The work after which a replica is done with its assignment, queued work included.
+    """Return the work after which a replica is done with its assignment, queued work included.
 
     Args:
         sizes: as ``assign_blocks`` has them.
@@ -97,7 +97,7 @@ def completion_time(sizes: np.ndarray, assignment: Assignment, anchor_work: floa
 
 
 def best_num_replicas(num_blocks: int, anchor_work: float, max_replicas: int) -> int:
-    """The smallest number of idle replicas with empty caches that is as fast as ``max_replicas`` of them.
+    """Return the fewest idle replicas with empty caches that are as fast as ``max_replicas`` of them.
 
     Args:
         num_blocks: star blocks of the prompt, which all have B tokens.
@@ -126,7 +126,7 @@ def best_num_replicas_of(sizes: np.ndarray, anchor_work: float, max_replicas: in
 
 
 def replicas_needed(sizes: np.ndarray, room: float, max_replicas: int) -> int | None:
-    """The fewest replicas whose memory takes all blocks, in contiguous ranges; None where ``max_replicas`` do not.
+    """Return the fewest replicas whose memory takes all blocks in contiguous ranges, or None if more are needed.
 
     Args:
         room: blocks of B tokens that one replica's memory takes.
@@ -140,7 +140,7 @@ def replicas_needed(sizes: np.ndarray, room: float, max_replicas: int) -> int | 
 
 
 def _start(first: int, anchor_work: float, replica: ReplicaState) -> float:
-    """The work after which a replica begins with a range of blocks."""
+    """Return the work after which a replica begins with a range of blocks."""
     return replica.load + (0.0 if first == 0 or replica.has_anchor else anchor_work)
 
 
@@ -161,7 +161,7 @@ def _order(before: np.ndarray, replicas: Sequence[ReplicaState]) -> list[int]:
     num_blocks = len(before) - 1
 
     def first_block(replica: ReplicaState, flag: int) -> int:
-        """The first block that is cached (1), or is not (0)."""
+        """Return the first block that is cached (1), or is not (0)."""
         found = replica.cached.find(flag)
         if found >= 0:
             return found

@@ -8,7 +8,7 @@ from starling.scheduler.star.plan import StarPlan
 
 
 def pad(plan: StarPlan, token_ids: list[int]) -> list[int]:
-    """The client's prompt as the engine computes it; the same list where the plan has no documents."""
+    """Return the client's prompt as the engine computes it, the same list if the plan has no documents."""
     if not plan.documents:
         return token_ids
     padded: list[int] = []
@@ -26,7 +26,7 @@ def client_indexes(plan: StarPlan) -> np.ndarray:
 
 
 def client_index(plan: StarPlan, index: int) -> int:
-    """How many tokens of the client's prompt are before an index."""
+    """Count the tokens of the client's prompt before an index."""
     if index >= plan.context_end:
         return index - plan.context_end + plan.client_starts[-1]
     number = plan.block_of(index)
@@ -40,12 +40,12 @@ def blocks_done(plan: StarPlan, num_computed_tokens: int) -> int:
 
 
 def block_range(plan: StarPlan, first: int, stop: int) -> tuple[int, int]:
-    """The indexes [start, end) of star blocks ``first`` to ``stop - 1``, padding included."""
+    """Return the indexes [start, end) of star blocks ``first`` to ``stop - 1``, padding included."""
     return plan.starts[first], plan.starts[stop] if stop < len(plan.starts) else plan.context_end
 
 
 def work(plan: StarPlan) -> np.ndarray:
-    """(number of blocks,) float64: the memory, and about the work, of each block, 1 for ``block_size`` tokens.
+    """Return the memory, and about the work, of each block: (blocks,) float64, 1 for ``block_size`` tokens.
 
     A last block of one size counts as a whole one.
     """

@@ -50,7 +50,7 @@ def dense_keys(num_tokens: int) -> int:
 
 
 def summary(plan: StarPlan) -> dict[str, Any]:
-    """The plan as a response shows it to the client, who knows nothing of padding: its sizes, and the attended keys."""
+    """Return the plan as a response shows it, without padding: its sizes, and the attended keys."""
     context, tokens = num_context_tokens(plan), num_client_tokens(plan)
     in_context = context_pairs(plan)
     return {
@@ -77,7 +77,7 @@ def summary(plan: StarPlan) -> dict[str, Any]:
 def describe(
     plan: StarPlan | None, num_prompt_tokens: int, model: Any = None, why: str | None = None
 ) -> dict[str, Any]:
-    """The plan, or that the prompt runs dense, as a response and the live page show it.
+    """Describe the plan, or that the prompt runs dense, as a response and the live page show it.
 
     Args:
         model: the text model's configuration. Where it has ``prompt_keys``, that counts the attended keys.
@@ -89,7 +89,7 @@ def describe(
 
 
 def model_keys(plan: StarPlan | None, num_prompt_tokens: int, model: Any) -> dict[str, Any] | None:
-    """The counts of attended keys of a model that counts them itself; None: the plan's own hold.
+    """Return the attended keys of a model that counts them itself, or None if the plan's own counts hold.
 
     Args:
         model: the text model's configuration. Where it has ``prompt_keys``, that counts the attended keys.

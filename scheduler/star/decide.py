@@ -1,4 +1,4 @@
-"""How one prompt is prefilled: decided once, from the server's options, the request's, the prompt and the engine.
+"""Decision how one prompt is prefilled: made once, from the server's and the request's options, prompt and engine.
 
 HTTP, gRPC and Python enter at ``decide`` through engine_ext/front/planning.py; `starling doctor` and `starling distil`
 call it too. What is behind it reads the plan, and no options but ``star_retention``.
@@ -41,7 +41,7 @@ PLANNED = "starling_planned"
 
 @dataclass(frozen=True)
 class Decision:
-    """How one prompt is prefilled.
+    """Decision how one prompt is prefilled.
 
     Attributes:
         plan: None: dense.
@@ -66,12 +66,12 @@ class Decision:
 
 
 def decision_of(engine_input: Any) -> Decision | None:
-    """The decision that a front has made of an engine input; None: it has made none."""
+    """Return the decision that a front has made of an engine input, or None if it has made none."""
     return engine_input.get(PLANNED) if isinstance(engine_input, Mapping) else None
 
 
 def decide(defaults: StarOptions, request: StarOptions | None, prompt: PromptFacts, engine: EngineFacts) -> Decision:
-    """How a prompt is prefilled.
+    """Decide how a prompt is prefilled.
 
     Args:
         defaults: the server's options.
@@ -91,7 +91,7 @@ def decide(defaults: StarOptions, request: StarOptions | None, prompt: PromptFac
 
 
 def _find_plan(case: Case) -> tuple[StarPlan | None, str | None]:
-    """The plan, and why it is none, or its blocks are no documents; the steps of the decision, in their order."""
+    """Find the plan, and why it is none or has no documents, by the steps of the decision in their order."""
     why = off(case) or unavailable(case) or dense_only(case)
     if why is not None:
         return None, why
@@ -162,7 +162,7 @@ def too_short(options: StarOptions, num_tokens: int) -> str | None:
 
 
 def with_sizes(case: Case, documents: bool) -> Case:
-    """The case with B, A and O (raises OptionError: a size or a number of replicas does not fit)."""
+    """Return the case with B, A and O; raise OptionError if a size or a number of replicas does not fit."""
     sizes = case.engine.quality_sizes
     block_size = find_block_size(case.options, case.prompt.num_tokens, case.page, documents, sizes)
     check(SIZE_RULES[:2], replace(case, block_size=block_size))
@@ -174,7 +174,7 @@ def with_sizes(case: Case, documents: bool) -> Case:
 
 
 def needs_independent_blocks(engine: EngineFacts) -> bool:
-    """Whether blocks that need the block before them would turn off what the server's replicas are for.
+    """Return whether blocks that need the block before would turn off what the server's replicas are for.
 
     Over how many a prompt is split (``star_replicas``) does not change what is computed.
     """
@@ -182,7 +182,7 @@ def needs_independent_blocks(engine: EngineFacts) -> bool:
 
 
 def find_context_end(case: Case, documents: Documents) -> int:
-    """The token at which a prompt's query starts: the last document, unless the request says how long the query is."""
+    """Find the token at which a prompt's query starts: the last document, unless the request says its length."""
     tokens, query = case.prompt.num_tokens, case.options.query_tokens
     if case.has("query_tokens"):
         return tokens - max(query or 0, 1)
@@ -192,7 +192,7 @@ def find_context_end(case: Case, documents: Documents) -> int:
 
 
 def find_dense_heads(case: Case) -> DenseHeads | None:
-    """The heads that see everything; None: all heads see star blocks.
+    """Find the heads that see everything; None if all heads see star blocks.
 
     By default there are some where the server can have them and blocks depend on one another anyway, by an overlap.
     They take most of the loss for little work (docs/dense-heads.md).
@@ -206,7 +206,7 @@ def find_dense_heads(case: Case) -> DenseHeads | None:
 
 
 def plan_of_documents(case: Case, documents: Documents, context_end: int) -> StarPlan:
-    """The plan of blocks with positions of their own, each on a KV page (raises TooLong)."""
+    """Plan documents, each from the start of a KV page on; raise TooLong if they do not fit."""
     tokens, ids = case.prompt.num_tokens, case.prompt.token_ids or []
     # A page each at least: known before each document is looked at.
     refuse_too_long(len(documents.starts) * case.page, case, " or more")
@@ -227,7 +227,7 @@ def plan_of_documents(case: Case, documents: Documents, context_end: int) -> Sta
 
 
 def with_replicas(case: Case, plan: StarPlan) -> StarPlan:
-    """The plan with the replicas that its blocks are split over (raises OptionError: they have too little memory)."""
+    """Split the plan's blocks over replicas; raise OptionError if these have too little memory."""
     replicas, wanted = case.engine.replicas, case.options.replicas
     limit = replicas.size if wanted == "auto" else wanted
     usable = 1 if replicas.split_refusal or not plan.is_independent else limit

@@ -1,4 +1,4 @@
-"""Where the documents of a prompt start and end (``star_segments``), and how they are laid out on KV pages.
+"""Documents of a prompt: their starts and ends (``star_segments``), and their layout on KV pages.
 
 A document starts at each message of a chat, at each text that the client has sent, at each token that the server or the
 request names, or at each offset that the request gives. The last one is the query, unless the request says how long the
@@ -43,7 +43,7 @@ class Documents:
     mark: int | None = None
 
     def padding(self, head: int, token_ids: list[int]) -> int:
-        """The token between documents, which none of the prompt sees.
+        """Return the token between documents, which none of the prompt sees.
 
         It is a token that the prompt has already, so that no penalty of sampling counts another one. And it is the same
         in another order of the documents, since the key of a document's last page contains it.
@@ -95,7 +95,7 @@ def find_documents(case: Case) -> Documents:
 
 
 def documents_before(context_end: int, documents: Documents, case: Case) -> Documents:
-    """The documents of a prompt's context.
+    """Return the documents of a prompt's context.
 
     Raises:
         OptionError: the request asks for documents and says how long the query is, and none starts before it.
@@ -134,7 +134,7 @@ def refuse_many_offsets(value: Any, num_tokens: int) -> None:
 
 
 def positions_of(mark: int, token_ids: list[int]) -> list[int]:
-    """The places of a token in a prompt."""
+    """Find the indexes of a token in a prompt."""
     return np.flatnonzero(np.asarray(token_ids, dtype=np.int64) == mark).tolist()
 
 
@@ -164,7 +164,7 @@ def cut(starts: Sequence[int], context_end: int, block_size: int) -> list[tuple[
 
 
 def lay_out(pieces: list[tuple[int, int]], page_size: int) -> tuple[tuple[tuple[int, int], ...], int]:
-    """Where the blocks are in the prompt with padding, each at the start of a page; and where the query starts."""
+    """Lay blocks out in the prompt with padding, each at the start of a page, and the query behind them."""
     blocks, start = [], 0
     for first, stop in pieces:
         blocks.append((start, start + stop - first))

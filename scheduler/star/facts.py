@@ -1,4 +1,4 @@
-"""What is known of a prompt and of an engine before the prompt's plan is decided."""
+"""Facts of a prompt and of an engine, from which the prompt's plan is decided."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starling.scheduler.star.plan import StarPlan
 
 @dataclass(frozen=True)
 class KnownSegments:
-    """Where the documents of a prompt start, as its front knows it; the last one is the question.
+    """Starts of a prompt's documents, as its front knows them; the last one is the question.
 
     Attributes:
         source: what the documents are: the messages of a chat, or texts that the client has sent.
@@ -28,7 +28,7 @@ class KnownSegments:
 
 @dataclass(frozen=True)
 class PromptFacts:
-    """What is known of a prompt.
+    """Facts of a prompt.
 
     Attributes:
         num_tokens: as the client sent it.
@@ -65,7 +65,7 @@ ONE_REPLICA = ReplicaSet()
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What is known of an engine.
+    """Facts of an engine.
 
     Attributes:
         page_size: tokens of a KV page of the full-attention layers; None: they have no one size.

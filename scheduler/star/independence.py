@@ -1,4 +1,4 @@
-"""Whether a model's star blocks are independent: the KV of one needs only the anchor and itself."""
+"""Independence of a model's star blocks: the KV of one needs only the anchor and itself."""
 
 from __future__ import annotations
 

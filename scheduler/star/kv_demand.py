@@ -1,4 +1,4 @@
-"""How many KV pages a prompt takes on the replicas that it is split over. Pure functions."""
+"""KV pages that a prompt takes on the replicas that it is split over. Pure functions."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class KVDemand:
 
 
 def with_enough_replicas(plan: StarPlan, page_size: int, num_pages: int, max_replicas: int) -> StarPlan:
-    """The plan with as many replicas as its KV needs.
+    """Return the plan with as many replicas as its KV needs.
 
     Args:
         page_size: tokens of a page.

@@ -50,7 +50,7 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class DocumentKeys:
-    """What the query sees of documents, one entry for each document; all in tokens.
+    """Documents as the query sees them, one entry for each; all in tokens.
 
     Attributes:
         starts: (N,) int64, index of the first token; on a page border.
@@ -63,7 +63,7 @@ class DocumentKeys:
     turns: np.ndarray
 
     def where(self, chosen: np.ndarray) -> DocumentKeys:
-        """Some of the documents, given by (N,) bool."""
+        """Select documents by (N,) bool."""
         return self if chosen.all() else DocumentKeys(self.starts[chosen], self.lengths[chosen], self.turns[chosen])
 
 
@@ -88,7 +88,7 @@ class DenseHeads:
 
 @dataclass(frozen=True)
 class StarPlan:
-    """How one prompt is prefilled (arXiv 2411.17116, section 2); sizes in tokens, places are indexes.
+    """Plan of one prompt's prefill (arXiv 2411.17116, section 2); sizes in tokens, places are indexes.
 
     Indexes below ``context_end`` are the context, which is cut into blocks. The query and the generated tokens behind
     it attend to the whole context. The blocks are split over up to ``replicas`` engine replicas, which does not change
@@ -123,7 +123,7 @@ class StarPlan:
 
     @property
     def is_independent(self) -> bool:
-        """Whether the KV of a block depends on the anchor and on its own tokens alone."""
+        """Return whether the KV of a block depends on the anchor and on its own tokens alone."""
         return not self.overlap_size and self.dense_heads is None
 
     @cached_property
@@ -134,7 +134,7 @@ class StarPlan:
         return range(0, self.context_end, self.block_size)
 
     def block(self, number: int) -> Block:
-        """The block of a number, counted from 0."""
+        """Return the block of a number, counted from 0."""
         start = self.starts[number]
         if self.documents:
             end, near = self.documents[number][1], start
@@ -149,7 +149,7 @@ class StarPlan:
         return Block(start, end, position, tuple((first, stop) for first, stop in sees if first < stop))
 
     def block_of(self, index: int) -> int:
-        """The number of the block of an index of the context."""
+        """Return the number of the block of an index of the context."""
         return bisect_right(self.starts, index) - 1
 
     @property
@@ -217,14 +217,14 @@ class StarPlan:
         return np.where(index < self.context_end, own, index - self.context_end + self.client_starts[-1])
 
     def shifts(self, start: int, end: int) -> np.ndarray | int:
-        """By how many positions each index of ``[start, end)`` is computed behind the index: (end - start,), or one."""
+        """Return position minus index for each index of ``[start, end)``: (end - start,), or one for all."""
         if self.documents and start >= self.context_end:
             return self.client_starts[-1] - self.context_end
         positions = self.positions(start, end)
         return 0 if positions is None else positions - np.arange(start, end)
 
     def page_key(self, start: int, end: int) -> str | None:
-        """What the KV of the page over ``[start, end)`` depends on beside its tokens and the pages before it.
+        """Return the key of what KV of ``[start, end)`` depends on beside its tokens and the pages before.
 
         None: on nothing, as under dense attention.
         """
@@ -241,7 +241,7 @@ class StarPlan:
 
     @cached_property
     def _documents_digest(self) -> str:
-        """What the KV of the query depends on, beside the documents' pages: where their tokens end."""
+        """Digest what the query's KV depends on beside the documents' pages: where their tokens end."""
         return hashlib.sha256(repr(self.documents).encode()).hexdigest()[:32]
 
 

@@ -1,4 +1,4 @@
-"""What an engine knows of a request beside vLLM's own parameters: its star plan, and its task in a split prefill.
+"""Metadata of a request beside vLLM's own parameters: its star plan, and its task in a split prefill.
 
 The front puts a RequestMetadata into the ``extra_args`` of a request's sampling parameters. It travels as plain lists
 and dicts, and each process decodes it once, at its first use. Clients can't send it: the front refuses the key.
@@ -132,7 +132,7 @@ class RemoteShards:
 
 @dataclass(frozen=True)
 class RequestMetadata:
-    """What the front decided about one engine request.
+    """Decisions of the front about one engine request.
 
     Attributes:
         plan: None: the request runs dense.
@@ -154,11 +154,11 @@ class RequestMetadata:
 
     @property
     def is_split(self) -> bool:
-        """Whether this is a part of a split prompt, or the whole request behind its parts."""
+        """Return whether this is a part of a split prompt, or the whole request behind its parts."""
         return self.part is not None or self.fetch is not None or self.remote is not None
 
     def to_wire(self) -> dict[str, Any]:
-        """The metadata as msgpack takes it, without what is None."""
+        """Return the metadata as msgpack takes it, without what is None."""
         wire = msgspec.to_builtins(self, builtin_types=(bytes,))
         return {name: value for name, value in wire.items() if value is not None}
 
@@ -173,7 +173,7 @@ NO_METADATA = RequestMetadata()
 
 
 def metadata_of(request: Any) -> RequestMetadata:
-    """The metadata of an engine request, or of vLLM's NewRequestData; decoded at the first call, and kept decoded."""
+    """Return the metadata of an engine request, or of vLLM's NewRequestData; decoded once, and kept."""
     params = request.sampling_params
     extra_args = params.extra_args if params is not None else None
     if not extra_args or (found := extra_args.get(KEY)) is None:

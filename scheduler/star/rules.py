@@ -1,4 +1,4 @@
-"""Which star options exclude one another, or do not fit an engine or a prompt: a table, which the docs print."""
+"""Rules of star options that exclude one another, or do not fit an engine or a prompt: a table for the docs."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Case:
 
     @property
     def asks_for_documents(self) -> bool:
-        """Whether an option says where documents start, and the request nothing that these can't have."""
+        """Return whether an option says where documents start, and the request nothing that these can't have."""
         return self.options.says_where_documents_start and self.instead_of_documents is None
 
     @property
     def instead_of_documents(self) -> str | None:
-        """What the request asks for, and the documents that only the server's default asks for can't have."""
+        """Return what the request asks for that documents by the server's default can't have."""
         if not self.options.says_where_documents_start or "segments" in self.given:
             return None
         if self.has("block_size") and num_blocks(self.options) is not None:
@@ -56,7 +56,7 @@ class Case:
 
     @property
     def has_documents(self) -> bool:
-        """Whether the request says where documents start; texts do so by themselves."""
+        """Return whether the request says where documents start; texts do so by themselves."""
         known = self.prompt.segments
         return (self.asks_for_documents and self.has("segments")) or (known is not None and known.source == "texts")
 
@@ -76,7 +76,7 @@ class Case:
         return self.engine.page_size or 1
 
     def has(self, field: str) -> bool:
-        """Whether the request gave an option, and not to take the default back."""
+        """Return whether the request gave an option, and not to take the default back."""
         return field in self.given and getattr(self.options, field) is not None
 
 
@@ -312,7 +312,7 @@ def check_sizes(options: StarOptions, page_size: int | None) -> None:
 
 
 def refused_options(options: StarOptions, engine: EngineFacts) -> list[str]:
-    """The options that no request can give by itself, whatever its prompt: each with the reason and what is allowed.
+    """Return the options that no request can give by itself: each with the reason and what is allowed.
 
     Args:
         options: the server's defaults.

@@ -31,7 +31,7 @@ def default_block_size(num_prompt_tokens: int, page_size: int, quality: str = DE
 
 
 def default_anchor_size(block_size: int, page_size: int) -> int:
-    """A of blocks that see an overlap: 128 tokens, and at most an eighth of the block; at least one page.
+    """Return A of blocks with an overlap: 128 tokens, at most an eighth of the block, at least one page.
 
     The overlap carries on what the earlier blocks say, so the anchor has to be no more than the attention sink
     (arXiv 2411.17116, section 3.4).
@@ -40,7 +40,7 @@ def default_anchor_size(block_size: int, page_size: int) -> int:
 
 
 def has_default_overlap(options: StarOptions, *, independent: bool) -> bool:
-    """Whether blocks see the block before them although no option says so."""
+    """Return whether blocks see the block before them although no option says so."""
     return options.overlap_size is None and options.anchor_size is None and not independent
 
 
@@ -79,7 +79,7 @@ def find_block_size(
 def find_anchor_and_overlap(
     options: StarOptions, block_size: int, page_size: int, documents: bool, *, independent: bool
 ) -> tuple[int, int]:
-    """A and O of blocks of ``block_size`` tokens.
+    """Find A and O of blocks of ``block_size`` tokens.
 
     By default they have B tokens together, as many as the paper's anchor. Where blocks have to be independent these are
     the paper's anchor, A = B; else they are a small anchor and the end of the block before, which lose less at the same

@@ -23,7 +23,7 @@ SERVER_MESSAGE_BYTES = 8 * 2**20
 
 PROBE = "/grpc.health.v1.Health/Check"
 PROBE_SECONDS = 1.0
-"""How long the call may take that tells, behind a deadline, whether there is a server. It is not retried."""
+"""Seconds of the call that finds out, behind a deadline, whether there is a server. It is not retried."""
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 WAIT_SECONDS = 5.0
-"""How long a server's status may take after a write has failed. They arrive together, unless the connection is lost."""
+"""Seconds that a server's status may take after a write has failed. Both come together on a live connection."""
 
 
 class EarlyStatus:

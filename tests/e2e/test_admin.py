@@ -83,7 +83,7 @@ class Server:
         return self.engine.generate(prompt, params, name)
 
     async def run_to_end(self, name: str, **options) -> tuple[int, str]:
-        """(generated tokens, finish reason)"""
+        """Return the number of generated tokens and the finish reason."""
         tokens, reason = 0, None
         async for output in self.generate(name, **options):
             tokens += len(output.outputs[0].token_ids)

@@ -84,7 +84,8 @@ def full(served: Served, folder: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Fault:
-    """
+    """A fault, and how long it lasts.
+
     Attributes:
         begin: called with the server and the target of the cell.
         seconds: the fault passes after this time, or once all requests have ended; inf: only then.

@@ -24,6 +24,5 @@ def test_no_step_compiles_a_kernel_after_the_warm_up():
 
 
 def test_the_steps_need_all_that_the_warm_up_compiles():
-    """Without it, the same steps compile as many kernels: the test above can fail, and no start takes longer for
-    nothing."""
+    """Without it, the same steps compile as many kernels: the test above can fail, and the warm-up is no waste."""
     assert count(WARM_UP="0")["later"] == count()["warmed"]

@@ -55,8 +55,9 @@ def decodes(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_dense_and_star_decodes_replay_full_graphs_and_split_rows_do_not(model, runner):
-    """The last batch has a star prompt for whose chunk one token is left while two others decode: it has to wait,
-    since such a step would replay a graph of decodes, which has no rows for it.
+    """The last batch has a star prompt for whose chunk one token is left while two others decode.
+
+    It has to wait, since such a step would replay a graph of decodes, which has no rows for it.
     """
     mixed = [
         prompt_of(1, 333, 4, star(96, 37), prompt_logprobs=True),

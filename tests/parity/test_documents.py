@@ -145,8 +145,9 @@ def test_logprobs_are_those_of_positions_of_a_blocks_own(model, runner):
 
 @pytest.fixture(scope="module")
 def compiled_as_a_whole(tmp_path_factory):
-    """An Ernie 4.5, whose top class in vLLM is compiled itself, and so runs no hooks. It is a Llama but for its rotary
-    embedding, which turns pairs of neighbours.
+    """An Ernie 4.5, whose top class in vLLM is compiled itself, and so runs no hooks.
+
+    It is a Llama but for its rotary embedding, which turns pairs of neighbours.
     """
     path = make_random_llama(tmp_path_factory.mktemp("models") / "ernie", **TINY)
     config = json.loads((path / "config.json").read_text())

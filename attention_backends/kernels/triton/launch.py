@@ -20,8 +20,9 @@ K_TILE_BYTES = {2: 8 * 1024, 4: 4 * 1024}
 MAX_LANES = {2: 128, 4: 32}
 Q_TILE_BYTES = 32 * 1024
 STAGES = 5
-"""Of the compiler, which divides them among page ids and the keys that they lead to. With five it has room for two
-tiles of keys, and loads one while it computes the products of the other. With two to four it has room for one."""
+"""Pipeline stages of the compiler, which divides them among page ids and the keys that they lead to. With five it has
+room for two tiles of keys, and loads one while it computes the products of the other. With two to four it has room for
+one."""
 
 power_of_two = functools.cache(triton.next_power_of_2)
 """The power of two that a number is padded to. Triton's own takes 2 us a call, which each layer of a step makes."""

@@ -30,7 +30,7 @@ of 9.0; 8.0 spills their registers then, as 10.0 does with Triton 3.8, and the o
 (tests/kernels/ranges_job.py compiles them all; ``starling selftest`` times them)."""
 
 MOST_HEAD_SIZE = 128
-"""Of programs of four warps; larger heads spill registers."""
+"""Largest head size for programs of four warps; larger heads spill registers."""
 
 MIN_TILES = 4
 """Tiles of a program at least; with fewer, partial results take more of the memory's time than keys."""

@@ -12,7 +12,7 @@ from typing import Any
 from starling.vllm_compat.front import engine_request_ids, request_state
 
 CHECK_SECONDS = 0.2
-"""How often the front looks at a request."""
+"""Seconds between the front's looks at a request."""
 
 
 async def until_fetched(engine: Any, request_id: str) -> None:

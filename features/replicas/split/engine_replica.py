@@ -27,7 +27,7 @@ from starling.vllm_compat.front import run_internal_request
 logger = init_logger("vllm.starling")
 
 HEALTH_CHECK_SECONDS = 5.0
-"""How often a replica with a part under way, or to come, is called, to see whether it answers."""
+"""Seconds between calls of a replica with a part under way, or to come, to see whether it answers."""
 
 
 class PartAborted(Exception):
@@ -77,13 +77,13 @@ class SplitPrompt:
         return msgspec.Raw(msgspec.msgpack.encode(self.token_ids))
 
     def part(self, first_block: int, stop_block: int) -> tuple[int, int]:
-        """The positions [start, stop) of some star blocks, as far as they are whole pages."""
+        """Return the positions [start, stop) of some star blocks, as far as they are whole pages."""
         start, stop = block_range(self.plan, first_block, stop_block)
         return start, max(stop // self.page_size * self.page_size, start)
 
 
 async def while_answering(checks: Iterable[Any], work: Awaitable[Any], under_way: set[asyncio.Future]) -> Any:
-    """The result of ``work``, as long as the replicas that it needs answer.
+    """Await ``work`` as long as the replicas that it needs answer, and return its result.
 
     Args:
         checks: functions without arguments, each of which calls a replica.

@@ -14,7 +14,7 @@ from starling.features.front_request import TRACE_HEADERS
 
 @contextmanager
 def part_span(keywords: Mapping[str, Any], **attributes: Any) -> Iterator[dict[str, Any]]:
-    """A span of a replica's part of a prompt, if the prompt has one.
+    """Trace a replica's part of a prompt in a span, if the prompt has a trace.
 
     Args:
         keywords: of AsyncLLM.generate.

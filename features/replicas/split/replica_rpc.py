@@ -37,7 +37,7 @@ class ReplicaRPC:
         self._asked: dict[tuple[Any, ...], tuple[asyncio.Future, float]] = {}  # question -> call, when to give up
 
     def is_unresponsive(self, rank: int) -> bool:
-        """Whether a replica still owes the answer to a call that timed out."""
+        """Return whether a replica still owes the answer to a call that timed out."""
         call = self._unanswered.get(rank)
         if call is not None and call.done():
             del self._unanswered[rank]

@@ -51,14 +51,14 @@ from starling.vllm_compat.front import abort_in_engine_cores, engine_request_ids
 logger = init_logger("vllm.starling")
 
 RELEASE_SECONDS = 2.0
-"""How long a request's end waits for its pages to be released."""
+"""Seconds that a request's end waits for its pages to be released."""
 
 Task = PageFetch | RemoteShards
-"""What the whole request does with the pages of other replicas."""
+"""Task of the whole request: it fetches the pages of other replicas, or attends to them there."""
 
 
 def is_split(request: FrontRequest) -> bool:
-    """Whether a request's prompt is split over several replicas. If not, vLLM chooses one replica for it."""
+    """Return whether a request's prompt is split over several replicas. If not, vLLM chooses one replica for it."""
     prompt, params = request.prompt, request.params
     if not isinstance(prompt, Mapping) or prompt.get("type") != "token" or not isinstance(params, SamplingParams):
         return False
@@ -270,7 +270,7 @@ class SplitPrefill:
         return RemoteShards(held[0].name, shards) if shards else None
 
     async def _replica_states(self) -> dict[int, ReplicaState]:
-        """What each replica that answers has cached of the prompt, and how busy it is, by rank.
+        """Ask each replica what it has cached of the prompt, and how busy it is; return the answers by rank.
 
         Raises:
             ReplicaUnavailable: none answers.
@@ -346,7 +346,7 @@ class SplitPrefill:
 
 
 def with_task(params: SamplingParams, task: Task | None) -> SamplingParams:
-    """The whole request's parameters, with what it does with the other replicas' pages."""
+    """Return the whole request's parameters with its task, if it has one."""
     if task is None:
         return params
     metadata = RequestMetadata(fetch=task) if isinstance(task, PageFetch) else RequestMetadata(remote=task)

@@ -8,7 +8,7 @@ from random import Random
 from typing import Literal, Protocol
 
 Match = Literal["all", "any"]
-"""How an output is scored: the share of references that it contains, or whether it contains one of them."""
+"""Score of an output: the share of references that it contains, or whether it contains one of them."""
 
 
 @dataclass(frozen=True)

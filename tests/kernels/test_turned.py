@@ -1,4 +1,4 @@
-"""Attention of turned queries, by the C++ op and by torch, against attention over all keys at once in float64."""
+"""Attention of turned queries, by the C++ op, and paged with torch, against attention over all keys in float64."""
 
 from __future__ import annotations
 

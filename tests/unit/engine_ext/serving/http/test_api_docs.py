@@ -6,7 +6,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from starling.engine_ext.serving.http.api_docs import DescribeApi
+from starling.engine_ext.serving.http.middleware import DescribeApi
 from starling.engine_ext.start.activation import HTTP, MIDDLEWARE
 
 

@@ -14,9 +14,9 @@ the anchor and the block's position: a block between two edited blocks keeps its
 their own, it starts from the anchor alone: a block has its keys wherever it stands. The chain of the first query page
 continues from the last pages of all blocks, so that its key stands for everything before it.
 
-With a library, whose pages other servers read, pages of a LoRA adapter also have a digest of its files: vLLM's keys have
-an adapter's name and path alone. Where the files are not known, or have changed since the engine first saw them, it is
-not known which ones the engine has loaded: then the key is one that no other engine has.
+With a library, whose pages other servers read, pages of a LoRA adapter also have a digest of its files; vLLM has only
+the name and path of an adapter in keys. Where files are not known, or have changed since the engine first saw them, the
+key is one that no other engine has.
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import functools
 import threading
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import prometheus_client
+from prometheus_client import Counter
 from vllm.exceptions import RetryableRequestError
 from vllm.logger import init_logger
 
@@ -69,7 +69,7 @@ class KVReservations:
     """
 
     def __init__(self) -> None:
-        self.reserved: Counter[int] = Counter()
+        self.reserved: collections.Counter[int] = collections.Counter()
         self.changed = asyncio.Event()
         self.turn = asyncio.Lock()
 
@@ -111,13 +111,13 @@ class SplitMetrics:
     """Counted in the API server."""
 
     def __init__(self) -> None:
-        self.split_blocks = prometheus_client.Counter(
+        self.split_blocks = Counter(
             "starling:split_blocks", "Star blocks of prompts that were split over several replicas.", ["replica"]
         )
-        self.split_seconds = prometheus_client.Counter(
+        self.split_seconds = Counter(
             "starling:split_seconds", "Seconds from the start of such prompts until all of their parts were prefilled."
         )
-        self.shard_requests = prometheus_client.Counter(
+        self.shard_requests = Counter(
             "starling:shard_requests", "Requests whose KV stayed on the replicas that computed it."
         )
 

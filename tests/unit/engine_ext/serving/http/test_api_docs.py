@@ -12,7 +12,7 @@ from starling.engine_ext.start.activation import HTTP, MIDDLEWARE
 
 @pytest.mark.parametrize("url", ["/openapi.json", None])
 def test_the_description_is_made_before_the_first_request(url):
-    assert f"{HTTP}.api_docs.DescribeApi" in MIDDLEWARE
+    assert f"{HTTP}.middleware.DescribeApi" in MIDDLEWARE
     app = FastAPI(openapi_url=url)
     app.add_middleware(DescribeApi)
     with TestClient(app) as http:

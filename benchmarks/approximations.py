@@ -29,12 +29,12 @@ from transformers import AutoTokenizer, DynamicCache
 from benchmarks.chosen_blocks import CHUNK, antidiagonals, attention, mask_of
 from benchmarks.report import markdown_table, numbers_table, saved_figure, write_json
 from starling.attention_backends.star.model_heads import KNOWN
-from starling.attention_backends.star.reference import star_mask
 from starling.config.head_scores import read_scores
 from starling.lab.evaluation.tasks.base import hide
 from starling.lab.evaluation.tasks.needles import NEEDLE
 from starling.lab.evaluation.tasks.words import PLACES, distinct, number, prose, pseudo_words
 from starling.lab.models import kl_at_each, load_model
+from starling.lab.selftest.masks import star_mask
 from starling.lab.statistics import bootstrap
 
 TOKENS, BLOCKS, PAGE = 2048, 8, 32

@@ -54,7 +54,7 @@ def tokens_found(answer: dict[str, Any]) -> int:
     """Return the number of tokens of a document, all of which a prompt of it and OTHER_DOCUMENT finds.
 
     Args:
-        answer: response of a look-up: ``plan``, and for each replica ``documents`` (features/reuse/cached_tokens.py).
+        answer: response of a look-up: ``plan``, and for each replica ``documents`` (features/reuse/core.py).
 
     Raises:
         ValueError: it does not find them, and why.

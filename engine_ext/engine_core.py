@@ -6,9 +6,8 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from starling.attention_backends.star.refusals import SPLIT, STAR, star_refusals
+from starling.attention_backends.star.refusals import BLOCK_POSITIONS, SPLIT, STAR, star_refusals
 from starling.config.entry import config_of
-from starling.engine_ext.engine_report import engine_report
 from starling.engine_ext.start import plugin
 from starling.features.schedulers import (
     AsyncDiffusionStarScheduler,
@@ -18,6 +17,34 @@ from starling.features.schedulers import (
 )
 from starling.scheduler.star.request_metadata import REPLICA_CONNECTORS
 from starling.vllm_compat.report_to_fronts import send_report
+from starling.vllm_compat.scheduler_view import SchedulerView
+
+
+def report_of_worker(worker: Any) -> dict[str, str | None]:
+    """Return why a worker's layers can't run parts of Star Attention, by field; empty for vLLM's own worker."""
+    report = getattr(worker, "star_report", None)
+    return {} if report is None else report()
+
+
+def engine_report(core: Any) -> dict[str, str | None]:
+    """Return the report of an engine core whose scheduler has been made."""
+    view, reports = SchedulerView(core.scheduler), core.model_executor.collective_rpc(report_of_worker)
+    fields = {STAR, BLOCK_POSITIONS}.union(*reports)
+    problems = {field: sorted({text for report in reports if (text := report.get(field))}) for field in fields}
+    if view.only_group is None:
+        problems[BLOCK_POSITIONS].append("the KV cache has several groups of layers")
+    if view.full_attention_page_size is None:
+        problems[STAR].append("the full-attention layers have no one KV page size")
+    return {field: "; ".join(texts) or None for field, texts in problems.items()} | {SPLIT: split_problem(view)}
+
+
+def split_problem(view: SchedulerView) -> str | None:
+    """Return why the pages of a KV cache can't be exchanged between replicas, or None if they can."""
+    if view.only_group is not None:
+        return None
+    number = len(view.groups)
+    return f"{number} groups" if number != 1 else "a group that is not full attention, hashed page by page"
+
 
 __all__ = ["AsyncDiffusionStarScheduler", "AsyncStarScheduler", "DiffusionStarScheduler", "StarScheduler"]
 

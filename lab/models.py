@@ -24,11 +24,11 @@ class ModelError(ValueError):
     """A model or a prompt that can't be scored or trained with."""
 
 
-def find_model(name: str, hint: str = "") -> Path:
+def find_model(name: str) -> Path:
     """Return the folder of a model, which is a folder or a name in the hub's cache (raises ModelError)."""
     folder = checkpoint_folder(name, None)
     if folder is None:
-        raise ModelError(f"MODEL={name!r} is refused: it is no folder, and the hub's cache has no such model{hint}")
+        raise ModelError(f"MODEL={name!r} is refused: it is no folder, and the hub's cache has no such model")
     return folder
 
 

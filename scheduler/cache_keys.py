@@ -1,4 +1,4 @@
-"""Prefix-cache keys of KV pages under star, whose KV depends on more than the tokens before.
+"""Prefix-cache keys of KV pages under star and with adapters, whose KV depends on more than the tokens before.
 
 vLLM chains page hashes over tokens and "extra keys" (LoRA, salt, images). Star adds one more:
 
@@ -13,14 +13,22 @@ Where blocks are independent of one another (no overlap, no dense heads), the ch
 the anchor and the block's position: a block between two edited blocks keeps its keys. Where blocks have positions of
 their own, it starts from the anchor alone: a block has its keys wherever it stands. The chain of the first query page
 continues from the last pages of all blocks, so that its key stands for everything before it.
+
+With a library, whose pages other servers read, pages of a LoRA adapter also have a digest of its files; vLLM has only
+the name and path of an adapter in keys. Where files are not known, or have changed since the engine first saw them, the
+key is one that no other engine has.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import uuid
 from bisect import bisect_right
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import metadata_of
@@ -121,3 +129,59 @@ def independent_block_hasher(page_size: int, hash_function: HashFunction) -> Has
         return keys
 
     return hasher
+
+
+Files = tuple[tuple[str, int, int], ...]
+"""Name, size and time of the last change of each file."""
+
+
+class AdapterKeys:
+    """The key of each adapter, as a part of those of a page. Reads an adapter's files at its first request."""
+
+    def __init__(self) -> None:
+        self.mine = uuid.uuid4().hex
+        self.first: dict[str, tuple[Files, str]] = {}  # by path
+        self.of_requests: WeakKeyDictionary[Any, tuple[str, str]] = WeakKeyDictionary()
+
+    def keys(self, request: Any, start: int, end: int) -> tuple[tuple[str, str], ...]:
+        """Return the keys of a request's page over positions ``[start, end)``, the same for all of its pages."""
+        if request.lora_request is None:
+            return ()
+        if request not in self.of_requests:
+            self.of_requests[request] = ("lora", self.key_of(Path(request.lora_request.lora_path)))
+        return (self.of_requests[request],)
+
+    def key_of(self, folder: Path) -> str:
+        """Return the key of an adapter whose files are in a folder."""
+        files = files_in(folder)
+        if str(folder) not in self.first:
+            self.first[str(folder)] = files, digest(folder, files) if files else self.mine
+        first, key = self.first[str(folder)]
+        return key if files == first else f"{self.mine} {files}"
+
+
+def files_in(folder: Path) -> Files:
+    """Return the files of a folder; none if it is no folder, as for a name on a hub."""
+    try:
+        found = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    except OSError:
+        return ()
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)
+
+
+def digest(folder: Path, files: Files) -> str:
+    """Return the digest of the content of these files of a folder."""
+    total = hashlib.sha256()
+    for name, size, _ in files:
+        total.update(f"{name} {size}\n".encode())
+        with (folder / name).open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+_adapters = AdapterKeys()
+
+
+def adapter_keys(request: Any, start: int, end: int) -> tuple[tuple[str, str], ...]:
+    """Return the keys of a request's page for its adapter, the same for all of its pages."""
+    return _adapters.keys(request, start, end)

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 
 from prometheus_client import Counter, Gauge
 
-from starling.scheduler.source_kinds import KINDS
 from starling.vllm_compat.metrics import report_to_front
+
+MEMORY, PEER, COMPUTED = "memory", "peer", "computed"
+KINDS = (MEMORY, "host", "storage", PEER, COMPUTED)
+"""The engine's own memory; host memory; files or an object store; another replica; nowhere before."""
 
 
 class CacheMetrics:

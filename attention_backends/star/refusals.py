@@ -15,7 +15,7 @@ from starling.attention_backends.paged.names import CLASSES, NAME
 from starling.attention_backends.star.backend import WRAPPED
 from starling.attention_backends.star.model_heads import scores_of
 from starling.config.entry import StarlingConfig, config_of
-from starling.scheduler.star.independence import FULL_ATTENTION, HYBRID, dependence
+from starling.scheduler.star.facts import FULL_ATTENTION, HYBRID, dependence
 from starling.scheduler.star.request_metadata import LIBRARY_CONNECTORS, OWN_CONNECTORS
 from starling.vllm_compat.config import cpu_attention_isa
 from starling.vllm_compat.report_to_fronts import engine_reports
@@ -47,7 +47,7 @@ def options_of(config: Any) -> StarlingConfig:
 
 
 def reported(field: str) -> Callable[[Any], str | None]:
-    """Return a function that reads a report of the started engine cores; see engine_report.py."""
+    """Return a function that reads a report of the started engine cores; see engine_core.py."""
 
     def found(config: Any) -> str | None:
         reported = {reason for report in engine_reports(config) if (reason := report.get(field))}

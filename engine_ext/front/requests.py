@@ -12,10 +12,9 @@ from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from starling.config.parsing import OptionError
 from starling.config.star import STAR_RETENTION, flat_name, is_star_key, parse_options
-from starling.engine_ext.front.bounds import REQUEST_ID, check_params, check_prompt_logprobs
+from starling.engine_ext.front.bounds import REQUEST_ID, check_params, check_prompt_logprobs, check_transfer_params
 from starling.engine_ext.front.cache_salt import salted
 from starling.engine_ext.front.call import current_call
-from starling.engine_ext.front.constraints import check_transfer_params
 from starling.engine_ext.front.misplaced import refuse_at_top_level, refuse_misspelled
 from starling.engine_ext.front.planning import PromptPlanner, rejection
 from starling.engine_ext.front.star_metrics import front_metrics

@@ -22,6 +22,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.model_executor.utils import set_weight_attrs
@@ -32,8 +33,7 @@ from starling.attention_backends.attamba.cache import KvPages, PagedRows, layer_
 from starling.attention_backends.attamba.chunks import ChunkPlan, layer_offset, profiled_tokens
 from starling.attention_backends.attamba.mix import GROUP_ROWS, mix
 from starling.attention_backends.attamba.mixer import MixerParameters
-from starling.engine_ext.models.attamba_config import AttambaConfig
-from starling.engine_ext.models.attamba_weights import load_checkpoint
+from starling.engine_ext.models.configs import AttambaConfig
 from starling.vllm_compat.config import split_graph_at
 from starling.vllm_compat.models import register_layer, register_op
 
@@ -255,7 +255,7 @@ class AttambaLayer(nn.Module):
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "inputs_embeds": 0})
 class AttambaForCausalLM(nn.Module):
-    """Attamba model. attamba_weights.py maps the names of the checkpoint to the parameters.
+    """Attamba model. ``load_checkpoint`` maps the names of the checkpoint to the parameters.
 
     vLLM compiles the code between the attention of two layers, and captures it in piecewise CUDA graphs. The host plans
     the attention of a step from the lengths of the batch, so the attention runs between the graphs. A step that decodes
@@ -344,3 +344,53 @@ def refuse_features(vllm_config: VllmConfig) -> None:
     for feature, (is_on, reason) in refused.items():
         if is_on:
             raise ValueError(f"{feature} is refused with an Attamba model: {reason}")
+
+
+MIXERS = ("k_ssm", "v_ssm")
+PAIRED = (".gate_up_proj.", ".mixers.in_proj.", ".conv_weight", ".A_log", ".D", ".norm_weight")
+"""Parts of the names of parameters that consist of two shards."""
+
+
+def target_shard(name: str) -> tuple[str, Any]:
+    """Return the parameter that a checkpoint's tensor is loaded into, and its shard (None for the whole parameter)."""
+    for index, mixer in enumerate(MIXERS):
+        if f".{mixer}." in name:
+            name = name.replace(f".{mixer}.", ".attentive_ssm.mixers.").replace(".ssm_norm.weight", ".norm_weight")
+            if name.endswith(".out_proj.weight"):
+                return name.replace(".out_proj.", f".out_proj.{index}."), None
+            return name, index
+    for part, shard in ((".w1.", 0), (".w3.", 1)):
+        if part in name:
+            return name.replace(part, ".gate_up_proj."), shard
+    return name.replace(".w2.", ".down_proj."), None
+
+
+def load_checkpoint(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    """Load all tensors of a checkpoint and return the names of the loaded parameters.
+
+    Args:
+        model: the served model.
+        weights: (name, tensor) pairs of the checkpoint.
+
+    Raises:
+        ValueError: a tensor is unknown or has the wrong shape, or parameters lack tensors; the message names them.
+    """
+    parameters = dict(model.named_parameters())
+    loaded: set[tuple[str, Any]] = set()
+    for name, tensor in weights:
+        target, shard = target_shard(name)
+        if target not in parameters:
+            raise ValueError(f"{name} is refused: an Attamba checkpoint has no tensor of that name")
+        parameter = parameters[target]
+        loader = getattr(parameter, "weight_loader", default_weight_loader)
+        try:
+            loader(parameter, tensor, *(() if shard is None else (shard,)))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{name} of shape {tuple(tensor.shape)} does not fit config.json: {error}") from error
+        loaded.add((target, shard))
+    expected = {
+        (name, shard) for name in parameters for shard in ((0, 1) if any(p in name for p in PAIRED) else (None,))
+    }
+    if missing := sorted(name for name, _ in expected - loaded):
+        raise ValueError(f"the checkpoint lacks tensors of {len(missing)} parameters: {', '.join(missing[:8])}")
+    return {name for name, _ in loaded}

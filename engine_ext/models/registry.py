@@ -13,8 +13,7 @@ MODELS = {
 
 def register_model_families() -> None:
     """Register the model families with Transformers and vLLM in this process. A second call has no effect."""
-    from starling.engine_ext.models.attamba_config import AttambaConfig
-    from starling.engine_ext.models.configs import BaichuanM1Config, KVShiftLlamaConfig
+    from starling.engine_ext.models.configs import AttambaConfig, BaichuanM1Config, KVShiftLlamaConfig
 
     configs = (KVShiftLlamaConfig, BaichuanM1Config, AttambaConfig)
     register_models({config.model_type: config for config in configs}, MODELS)

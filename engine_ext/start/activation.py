@@ -32,10 +32,9 @@ from starling.config.entry import (
 from starling.config.parsing import OptionError
 from starling.config.presets import PRESET, preset_of, with_preset
 from starling.config.star import StarOptions, summary
-from starling.engine_ext.engine_facts import engine_facts, star_page_size
 from starling.engine_ext.environment import ADMIN_KEY_ENV, LIVE_DATA, LIVE_PATH, refuse_rust_front
 from starling.engine_ext.front.client_keys import api_keys
-from starling.engine_ext.front.planning import refuse_segment_text
+from starling.engine_ext.front.planning import engine_facts, refuse_segment_text, star_page_size
 from starling.engine_ext.front.star_metrics import front_metrics
 from starling.engine_ext.start.library_connector import beside_library, set_library
 from starling.features.adapter.lora import check_adapter, turn_lora_on
@@ -54,12 +53,12 @@ logger = init_logger("vllm.starling")
 
 HTTP = "starling.engine_ext.serving.http"
 MIDDLEWARE = (  # the last one is the outermost
-    f"{HTTP}.api_docs.DescribeApi",
+    f"{HTTP}.middleware.DescribeApi",
     f"{HTTP}.body.BoundBody",
-    f"{HTTP}.plan_header.PlanHeader",
+    f"{HTTP}.middleware.PlanHeader",
     f"{HTTP}.progress_events.HttpProgress",
-    f"{HTTP}.look_up_endpoint.AnswerCachedTokens",
-    f"{HTTP}.call_middleware.NoteClient",
+    f"{HTTP}.middleware.AnswerCachedTokens",
+    f"{HTTP}.middleware.NoteClient",
     f"{HTTP}.api_key.RequireKey",
 )
 PAGE_MIDDLEWARE = f"{HTTP}.live_page.LivePage"

@@ -89,10 +89,9 @@ def _hook_in() -> None:
 
 def _hook_into_front() -> None:
     """Install the hooks into the engine of a server, through which everything that its clients send passes."""
-    from starling.engine_ext.front.bounds import bounded_text, shortened
+    from starling.engine_ext.front.bounds import bounded_text, constraint_error, shortened, with_reason
     from starling.engine_ext.front.call import current_call, sees_cached, with_sources, without_cached
     from starling.engine_ext.front.chat_segments import add_segments, generates, note_chat_options, wants_segments
-    from starling.engine_ext.front.constraints import constraint_error, with_reason
     from starling.engine_ext.front.front_state import front_state, state_of
     from starling.engine_ext.front.look_up import look_up, prepare_look_up
     from starling.engine_ext.front.misplaced import explained

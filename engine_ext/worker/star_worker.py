@@ -1,24 +1,29 @@
-"""The worker of vLLM, extended to keep each star request's plan and to open a step around the model runner."""
+"""Worker of vLLM that registers the star backends, keeps each request's plan, and opens a step around the runner."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from typing import Any
 
+from prometheus_client import Counter
 from vllm.logger import init_logger
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.worker.worker_base import WorkerBase
 
+from starling.attention_backends.paged.names import CLASSES, register_paged_backend
+from starling.attention_backends.star.backend import register_star_backends, takes_star
 from starling.attention_backends.star.document_layers import DocumentLayers, HeadLayers
 from starling.attention_backends.star.range_attention import fits_graphs
 from starling.attention_backends.star.refusals import BLOCK_POSITIONS, STAR, star_refusals
+from starling.attention_backends.star.rows import VirtualRows, is_split
 from starling.attention_backends.star.step import StarStep, open_step
 from starling.config.entry import config_of
-from starling.engine_ext.worker.backends import register_backends, unsplit_layers
-from starling.engine_ext.worker.star_requests import StarRequests
-from starling.engine_ext.worker.worker_metrics import count_rows, worker_metrics
 from starling.features import make_features
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import RequestMetadata, metadata_of
+from starling.vllm_compat.metrics import report_to_front
 from starling.vllm_compat.models import without_prefill_checkpoints
 from starling.vllm_compat.patching import extends
 from starling.vllm_compat.worker import (
@@ -29,6 +34,118 @@ from starling.vllm_compat.worker import (
     without_discarded_generators,
     without_full_graphs,
 )
+
+
+def register_backends(vllm_config: Any, refusals: list[str], by_parts: bool) -> None:
+    """Register the star backends in this process if star can run, and always on CPU.
+
+    On GPUs a star backend has smaller full CUDA graphs and larger buffers than vLLM's. On CPU it also has Starling's
+    attention op, which dense batches use too.
+
+    Args:
+        vllm_config: configuration of the engine.
+        refusals: why star can't run; empty if it can.
+        by_parts: whether layers on a GPU are made to attend by the documents or the dense heads of a step.
+    """
+    is_cpu = vllm_config.device_config.device_type == "cpu"
+    config = config_of(vllm_config)
+    own = config.gpu_attention if config and config.gpu_attention in CLASSES else None
+    if own:
+        register_paged_backend(own)
+    if is_cpu or not refusals:
+        register_star_backends(own, by_parts)
+    if is_cpu and vllm_config.lora_config is not None:
+        from starling.attention_backends.kernels.cpu.lora import use_own_lora
+
+        use_own_lora()
+
+
+def unsplit_layers(builders: Sequence[tuple[Any, Sequence[str]]]) -> str | None:
+    """Return why a model can't run star rows on the metadata builders of its layers, or None if it can.
+
+    All full-attention layers must split their rows. A layer that does not would attend to the whole prompt, and its KV
+    would then be cached as that of independent star blocks.
+
+    Args:
+        builders: (metadata builder, names of its layers), for all layers.
+    """
+    splits = [getattr(builder, "takes_star", False) for builder, _ in builders]
+    unable = {
+        type(builder).__name__
+        for (builder, _), able in zip(builders, splits, strict=True)
+        if not able and getattr(builder, "holds_keys", True) and takes_star(getattr(builder, "kv_cache_spec", None))
+    }
+    if any(splits) and not unable:
+        return None
+    names = ", ".join(sorted(unable or {type(builder).__name__ for builder, _ in builders}))
+    which = "full-attention layers" if unable else "all layers"
+    return f"{which} run on an attention backend that is not wrapped, with the metadata builders {names}"
+
+
+class WorkerMetrics:
+    """Metrics counted from the rows handed to the attention kernel, on one rank of each engine."""
+
+    def __init__(self) -> None:
+        report_to_front()
+        self.context_tokens = Counter("starling:context_tokens", "Prompt tokens prefilled in star blocks.")
+        self.keys_attended = Counter(
+            "starling:keys_attended",
+            "Query-key pairs of those tokens, per head and full-attention layer (a mean).",
+        )
+        self.keys_dense = Counter(
+            "starling:keys_dense", "Query-key pairs that the same tokens would have under dense attention."
+        )
+        self.computed_tokens = Counter(
+            "starling:computed_tokens",
+            "Tokens that the model ran over; cached and fetched tokens are not among them.",
+            ["replica"],
+        )
+
+
+worker_metrics = functools.cache(WorkerMetrics)
+
+
+def count_rows(rows: VirtualRows) -> None:
+    """Count the rows of a step."""
+    metrics = worker_metrics()
+    metrics.context_tokens.inc(rows.context_tokens)
+    metrics.keys_attended.inc(rows.star_pairs)
+    metrics.keys_dense.inc(rows.dense_pairs)
+
+
+class StarRequests:
+    """The metadata of the star requests that the model runner holds, by request id."""
+
+    def __init__(self) -> None:
+        self.metadata: dict[str, RequestMetadata] = {}
+
+    def update(self, output: Any) -> dict[str, StarPlan]:
+        """Update the metadata from a scheduler step.
+
+        A preempted request keeps its plan: V1 resumes it as cached, V2 sends it out as new again.
+
+        Returns:
+            The plans of the step's requests whose rows are split, or that have KV on other replicas.
+        """
+        for request_id in output.finished_req_ids:
+            self.metadata.pop(request_id, None)
+        starts = []
+        for new in output.scheduled_new_reqs:
+            metadata = metadata_of(new)
+            if metadata.plan is not None:
+                self.metadata[new.req_id] = metadata
+            starts.append((new.req_id, new.num_computed_tokens))
+        if not self.metadata:
+            return {}
+        cached = output.scheduled_cached_reqs
+        starts.extend(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        found = ((request_id, self.metadata.get(request_id), start) for request_id, start in starts)
+        return {
+            request_id: metadata.plan
+            for request_id, metadata, start in found
+            if metadata and metadata.plan and (is_split(metadata.plan, start) or metadata.remote)
+        }
+
 
 logger = init_logger("vllm.starling")
 
@@ -62,7 +179,7 @@ class StarWorker:
         self.computed_tokens = worker_metrics().computed_tokens.labels(replica)
 
     def star_report(self) -> dict[str, str | None]:
-        """Return why the loaded model's layers can't run parts of Star Attention, by field (engine_report.py)."""
+        """Return why the loaded model's layers can't run parts of Star Attention, by field (engine_core.py)."""
         return {STAR: self.star_problem, BLOCK_POSITIONS: self.documents.problem} | self.heads.report()
 
     def init_device(self) -> Any:

@@ -13,7 +13,7 @@ from starling.config.entry import StarlingConfig
 from starling.config.scheduling import MIN_CHUNK
 from starling.features.fairness.admission import WAITING, Admission
 from starling.features.fairness.step_budget import Limits, LongPrompt, divide_step, make_limits
-from starling.features.reuse.block_reuse import num_cached_tokens
+from starling.features.reuse.core import num_cached_tokens
 from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.part import CorePart
 from starling.scheduler.star.request_metadata import metadata_of

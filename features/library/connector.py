@@ -21,7 +21,7 @@ from starling.features.library.page_loads import PATIENCE_SECONDS, PageLoads
 from starling.features.library.tier import LibraryTier
 from starling.features.library.worker import loaded_digest, may_change_weights, name_of
 from starling.features.retention.core import ranges_with
-from starling.scheduler.adapter_keys import adapter_keys
+from starling.scheduler.cache_keys import adapter_keys
 from starling.vllm_compat.core_process import on_worker_call
 from starling.vllm_compat.kv_pages import CacheGroup
 from starling.vllm_compat.offloading import PageOffloading, chunks_of, tiers_of

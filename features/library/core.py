@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 from starling.config.entry import StarlingConfig
-from starling.features.reuse.block_reuse import BlockReuse
+from starling.features.reuse.core import BlockReuse
 from starling.scheduler.part import CorePart
 from starling.scheduler.provenance import Provenance
 

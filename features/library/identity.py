@@ -65,3 +65,25 @@ def identity_of(description: dict[str, Any]) -> str:
 
 def digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+MAGIC = b"starling page 1\n"
+DIGEST_BYTES = 32
+STAMP_BYTES = len(MAGIC) + DIGEST_BYTES
+
+
+def stamp_of(key: bytes, content: memoryview) -> bytes:
+    """Return the stamp of a page: STAMP_BYTES bytes, MAGIC and then a digest of its key and its content (BLAKE2b)."""
+    digest = hashlib.blake2b(key, digest_size=DIGEST_BYTES)
+    digest.update(content)
+    return MAGIC + digest.digest()
+
+
+def write_stamp(chunk: memoryview, key: bytes) -> None:
+    """Write the stamp of a page into the last bytes of its chunk, which hold nothing else."""
+    chunk[-STAMP_BYTES:] = stamp_of(key, chunk[:-STAMP_BYTES])
+
+
+def has_stamp(chunk: memoryview, key: bytes) -> bool:
+    """Return whether a chunk has the stamp of its content under this key."""
+    return chunk[-STAMP_BYTES:] == stamp_of(key, chunk[:-STAMP_BYTES])

@@ -2,7 +2,7 @@
 
 When a request would start, the library is asked for all pages that the prefix cache does not have. The pages that the
 library has are loaded into free pages, and go into the prefix cache as if they had been computed; the request adopts
-them there (block_reuse.py). It starts once its next page is known, and computes what is missing while others arrive. It
+them there. It starts once its next page is known, and computes what is missing while others arrive. It
 does not compute a page that is on its way.
 """
 
@@ -17,8 +17,8 @@ from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import LookupResult
 
 from starling.scheduler.cache_keys import independent_plan
+from starling.scheduler.core_metrics import MEMORY
 from starling.scheduler.part import CorePart
-from starling.scheduler.source_kinds import MEMORY
 from starling.scheduler.star.request_metadata import metadata_of
 from starling.vllm_compat.kv_pages import CacheGroup, Page
 from starling.vllm_compat.offloading import PageLoad, PageOffloading

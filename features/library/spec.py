@@ -12,7 +12,7 @@ from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from starling.config.parsing import OptionError
 from starling.features.library.host_worker import HostWorker
-from starling.features.library.stamp import STAMP_BYTES
+from starling.features.library.identity import STAMP_BYTES
 from starling.vllm_compat.offloading import disown, region_of, worker_region_of
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import threading
@@ -13,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import Counter
 from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import LookupResult, OffloadingEvent, OffloadKey, make_offload_key
 from vllm.v1.kv_offload.tiering.fs.io import batch_load_block, batch_store_block
@@ -21,10 +23,30 @@ from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 from starling.config.library import FORM
 from starling.config.parsing import OptionError
 from starling.features.library.file_space import FileSpace
-from starling.features.library.identity import LENGTH, digest
-from starling.features.library.library_metrics import library_metrics
-from starling.features.library.stamp import has_stamp, write_stamp
+from starling.features.library.identity import LENGTH, digest, has_stamp, write_stamp
+from starling.vllm_compat.metrics import report_to_front
 from starling.vllm_compat.offloading import FileTier, ends_within, say_io_errors_once
+
+
+class LibraryMetrics:
+    """Series of the engine core's process."""
+
+    def __init__(self) -> None:
+        report_to_front()
+        self.bad_files = Counter(
+            "starling:library_bad_files",
+            "Files of the library that could not be read or were not what was written; their pages were computed.",
+        )
+        self.removed_files = Counter(
+            "starling:library_removed_files", "Files of the library that were removed to make room for others."
+        )
+        self.failed_writes = Counter(
+            "starling:library_failed_writes", "Writes of pages to files that failed, as on a full disk."
+        )
+
+
+library_metrics = functools.cache(LibraryMetrics)
+
 
 logger = init_logger("vllm.starling")
 

@@ -13,11 +13,10 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from starling.features.replicas.connector_metadata import PageLoads, WorkerAddress
+from starling.features.replicas.connector_metadata import PageLoads, WorkerAddress, WorkerReport
 from starling.features.replicas.replica_calls import add_replica_rpc
 from starling.features.replicas.scheduler_connector import SchedulerConnector
 from starling.features.replicas.worker_connector import WorkerConnector
-from starling.features.replicas.worker_report import WorkerReport
 
 
 class StarConnector(KVConnectorBase_V1, SupportsHMA):

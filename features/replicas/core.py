@@ -1,23 +1,95 @@
-"""Prompts that are split over replicas: where their parts go on, what they wait for, and what of them is lost."""
+"""Prompts that are split over replicas: where their parts go on, what they wait for, and what of them is lost.
+
+``PrefixHits`` counts the prefix hits of whole requests, since those of the parts of a prompt are no measure.
+``Quarantine`` keeps pages out of use that a failed transfer may still write to.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
 from starling.config.entry import StarlingConfig
-from starling.features.replicas.prefix_hits import PrefixHits
-from starling.features.replicas.quarantine import Quarantine
-from starling.features.replicas.worker_report import WorkerReport, worker_report
+from starling.features.replicas.connector_metadata import WorkerReport, worker_report
 from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.part import CorePart
 from starling.scheduler.star.request_metadata import LOST, default_num_shards, metadata_of
 from starling.vllm_compat.kv_pages import Page
+from starling.vllm_compat.prefix_cache import leave_out_of_hit_rate
 from starling.vllm_compat.scheduler_view import SchedulerView
+
+logger = init_logger("vllm.starling")
+
+
+class Quarantine:
+    """The pages of transfers that NIXL has not ended yet. They stay out of the pool until it has.
+
+    Attributes:
+        num_writers: page id -> how many transfers may write to the page.
+    """
+
+    def __init__(self, view: SchedulerView) -> None:
+        self.view = view
+        self.num_writers: Counter[int] = Counter()
+
+    def add(self, page_ids: Sequence[int]) -> None:
+        """Keep pages from the pool. To be called before vLLM frees the pages of requests that have ended."""
+        self.view.pool.hold(self.view.pool.pages(set(page_ids) - self.num_writers.keys()))
+        self.num_writers.update(page_ids)
+        logger.error(
+            "NIXL can't end a failed transfer, which may still write to %d KV pages: they stay out of use until it can "
+            "(%d pages in all)",
+            len(set(page_ids)),
+            len(self.num_writers),
+        )
+
+    def free(self, page_ids: Iterable[int]) -> None:
+        """Give pages back to the pool to which no transfer writes any more."""
+        self.num_writers.subtract(page_ids)
+        free = [page_id for page_id, count in self.num_writers.items() if count <= 0]
+        for page_id in free:
+            del self.num_writers[page_id]
+        self.view.pool.release(self.view.pool.pages(free))
+        logger.info("%d KV pages are in use again, and %d are not", len(free), len(self.num_writers))
+
+    def replace_pages(self, requests: Iterable[Any]) -> list[Any]:
+        """Give the requests that hold such pages other ones, whose content is computed; vLLM counts it as failed.
+
+        Returns:
+            The requests for which no pages are free.
+        """
+        group, stuck = self.view.groups[0], self.num_writers.keys()
+        return [request for request in requests if not self.view.replace_pages(group, request.request_id, stuck)]
+
+
+def is_incomplete(request: Any) -> bool:
+    """Return whether a request leaves tokens of its prompt to other replicas."""
+    metadata = metadata_of(request)
+    return metadata.part is not None or metadata.remote is not None
+
+
+class PrefixHits(CorePart):
+    """For each request that a step admits for the first time."""
+
+    def __init__(self, requests: dict[str, Any]) -> None:
+        self.requests = requests
+
+    @classmethod
+    def make(cls, scheduler: Any, config: StarlingConfig) -> PrefixHits:
+        leave_out_of_hit_rate(is_incomplete)
+        return cls(scheduler.requests)
+
+    def scheduled(self, output: Any) -> None:
+        for new in output.scheduled_new_reqs:
+            request = self.requests[new.req_id]
+            if not request.num_preemptions and not is_incomplete(request):
+                scheduler_metrics().count_hit("prefix", new.num_computed_tokens)
 
 
 class SplitPrompts(CorePart):

@@ -11,6 +11,7 @@ comes a read of whether the source still holds the pages (holds.py).
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,34 @@ from typing import Any
 
 import numpy as np
 import torch
+from prometheus_client import Counter
 from vllm.logger import init_logger
 
 from starling.features.replicas.holds import Holds
 from starling.features.replicas.network import make_agent
+from starling.vllm_compat.metrics import report_to_front
+
+
+class ReplicaMetrics:
+    """Counted by each rank of an engine."""
+
+    def __init__(self) -> None:
+        report_to_front()
+        self.bytes_moved = Counter("starling:bytes_moved", "Bytes of KV pages fetched from other replicas.")
+        self.move_seconds = Counter("starling:move_seconds", "Seconds that these fetches took, summed over ranks.")
+        self.moves_failed = Counter("starling:moves_failed", "Fetches that failed, summed over ranks.")
+        self.shard_bytes = Counter(
+            "starling:shard_bytes", "Bytes of queries sent to the replicas that hold their KV, and of the responses."
+        )
+
+    def pages_moved(self, size: int, seconds: float) -> None:
+        """Count one fetch of ``size`` bytes."""
+        self.bytes_moved.inc(size)
+        self.move_seconds.inc(seconds)
+
+
+replica_metrics = functools.cache(ReplicaMetrics)
+
 
 logger = init_logger("vllm.starling")
 

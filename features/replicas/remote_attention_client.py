@@ -17,10 +17,10 @@ from vllm.logger import init_logger
 
 from starling.attention_backends.kernels.merge import merge
 from starling.attention_backends.star.remote_queries import RemoteQuery
+from starling.features.replicas.connector_metadata import WorkerReport
 from starling.features.replicas.notifications import Message, MessageError, MessageLimits, Messenger
 from starling.features.replicas.remote_attention_server import to_bytes
 from starling.features.replicas.remote_query import error_of
-from starling.features.replicas.worker_report import WorkerReport
 
 logger = init_logger("vllm.starling")
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from starling.attention_backends.star.remote_queries import RemoteStep
-from starling.features.replicas.transfer_metrics import replica_metrics
+from starling.features.replicas.page_transfer import replica_metrics
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import RequestMetadata
 from starling.vllm_compat.worker import kv_connector

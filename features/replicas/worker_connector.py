@@ -13,15 +13,13 @@ from starling.attention_backends.kernels.contract import CPU_ISAS
 from starling.attention_backends.star.cpu_impl import CpuImpl, unsupported_reason
 from starling.attention_backends.star.remote_queries import RemoteQuery
 from starling.config.entry import StarlingConfig, config_of
-from starling.features.replicas.connector_metadata import PageLoad, PageLoads, WorkerAddress
+from starling.features.replicas.connector_metadata import PageLoad, PageLoads, WorkerAddress, WorkerReport
 from starling.features.replicas.network import DEVICES_ENV, use_devices
 from starling.features.replicas.notifications import MessageLimits
-from starling.features.replicas.page_transfer import PageReader, Transfer, TransferError
+from starling.features.replicas.page_transfer import PageReader, Transfer, TransferError, replica_metrics
 from starling.features.replicas.remote_attention_client import RemoteAttentionClient, StepRemoteAttention
 from starling.features.replicas.remote_attention_server import RemoteAttentionServer, Rotations
 from starling.features.replicas.remote_query import message_limits
-from starling.features.replicas.transfer_metrics import replica_metrics
-from starling.features.replicas.worker_report import WorkerReport
 from starling.scheduler.star.request_metadata import ONE_HOST
 from starling.vllm_compat.config import attention_layer, page_layout
 

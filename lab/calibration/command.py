@@ -17,7 +17,7 @@ from starling.attention_backends.star.model_heads import checkpoint_digest
 from starling.config.head_scores import HeadScores
 from starling.lab.calibration.calibration_options import CalibrationOptions
 from starling.lab.calibration.gated_model import GatedModel, ScoredPrompt
-from starling.lab.calibration.scorers import AblationScorer, Found, GradientScorer, part_of, replace_text
+from starling.lab.calibration.scorers import Found, GradientScorer, part_of, replace_text
 from starling.lab.command_line import add_options, given_options, make_console, progress_bars, run_command
 from starling.lab.evaluation.commands.measuring import make_prompts
 from starling.lab.evaluation.prompt_options import parse_options
@@ -39,9 +39,8 @@ def make_parser() -> argparse.ArgumentParser:
         description="Finds out which KV heads of a model carry what Star Attention costs in answers, and writes their "
         "scores to a file. With `starling serve --star-heads FILE`, a tenth of the heads sees the whole prompt.",
         epilog="A prompt takes --steps forward and backward passes of the model: on one CPU core about 30 s for 135M "
-        "parameters and 1,024 tokens. With --method ablation it takes --orders times --groups prefills, and all other "
-        "options are those of `starling serve`. Exit code: 0 written, 1 the server failed, 2 unusable arguments, 130 "
-        "interrupted; the same command then goes on. See docs/dense-heads.md.",
+        "parameters and 1,024 tokens. Exit code: 0 written, 2 unusable arguments, 130 interrupted; it then goes "
+        "on by the same command. See docs/dense-heads.md.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -49,17 +48,17 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file of the scores, JSON")
     tasks = f"of {', '.join((*GROUPS, *TASKS))} (default: {','.join(DEFAULT_TASKS)}, unless --prompts is given)"
-    add_options(parser, CalibrationOptions, {"serve_options"}, tasks={"help": tasks})
+    add_options(parser, CalibrationOptions, tasks={"help": tasks})
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
-    """Score the heads; returns the exit code: 0, 1 where a server failed, 2 for unusable arguments, or 130."""
-    args, serve_options = make_parser().parse_known_args(argv)
+    """Score the heads; returns the exit code: 0, 2 for unusable arguments, or 130."""
+    args = make_parser().parse_args(argv)
     part = part_of(args.out)
 
     def calibrated() -> int:
-        values = given_options(args, CalibrationOptions) | {"serve_options": tuple(serve_options)}
+        values = given_options(args, CalibrationOptions)
         if "tasks" not in values and "prompts" not in values:
             values["tasks"] = DEFAULT_TASKS
         calibrate(args.model, parse_options(CalibrationOptions, values), args.out, make_console())
@@ -77,12 +76,10 @@ def calibrate(name: str, options: CalibrationOptions, out: Path, console: Consol
 
     Raises:
         ValueError: the model or a prompt can't be used.
-        ServerError, StartError: the server failed, with --method ablation.
     """
-    folder = find_model(name, " (MODEL comes before the options of a server)" if options.serve_options else "")
+    folder = find_model(name)
     if not out.parent.is_dir():
         raise ValueError(f"--out {out} is refused: the folder {out.parent} does not exist")
-    log = out.with_name(f"{out.name}.log")
     made: dict[str, Any] = {"model": name, "checkpoint": checkpoint_digest(folder), "setup": options.setup()}
     with progress_bars(console) as progress:
         prompts = prompts_of(options, folder, progress)
@@ -91,19 +88,14 @@ def calibrate(name: str, options: CalibrationOptions, out: Path, console: Consol
         )
         of_curve = prompts_of(curve_options, folder, progress) if options.curve_prompts else []
         found = Found(part_of(out), {"model": name, "checkpoint": made["checkpoint"]} | options.setup(), progress)
-        scorer: GradientScorer | AblationScorer
-        if options.method == "gradient":
-            scorer = GradientScorer(GatedModel(folder, options.device, DTYPES[options.chosen_dtype]), options)
-        else:
-            scorer = AblationScorer(folder, made, options, log)
+        scorer = GradientScorer(GatedModel(folder, options.device, DTYPES[options.chosen_dtype]), options)
         result = HeadScores(scores=scorer.scores(found, prompts), **made)
         counts = sorted({result.count(share) for share in SHARES})
         measured = found.computed("curve", of_curve, lambda: scorer.measured(result, counts))
     means = torch.tensor(measured, dtype=torch.float64).mean(0).tolist() if measured else []
     curve = tuple((count / result.num_heads, value) for count, value in zip(counts, means, strict=False))
     write(out, result.model_copy(update={"curve": curve}))
-    for path in (part_of(out), log):
-        path.unlink(missing_ok=True)
+    part_of(out).unlink(missing_ok=True)
     for line in summary(result, curve):
         console.print(line)
     console.print(f"written: {out}")

@@ -61,7 +61,7 @@ class GatedModel:
         kinds = set(getattr(self.model.config.get_text_config(), "layer_types", None) or ())
         if kinds - {"full_attention", "sliding_attention"}:
             names = ", ".join(sorted(kinds))
-            raise ModelError(f"{folder} has layers of the kinds {names}, not all attention: take --method ablation")
+            raise ModelError(f"{folder} has layers of the kinds {names}, not all attention")
         for layer in self.model.get_decoder().layers:
             layer.forward = recomputed(layer.forward)
 

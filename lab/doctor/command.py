@@ -25,7 +25,7 @@ from starling.lab.doctor.attention_report import (
     unprofiled_memory,
 )
 from starling.lab.machine import describe_gpus
-from starling.scheduler.star.independence import FULL_ATTENTION, HYBRID
+from starling.scheduler.star.facts import FULL_ATTENTION, HYBRID
 from starling.vllm_compat import versions
 from starling.vllm_compat.config import hybrid_page_size, model_runner, page_size_before_start, plain_message
 
@@ -138,9 +138,8 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
 
     from starling.config.entry import config_of
     from starling.config.quality import size_texts
-    from starling.engine_ext.engine_facts import engine_facts
-    from starling.engine_ext.front.planning import usable_defaults
-    from starling.engine_ext.serving.cli.cores import CORES_ENV, bound_cores, core_binding
+    from starling.engine_ext.front.planning import engine_facts, usable_defaults
+    from starling.engine_ext.serving.cli.cpu_host import CORES_ENV, bound_cores, core_binding
     from starling.engine_ext.serving.cli.serve_args import parse
     from starling.engine_ext.serving.grpc.prompt_inputs import chat_params
     from starling.features.adapter.lora import adapter_of
@@ -242,7 +241,7 @@ def block_reuse(config: Any, scheduling: Any, refusals: list[str], has_overlap: 
     Args:
         has_overlap: True if blocks depend on one another under the server's defaults.
     """
-    from starling.features.reuse.block_reuse import reuse_refusal
+    from starling.features.reuse.core import reuse_refusal
 
     if refusals or scheduling.star_block_reuse == "off":
         return "no: Star Attention is refused" if refusals else "no: the option scheduler.star_block_reuse is off"
@@ -302,7 +301,7 @@ def kv_cache(config: Any) -> dict[str, Any]:
 
 def attamba_specs(config: Any) -> dict[str, Any]:
     """Return the specs of a layer's caches on one rank, by name, for an Attamba model; empty for other models."""
-    from starling.engine_ext.models.attamba_config import AttambaConfig
+    from starling.engine_ext.models.configs import AttambaConfig
 
     model = config.model_config.hf_config
     if not isinstance(model, AttambaConfig):

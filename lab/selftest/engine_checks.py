@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from starling.attention_backends.star.reference import star_mask
 from starling.config.entry import ENTRY, GPU_ATTENTION
 from starling.lab.selftest import check_prompts as p
 from starling.lab.selftest.engine_run import Batches, EngineError, EngineRun, Feature
 from starling.lab.selftest.kernels import rms
+from starling.lab.selftest.masks import star_mask
 from starling.lab.selftest.model import alternating_scores, reference_logprobs, reference_refusal
 from starling.lab.selftest.result import Check, Result, Skip
 from starling.vllm_compat.versions import release_of, vllm_version

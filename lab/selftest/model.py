@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from starling.attention_backends.star.reference import Heads, masks_by_head
 from starling.config.adapter import DISTILLED, PEFT_CONFIG, VERSION, WEIGHTS
 from starling.config.head_scores import HeadScores
+from starling.lab.selftest.masks import Heads, masks_by_head
 
 TINY = {
     "hidden_size": 256,

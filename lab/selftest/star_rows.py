@@ -15,10 +15,10 @@ import torch
 from starling.attention_backends.kernels.contract import CPU_ISAS
 from starling.attention_backends.kernels.cpu.attention import built_op
 from starling.attention_backends.kernels.reference import masked_attention
-from starling.attention_backends.star.reference import star_mask
 from starling.attention_backends.star.step import StarStep, open_step
 from starling.lab.machine import has_gpu
 from starling.lab.selftest.kernels import GROUP, KV_HEADS, PAGE_SIZE, SIZE, rms
+from starling.lab.selftest.masks import star_mask
 from starling.lab.selftest.result import Check, Result, Skip
 from starling.scheduler.star.plan import StarPlan
 from starling.vllm_compat.config import cpu_attention_isa

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starling.config.parsing import OptionError
-from starling.config.star import FIELD_OF, StarOptions, flat_name, merge
+from starling.config.star import FIELD_OF, STAR_RETENTION, StarOptions, flat_name, merge
 from starling.scheduler.star.assignment import best_num_replicas, best_num_replicas_of
-from starling.scheduler.star.client_tokens import work
 from starling.scheduler.star.documents import (
     NO_DOCUMENTS,
     Documents,
@@ -26,8 +25,7 @@ from starling.scheduler.star.documents import (
 )
 from starling.scheduler.star.facts import EngineFacts, PromptFacts
 from starling.scheduler.star.kv_demand import with_enough_replicas
-from starling.scheduler.star.plan import DenseHeads, StarPlan
-from starling.scheduler.star.retention import ASKS_FOR_NO_PLAN, check_retention
+from starling.scheduler.star.plan import DenseHeads, StarPlan, work
 from starling.scheduler.star.rules import ENGINE_RULES, OPTION_RULES, PROMPT_RULES, SIZE_RULES, Case, check
 from starling.scheduler.star.sizes import find_anchor_and_overlap, find_block_size
 
@@ -267,3 +265,31 @@ def who_gave(defaults: StarOptions, given: frozenset[str]) -> dict[str, str]:
         option: "request" if name in given else "server" if name in server else "default"
         for option, name in FIELD_OF.items()
     }
+
+
+ASKS_FOR_NO_PLAN = frozenset({"retention"})
+"""Options that a prompt can have without star."""
+
+
+def check_retention(value: str | tuple[str, ...], plan: StarPlan | None, why: str | None, engine: EngineFacts) -> None:
+    """Refuse what a request says of its pages, where it would have no effect.
+
+    Args:
+        value: a word, or one for each document of the plan.
+        why: the prompt has no plan.
+
+    Raises:
+        OptionError: as above.
+    """
+    if engine.retention_refusals:
+        reason = f"this server can't follow it: {'; '.join(engine.retention_refusals)}"
+        raise OptionError(STAR_RETENTION, value, reason, f"no {STAR_RETENTION}")
+    if isinstance(value, str):
+        return
+    number = 0 if plan is None else len(plan.documents_behind_head)
+    if not number:
+        reason = f"the prompt has no documents{'' if why is None else f': {why}'}"
+        raise OptionError(STAR_RETENTION, value, reason, "low, normal or high, for the whole prompt")
+    if len(value) != number:
+        reason = f"it has {len(value)} words, and the prompt has {number} documents, without the head and the question"
+        raise OptionError(STAR_RETENTION, value, reason, "one word for each document, as /starling/cached lists them")

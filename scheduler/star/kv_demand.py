@@ -9,8 +9,7 @@ from typing import Any
 from starling.config.parsing import OptionError
 from starling.config.star import flat_name
 from starling.scheduler.star.assignment import Assignment, replicas_needed
-from starling.scheduler.star.client_tokens import block_range, work
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.plan import StarPlan, block_range, work
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from starling.attention_backends.kernels.contract import Rotation
 from starling.attention_backends.kernels.reference import masked_attention
-from starling.attention_backends.star.reference import head_masks, star_mask
 from starling.attention_backends.star.rows import VirtualRows, split_rows
+from starling.lab.selftest.masks import head_masks, star_mask
 from starling.scheduler.star.plan import DenseHeads, StarPlan
 
 HEAD_SIZE = 32

@@ -15,7 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from starling.attention_backends.star.reference import Heads, masks_by_head, star_mask
+from starling.lab.selftest.masks import Heads, masks_by_head, star_mask
 from tests.forks import FORK_SHIM, PRELOADED, ROOT, path_with, run_in_fork
 from tests.parity.engine_job import RESULT
 

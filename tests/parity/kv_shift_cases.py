@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.kv_shift.random_model import make_random_kv_shift
-from starling.attention_backends.kv_shift.reference import logits
 from tests.parity.harness import mask_of, max_gap, star_sizes
+from tests.references.kv_shift import logits
 
 NEW = 5
 RANK = 8

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.random_llama import make_random_llama
-from starling.attention_backends.star.reference import star_mask
+from starling.lab.selftest.masks import star_mask
 from tests.adapters import make_adapter, merged
 from tests.parity.harness import TINY, max_gap, reference_logprobs, run_engine, star, v2_env
 from tests.parity.test_documents import HEAD, LIMIT, A, B, C, D, E, Prompt, tokens_of

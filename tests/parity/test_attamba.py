@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from benchmarks.attamba.random_model import make_random_attamba
 from examples.attamba_model import load_attamba
-from starling.attention_backends.attamba import reference
 from tests.parity.harness import max_gap, run_engine, star, star_sizes, v2_env
+from tests.references import attamba as reference
 
 pytestmark = pytest.mark.engine
 

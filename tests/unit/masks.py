@@ -2,7 +2,7 @@
 
 import torch
 
-from starling.attention_backends.star.reference import star_mask
+from starling.lab.selftest.masks import star_mask
 from starling.scheduler.star.plan import StarPlan
 
 

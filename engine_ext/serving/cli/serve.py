@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import sys
 import threading
 from argparse import Namespace
 from collections.abc import MutableMapping, Sequence
+from importlib.metadata import entry_points
 from typing import Any
 
 import psutil
@@ -23,14 +25,20 @@ from vllm.logger import configure_logging_from_args, init_logger
 from vllm.platforms import current_platform
 from vllm.utils.system_utils import decorate_logs
 
+from starling.config.entry import ENTRY
 from starling.engine_ext.environment import ADMIN_KEY_ENV
 from starling.engine_ext.front.bounds import MAX_CHOICES, MAX_CHOICES_ENV
 from starling.engine_ext.front.client_keys import api_keys
 from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.planning import PromptPlanner
-from starling.engine_ext.serving.cli.cores import CORES_ENV, bound_cores, core_binding, free_cores, physical_cores
-from starling.engine_ext.serving.cli.cpu_memory import memory_share
-from starling.engine_ext.serving.cli.hooks import NotHooked, check_hooks, install_hooks
+from starling.engine_ext.serving.cli.cpu_host import (
+    CORES_ENV,
+    bound_cores,
+    core_binding,
+    free_cores,
+    memory_share,
+    physical_cores,
+)
 from starling.engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
 from starling.engine_ext.serving.grpc.addresses import LOOPBACK, AdminOptions, join_address
 from starling.engine_ext.serving.grpc.auth import server_credentials
@@ -38,7 +46,8 @@ from starling.engine_ext.serving.grpc.prompt_inputs import chat_params
 from starling.engine_ext.serving.grpc.server import GRACE_SECONDS, Front
 from starling.engine_ext.serving.http.keepalive import KEEP_ALIVE_ENV, KEEP_ALIVE_SECONDS, end_lost_connections
 from starling.vllm_compat.config import is_of_configuration, plain_message
-from starling.vllm_compat.front import around_shutdown
+from starling.vllm_compat.front import around_shutdown, is_hooked, num_engine_cores
+from starling.vllm_compat.report_to_fronts import engine_reports
 from starling.vllm_compat.server_socket import on_server_socket, set_up_environment, validate_serve_args
 
 logger = init_logger("vllm.starling")
@@ -284,3 +293,33 @@ def stop_before_engine(engine: Any, front: Front) -> None:
                 stopping.result(grace + GRACE_SECONDS)
 
     around_shutdown(engine, stop_front)
+
+
+GROUP, PLUGIN = "vllm.general_plugins", "starling.engine_ext.start.plugin"
+
+
+class NotHooked(RuntimeError):
+    """Error of a server that would run without Starling: without salts, page keys and star."""
+
+
+def install_hooks() -> None:
+    """Install the hooks in this process, and check that vLLM's other processes can do the same (raises NotHooked)."""
+    if ENTRY not in {plugin.name for plugin in entry_points(group=GROUP)}:
+        raise NotHooked(f"no installed package has the entry point `{ENTRY}` of {GROUP}: install vllm-starling again")
+    try:
+        importlib.import_module(PLUGIN).register()
+    except Exception as error:
+        raise NotHooked(f"the plugin does not load: {type(error).__name__}: {error}") from error
+
+
+def check_hooks(engine: Any) -> None:
+    """Check that the front of a started AsyncLLM has Starling's hooks, and that each engine core has its scheduler.
+
+    Raises:
+        NotHooked: one of them does not.
+    """
+    if not is_hooked():
+        raise NotHooked("this process runs vLLM's own front")
+    cores, reports = num_engine_cores(engine), len(engine_reports(engine.vllm_config))
+    if reports < cores:
+        raise NotHooked(f"{cores - reports} of {cores} engine cores run vLLM's own scheduler")

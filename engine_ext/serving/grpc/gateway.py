@@ -24,7 +24,7 @@ from starling.engine_ext.front.call import this_call
 from starling.engine_ext.serving.errors import DuplicateRequestError
 from starling.engine_ext.serving.grpc.inference import Inference
 from starling.engine_ext.serving.grpc.messages import given
-from starling.engine_ext.serving.http.plan_header import HEADER, header_value
+from starling.engine_ext.serving.http.middleware import HEADER, header_value
 from starling.v1 import inference_pb2
 
 GATEWAY_SERVICE = pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name

@@ -30,8 +30,7 @@ from starling.engine_ext.serving.grpc.admin import star_message
 from starling.engine_ext.serving.grpc.arrivals import ClientOf
 from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
 from starling.engine_ext.serving.grpc.messages import abort, given, star_args
-from starling.engine_ext.serving.grpc.outputs import deltas, final, prompt_logprobs
-from starling.engine_ext.serving.grpc.progress_stream import with_progress
+from starling.engine_ext.serving.grpc.outputs import deltas, final, prompt_logprobs, with_progress
 from starling.engine_ext.serving.grpc.prompt_inputs import GenerateRequest, prompt_field, prompt_limit, render
 from starling.engine_ext.serving.grpc.sampling import TEXT_FIELDS, constraint_path, sampling_params
 from starling.engine_ext.serving.grpc.tokenizing import Tokenizing

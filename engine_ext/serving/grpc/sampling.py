@@ -9,7 +9,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 from starling.config.star import is_star_key
-from starling.engine_ext.front.constraints import TRANSFER_KEYS
+from starling.engine_ext.front.bounds import TRANSFER_KEYS
 from starling.engine_ext.front.misplaced import is_preset, nearly
 from starling.engine_ext.serving.grpc.messages import given
 from starling.v1 import inference_pb2 as pb

@@ -14,7 +14,7 @@ from vllm.renderers import ChatParams, TokenizeParams
 from starling.engine_ext.serving.errors import TokenizeMemoryError
 from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
 from starling.engine_ext.serving.grpc.prompt_inputs import PromptLimit, chat_tok_params, prompt_of, render_chat
-from starling.engine_ext.serving.grpc.quota import Quota
+from starling.engine_ext.serving.grpc.upload import Quota
 from starling.v1 import inference_pb2 as pb
 
 

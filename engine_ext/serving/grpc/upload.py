@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -13,8 +15,59 @@ from starling.engine_ext.serving.errors import UploadMemoryError
 from starling.engine_ext.serving.grpc.arrivals import SlowMessageError, arriving
 from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
 from starling.engine_ext.serving.grpc.prompt_inputs import PromptLimit
-from starling.engine_ext.serving.grpc.quota import Quota, Room
 from starling.v1 import inference_pb2 as pb
+
+
+class Quota:
+    """Limits of the bytes that all clients together, and one client alone, may use.
+
+    Args:
+        total: bytes of all clients.
+        of_client: bytes of one client.
+        make_error: makes the exception of a refusal. Room may be free again later.
+    """
+
+    def __init__(self, total: int, of_client: int, make_error: Callable[[], Exception]) -> None:
+        self.total = total
+        self.of_client = of_client
+        self.make_error = make_error
+        self.used: Counter[str] = Counter()
+
+    @contextmanager
+    def room(self, client: str) -> Iterator[Room]:
+        """Yield room for a client's data, and release it at the end.
+
+        Args:
+            client: name of the client.
+        """
+        room = Room(self, client)
+        try:
+            yield room
+        finally:
+            self.used[client] -= room.size
+            self.used += Counter()  # drops clients that use nothing
+
+
+class Room:
+    """The part of a quota that one call uses, in bytes."""
+
+    def __init__(self, quota: Quota, client: str) -> None:
+        self.quota = quota
+        self.client = client
+        self.size = 0
+
+    def take(self, size: int) -> None:
+        """Use ``size`` bytes more.
+
+        Raises:
+            Exception: the quota's error if there is no room.
+        """
+        quota = self.quota
+        if quota.used[self.client] + size > quota.of_client or quota.used.total() + size > quota.total:
+            raise quota.make_error()
+        quota.used[self.client] += size
+        self.size += size
+
 
 MIN_UPLOAD_BYTES = 512 * 2**20
 IDLE_SECONDS, ALL_SECONDS = 60.0, 600.0  # between two messages, and for all of them

@@ -15,12 +15,10 @@ from vllm.sampling_params import SamplingParams
 
 from starling.features.adapter.lora import adapter_fields
 from starling.features.replicas.replica_calls import OPEN_SHARD, PING, RELEASE, REPLICA_STATE
-from starling.features.replicas.split.kv_reservations import Reservation
 from starling.features.replicas.split.replica_rpc import ReplicaTimeout
-from starling.features.replicas.split.split_state import SplitState
-from starling.scheduler.star.client_tokens import block_range
+from starling.features.replicas.split.split_state import Reservation, SplitState
 from starling.scheduler.star.decide import PLANNED
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.plan import StarPlan, block_range
 from starling.scheduler.star.request_metadata import KEY, PageSource, PromptPart, RequestMetadata
 from starling.vllm_compat.front import run_internal_request
 
@@ -145,7 +143,7 @@ class EngineReplica:
         await self._call(PING)
 
     async def state(self) -> dict[str, Any]:
-        """Return what replica_state.py says of the prompt (raises ReplicaUnavailable)."""
+        """Return what replica_calls.py says of the prompt (raises ReplicaUnavailable)."""
         plan, salt = msgspec.to_builtins(self.prompt.plan), self.prompt.inputs.get("cache_salt")
         adapter = adapter_fields(self.prompt.lora)
         state: dict[str, Any] = await self._call(REPLICA_STATE, self.prompt.encoded_ids, plan, salt, adapter)

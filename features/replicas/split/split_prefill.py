@@ -19,16 +19,17 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from vllm import tracing
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
-from starling.features.front_request import FrontRequest, empty_output
+from starling.features.front_request import TRACE_HEADERS, FrontRequest, empty_output
 from starling.features.replicas.page_transfer import layout_mismatch
-from starling.features.replicas.split.end_of_reads import until_ended, until_fetched
 from starling.features.replicas.split.engine_replica import (
     EngineReplica,
     HeldPart,
@@ -36,17 +37,14 @@ from starling.features.replicas.split.engine_replica import (
     SplitPrompt,
     while_answering,
 )
-from starling.features.replicas.split.part_span import part_span
 from starling.features.replicas.split.replica_rpc import ReplicaUnavailable
-from starling.features.replicas.split.split_metrics import split_metrics
-from starling.features.replicas.split.split_state import SplitState
+from starling.features.replicas.split.split_state import SplitState, split_metrics
 from starling.scheduler.star.assignment import Assignment, ReplicaState, assign_blocks
-from starling.scheduler.star.client_tokens import pad, work
 from starling.scheduler.star.kv_demand import KVDemand
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.plan import StarPlan, pad, work
 from starling.scheduler.star.request_metadata import KEY, LOST, PageFetch, RemoteShards, RequestMetadata, Shard
 from starling.vllm_compat.admission_limits import Admission, RequestWithdrawn, admit, admitted_outputs, withdraw
-from starling.vllm_compat.front import abort_in_engine_cores, engine_request_ids, num_engine_cores
+from starling.vllm_compat.front import abort_in_engine_cores, engine_request_ids, num_engine_cores, request_state
 
 logger = init_logger("vllm.starling")
 
@@ -353,3 +351,51 @@ def with_task(params: SamplingParams, task: Task | None) -> SamplingParams:
     own = params.clone()
     own.extra_args = (params.extra_args or {}) | {KEY: metadata}
     return own
+
+
+@contextmanager
+def part_span(keywords: Mapping[str, Any], **attributes: Any) -> Iterator[dict[str, Any]]:
+    """Trace a replica's part of a prompt in a span, if the prompt has a trace.
+
+    Args:
+        keywords: of AsyncLLM.generate.
+        attributes: of the span, without "starling."; more of them may be put into the dict.
+    """
+    headers, began = keywords.get(TRACE_HEADERS), time.time_ns()
+    try:
+        yield attributes
+    finally:
+        if headers is not None and tracing.is_tracing_available():
+            tracing.instrument_manual(
+                "starling part",
+                began,
+                time.time_ns(),
+                attributes={f"starling.{name}": value for name, value in attributes.items()},
+                context=tracing.extract_trace_context(headers),
+            )
+
+
+CHECK_SECONDS = 0.2
+"""Seconds between the front's looks at a request."""
+
+
+async def until_fetched(engine: Any, request_id: str) -> None:
+    """Wait until every choice of a request has its first token, or fetches nothing more."""
+    prefilling = True
+    while prefilling:
+        await asyncio.sleep(CHECK_SECONDS)
+        states = [request_state(engine, name) for name in engine_request_ids(engine, request_id)]
+        prefilling = not states or any(state is None or state.is_prefilling for state in states)
+
+
+async def until_ended(engine: Any, request_id: str, has_output: Callable[[], bool]) -> None:
+    """Wait until the engine has ended a request.
+
+    Args:
+        has_output: whether the request has had an output: it may have ended before this is called.
+    """
+    seen = False
+    while (names := engine_request_ids(engine, request_id)) or not (seen or has_output()):
+        seen = seen or bool(names)
+        await asyncio.sleep(CHECK_SECONDS)
+    await asyncio.sleep(CHECK_SECONDS)  # the front aborts a request that ends at a stop string a little later

@@ -3,18 +3,133 @@
 from __future__ import annotations
 
 import asyncio
+import collections
+import functools
 import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from prometheus_client import Counter
 from vllm.exceptions import RetryableRequestError
 from vllm.logger import init_logger
 
 from starling.config.replicas import ReplicaOptions
-from starling.features.replicas.split.kv_reservations import KVReservations
 from starling.features.replicas.split.replica_rpc import ReplicaRPC
-from starling.features.replicas.split.split_metrics import split_metrics
-from starling.features.replicas.split.split_requests import SplitRequests
 from starling.vllm_compat.front import around_shutdown, refuse_admission
+
+
+class SplitRequests:
+    """Split requests by id. Between its parts and the whole request, and before, the engine does not know one of them.
+
+    Each has the ``request_id`` given to AsyncLLM.generate, which several may share, and ``abort()``, which ends it
+    unless the engine has it.
+    """
+
+    def __init__(self) -> None:
+        self._requests: list[Any] = []
+        self._none_left = asyncio.Event()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([request.request_id for request in self._requests])
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def add(self, request: Any) -> None:
+        self._requests.append(request)
+        self._none_left.clear()
+
+    def remove(self, request: Any) -> None:
+        self._requests.remove(request)
+        if not self._requests:
+            self._none_left.set()
+
+    def abort(self, request_id: str) -> None:
+        """End all requests of an id that the engine does not have yet."""
+        for request in self._requests:
+            if request.request_id == request_id:
+                request.abort()
+
+    async def wait_until_ended(self, seconds: float) -> bool:
+        """Wait until there is none; returns whether all have ended within this time."""
+        if self._requests:
+            try:
+                await asyncio.wait_for(self._none_left.wait(), seconds)
+            except TimeoutError:
+                return False
+        return True
+
+
+class KVReservations:
+    """The pages that are reserved for split prompts, by replica.
+
+    A prompt holds the pages of its parts until it has fetched those of other replicas, or, with shards, to its end. So
+    prompts could wait for one another's pages for good. Therefore each one reserves all it needs at once, first come,
+    first served.
+    """
+
+    def __init__(self) -> None:
+        self.reserved: collections.Counter[int] = collections.Counter()
+        self.changed = asyncio.Event()
+        self.turn = asyncio.Lock()
+
+    async def reserve(self, num_pages: Mapping[int, int], capacity: Mapping[int, int]) -> Reservation:
+        """Wait until each replica has so many pages that are not reserved, and reserve them.
+
+        Args:
+            num_pages: replica -> pages to reserve.
+            capacity: replica -> all its pages.
+        """
+        async with self.turn:
+            while not self._are_free(num_pages, capacity):
+                self.changed.clear()
+                await self.changed.wait()
+            self.reserved.update(num_pages)
+            return Reservation(self, num_pages)
+
+    def _are_free(self, num_pages: Mapping[int, int], capacity: Mapping[int, int]) -> bool:
+        return all(self.reserved[replica] + count <= capacity[replica] for replica, count in num_pages.items())
+
+
+class Reservation:
+    """Pages that are reserved for one prompt.
+
+    Attributes:
+        num_pages: replica -> pages that are still reserved there.
+    """
+
+    def __init__(self, reservations: KVReservations, num_pages: Mapping[int, int]) -> None:
+        self.reservations, self.num_pages = reservations, dict(num_pages)
+
+    def release(self, replica: int) -> None:
+        """Let other prompts reserve the pages of one replica; a second call does nothing."""
+        self.reservations.reserved[replica] -= self.num_pages.pop(replica, 0)
+        self.reservations.changed.set()
+
+
+class SplitMetrics:
+    """Counted in the API server."""
+
+    def __init__(self) -> None:
+        self.split_blocks = Counter(
+            "starling:split_blocks", "Star blocks of prompts that were split over several replicas.", ["replica"]
+        )
+        self.split_seconds = Counter(
+            "starling:split_seconds", "Seconds from the start of such prompts until all of their parts were prefilled."
+        )
+        self.shard_requests = Counter(
+            "starling:shard_requests", "Requests whose KV stayed on the replicas that computed it."
+        )
+
+    def count_split(self, blocks_of: Mapping[str, int], seconds: float) -> None:
+        """Count one split prompt; ``blocks_of`` maps each replica to its number of star blocks."""
+        for replica, blocks in blocks_of.items():
+            self.split_blocks.labels(replica).inc(blocks)
+        self.split_seconds.inc(seconds)
+
+
+split_metrics = functools.cache(SplitMetrics)
+
 
 logger = init_logger("vllm.starling")
 

@@ -16,8 +16,8 @@ import triton
 from starling.attention_backends.kernels.contract import Layout, Operands
 from starling.attention_backends.kernels.xformers.probe import Facts, gather_facts, unavailable_reason
 from starling.attention_backends.star.metadata import virtual_block_table
-from starling.attention_backends.star.reference import star_mask
 from starling.attention_backends.star.rows import split_rows
+from starling.lab.selftest.masks import star_mask
 from starling.scheduler.star.plan import StarPlan
 from tests.kernels.cases import Case
 from tests.kernels.xformers.jobs import measure_xformers, start_xformers_worker

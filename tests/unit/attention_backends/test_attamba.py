@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from starling.attention_backends.attamba import attend_step as attention
-from starling.attention_backends.attamba import mix, reference
+from starling.attention_backends.attamba import mix
 from starling.attention_backends.attamba.attend_step import Cache, Sizes
 from starling.attention_backends.attamba.backend import AttambaMetadataBuilder
 from starling.attention_backends.attamba.cache import KvPages, cache_specs
@@ -28,10 +28,10 @@ from starling.attention_backends.attamba.chunks import (
 from starling.attention_backends.attamba.mixer import MixerParameters, MixerSizes
 from starling.attention_backends.kernels.cpu.attention import built_op
 from starling.attention_backends.star.step import StarStep, open_step
-from starling.engine_ext.models.attamba import refuse_features
-from starling.engine_ext.models.attamba_config import AttambaConfig
-from starling.engine_ext.models.attamba_weights import MIXERS, load_checkpoint, target_shard
+from starling.engine_ext.models.attamba import MIXERS, load_checkpoint, refuse_features, target_shard
+from starling.engine_ext.models.configs import AttambaConfig
 from starling.scheduler.star.plan import StarPlan
+from tests.references import attamba as reference
 from tests.unit.attention_backends.test_rows import batch_metadata
 
 HEADS, SIZE = 2, 16

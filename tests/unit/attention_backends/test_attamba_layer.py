@@ -27,7 +27,7 @@ from starling.attention_backends.kernels.triton import attention as triton_atten
 from starling.attention_backends.kernels.triton import launch
 from starling.engine_ext.models import attamba
 from starling.engine_ext.models.attamba import OP, AttentiveSsm
-from starling.engine_ext.models.attamba_config import AttambaConfig
+from starling.engine_ext.models.configs import AttambaConfig
 from tests.piecewise import graphs, in_pieces
 from tests.unit.attention_backends.test_rows import batch_metadata
 from tests.unit.device_copies import AsyncCopies

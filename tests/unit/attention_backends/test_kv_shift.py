@@ -11,7 +11,6 @@ from vllm.compilation import breakable_cudagraph
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import override_forward_context
 
-from starling.attention_backends.kv_shift.reference import shift_reference
 from starling.attention_backends.kv_shift.shift import NO_ROW, NO_SLOT, ShiftMetadata, find_predecessors, shift
 from starling.attention_backends.kv_shift.state import (
     OP,
@@ -24,6 +23,7 @@ from starling.attention_backends.kv_shift.state import (
 )
 from starling.vllm_compat.models import break_point
 from tests.piecewise import graphs, in_pieces
+from tests.references.kv_shift import shift_reference
 
 HEADS, SIZE, PAGE_SIZE, NUM_PAGES = 2, 4, 4, 40
 

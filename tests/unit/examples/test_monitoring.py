@@ -9,10 +9,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from vllm.v1.metrics import loggers
 
 import starling.engine_ext.front.star_metrics
-import starling.engine_ext.worker.worker_metrics
-import starling.features.library.library_metrics
-import starling.features.replicas.split.split_metrics
-import starling.features.replicas.transfer_metrics
+import starling.engine_ext.worker.star_worker
+import starling.features.library.tier
+import starling.features.replicas.page_transfer
+import starling.features.replicas.split.split_state
 import starling.scheduler.core_metrics
 from starling.vllm_compat.metrics import DIRECTORY_ENV
 from tests.dashboard import (
@@ -61,10 +61,10 @@ def exported(tmp_path_factory):
                     patch.setattr(owner, attribute, recorded(kind))
         modules = (
             starling.engine_ext.front.star_metrics,
-            starling.engine_ext.worker.worker_metrics,
-            starling.features.library.library_metrics,
-            starling.features.replicas.split.split_metrics,
-            starling.features.replicas.transfer_metrics,
+            starling.engine_ext.worker.star_worker,
+            starling.features.library.tier,
+            starling.features.replicas.split.split_state,
+            starling.features.replicas.page_transfer,
             starling.scheduler.core_metrics,
         )
         for module in modules:
@@ -74,10 +74,10 @@ def exported(tmp_path_factory):
         loggers.PrometheusStatLogger(config)
         for metrics in (
             starling.engine_ext.front.star_metrics.FrontMetrics,
-            starling.engine_ext.worker.worker_metrics.WorkerMetrics,
-            starling.features.library.library_metrics.LibraryMetrics,
-            starling.features.replicas.split.split_metrics.SplitMetrics,
-            starling.features.replicas.transfer_metrics.ReplicaMetrics,
+            starling.engine_ext.worker.star_worker.WorkerMetrics,
+            starling.features.library.tier.LibraryMetrics,
+            starling.features.replicas.split.split_state.SplitMetrics,
+            starling.features.replicas.page_transfer.ReplicaMetrics,
             starling.scheduler.core_metrics.CacheMetrics,
             starling.scheduler.core_metrics.SchedulerMetrics,
         ):

@@ -19,7 +19,7 @@ from examples import attamba_model
 from examples.attamba_model import load_attamba
 from examples.stdlib_text import END, byte_ids
 from examples.train_attamba import count_parameters, export, kv_bytes, make_model, parse
-from starling.attention_backends.attamba import reference
+from tests.references import attamba as reference
 
 SMALL = {
     "vocab_size": 61,

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from examples import train_kv_shift as example
-from starling.attention_backends.kv_shift.reference import logits
+from tests.references.kv_shift import logits
 
 
 def test_the_exported_model_is_the_trained_one(tmp_path):

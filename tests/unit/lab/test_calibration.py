@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from starling.attention_backends.star.model_heads import checkpoint_digest
 from starling.config.head_scores import read_scores
 from starling.engine_ext.serving.cli.main import main
 from starling.lab.calibration import command
-from starling.lab.calibration.gated_model import Case, GatedModel, ScoredPrompt, make_plan
+from starling.lab.calibration.gated_model import Case, GatedModel, ScoredPrompt, layers_of, make_plan
 from starling.lab.models import ModelError, kl_at_each
 from tests.parity.harness import reference_scores
 from tests.unit.masks import mask_of
@@ -184,3 +185,24 @@ def test_a_model_that_is_not_there_or_that_transformers_cannot_load_is_refused(t
 def test_the_folder_of_the_file_must_exist(folder, tmp_path, capsys):
     assert run(folder, tmp_path / "nowhere" / "scores.json") == 2
     assert "the folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"num_hidden_layers": 2, "num_attention_heads": 4}, ([True, True], 4)),
+        ({"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}, ([True], 2)),
+        ({"num_hidden_layers": 1, "num_attention_heads": 4, "multi_query": True}, ([True], 1)),
+        ({"layer_types": ["sliding_attention", "full_attention"], "num_attention_heads": 4}, ([False, True], 4)),
+        ({"layer_types": ["hybrid"], "num_attention_heads": 4}, None),
+        ({"num_hidden_layers": 1, "num_attention_heads": 4, "sliding_window": 128}, None),
+    ],
+)
+def test_the_layers_of_a_model_are_those_of_its_configuration(fields, found):
+    text = SimpleNamespace(**fields)
+    config = SimpleNamespace(get_text_config=lambda: text)
+    if found is None:
+        with pytest.raises(ModelError, match="the model has no layers of full attention, but"):
+            layers_of(config)
+    else:
+        assert layers_of(config) == found

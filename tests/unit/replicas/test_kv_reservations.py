@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from starling.features.replicas.split.kv_reservations import KVReservations
+from starling.features.replicas.split.split_state import KVReservations
 from tests.unit.engine_ext.front.virtual_time import run
 
 

@@ -16,17 +16,16 @@ from starling.attention_backends.kernels.contract import Rotation, turn_back
 from starling.attention_backends.kernels.merge import merge
 from starling.attention_backends.kernels.reference import masked_attention
 from starling.attention_backends.star.metadata import virtual_metadata
-from starling.attention_backends.star.reference import star_mask
 from starling.attention_backends.star.remote_queries import make_remote_queries
 from starling.attention_backends.star.rows import split_rows
 from starling.features.replicas import remote_attention_client, remote_attention_server
+from starling.features.replicas.connector_metadata import WorkerReport
 from starling.features.replicas.notifications import FRAME_BYTES, FrameAssembler, MessageLimits, frames
 from starling.features.replicas.remote_attention_client import RemoteAttentionClient
 from starling.features.replicas.remote_attention_server import RemoteAttentionServer
-from starling.features.replicas.worker_report import WorkerReport
-from starling.scheduler.star.client_tokens import block_range
+from starling.lab.selftest.masks import star_mask
 from starling.scheduler.star.documents import lay_out
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.plan import StarPlan, block_range
 from starling.scheduler.star.request_metadata import Shard
 from tests.unit.attention_backends.test_rows import HEADS, KV_HEADS, PAGE_SIZE, SIZE, batch_metadata
 

@@ -8,9 +8,9 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
 from starling.features.fairness.core import PrefillLimiter
+from starling.features.replicas.connector_metadata import WorkerReport
 from starling.features.replicas.core import SplitPrompts
-from starling.features.replicas.replica_state import replica_state
-from starling.features.replicas.worker_report import WorkerReport
+from starling.features.replicas.replica_calls import replica_state
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import (
     LOST,

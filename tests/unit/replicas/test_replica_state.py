@@ -15,8 +15,7 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequestType
 from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from starling.features.replicas.replica_calls import REPLICA_STATE, add_replica_rpc
-from starling.features.replicas.replica_state import replica_state
+from starling.features.replicas.replica_calls import REPLICA_STATE, add_replica_rpc, replica_state
 from starling.scheduler.cache_keys import independent_block_hasher
 from starling.scheduler.star.plan import StarPlan
 from starling.vllm_compat.prefix_cache import plain_request_hasher

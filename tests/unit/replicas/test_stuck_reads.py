@@ -12,9 +12,9 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
 from starling.features.replicas.connector import StarConnector
+from starling.features.replicas.connector_metadata import WorkerReport
 from starling.features.replicas.core import SplitPrompts
 from starling.features.replicas.page_transfer import PageReader
-from starling.features.replicas.worker_report import WorkerReport
 from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.star.request_metadata import LOST, PageFetch, PageSource, RequestMetadata
 from tests.unit.replicas.test_connector import (

@@ -11,7 +11,7 @@ import pytest
 from vllm.lora.request import LoRARequest
 
 from starling.features.schedulers import StarScheduler
-from starling.scheduler.adapter_keys import AdapterKeys
+from starling.scheduler.cache_keys import AdapterKeys
 from starling.vllm_compat import prefix_cache
 from tests.unit.scheduler.library_engine import PAGE_SIZE, LibraryEngine, library_config
 from tests.unit.scheduler.simulation import make_config, make_request, make_scheduler, random_ids

@@ -19,9 +19,8 @@ from vllm.v1.request import RequestStatus
 from starling.features.schedulers import AsyncStarScheduler, StarScheduler
 from starling.scheduler.cache_state import prefill_progress
 from starling.scheduler.padding import BlockPadding, count_client_tokens, with_padding, without_padding
-from starling.scheduler.star.client_tokens import blocks_done, client_index, client_indexes, pad
 from starling.scheduler.star.documents import lay_out
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.plan import StarPlan, blocks_done, client_index, client_indexes, pad
 from starling.scheduler.star.request_metadata import KEY, RequestMetadata
 from tests.unit.scheduler.simulation import PAGE_SIZE, Engine, answer, make_scheduler, random_ids
 from tests.unit.scheduler.test_star_scheduler import config

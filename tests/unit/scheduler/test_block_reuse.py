@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import RequestStatus
 
-from starling.features.reuse.block_reuse import BlockReuse
+from starling.features.reuse.core import BlockReuse
 from starling.features.schedulers import AsyncStarScheduler, StarScheduler
 from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.star.plan import StarPlan

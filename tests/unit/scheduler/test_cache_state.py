@@ -12,8 +12,7 @@ from vllm.v1.request import RequestStatus
 from starling.features.schedulers import AsyncStarScheduler, StarScheduler
 from starling.scheduler import core_metrics
 from starling.scheduler.cache_state import cache_state, group_state, prefill_progress
-from starling.scheduler.star.client_tokens import blocks_done
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.plan import StarPlan, blocks_done
 from starling.scheduler.star.request_metadata import PromptPart, RequestMetadata
 from starling.v1.admin_pb2 import EngineCache
 from starling.vllm_compat.kv_pages import CacheGroup

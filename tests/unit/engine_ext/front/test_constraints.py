@@ -12,7 +12,7 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-from starling.engine_ext.front.constraints import NO_GRAMMAR, NO_TOKEN, TRANSFER_KEYS
+from starling.engine_ext.front.bounds import NO_GRAMMAR, NO_TOKEN, TRANSFER_KEYS
 from starling.engine_ext.start import plugin
 from tests.unit.engine_ext.configs import fake_config
 from tests.unit.engine_ext.front.test_requests import ON, planner

@@ -20,7 +20,7 @@ COUNT_HITS = (
     "m().count_hit('block', 64); m().count_hit('block', 0)"
 )
 COUNT_TOKENS = (
-    "from starling.engine_ext.worker.worker_metrics import worker_metrics; worker_metrics().context_tokens.inc(7)"
+    "from starling.engine_ext.worker.star_worker import worker_metrics; worker_metrics().context_tokens.inc(7)"
 )
 SET_SIZES = """
 from starling.scheduler.core_metrics import cache_metrics
@@ -73,8 +73,8 @@ fork = multiprocessing.get_context("fork")
 
 
 def count():
-    from starling.engine_ext.worker.worker_metrics import worker_metrics
-    from starling.features.replicas.transfer_metrics import replica_metrics
+    from starling.engine_ext.worker.star_worker import worker_metrics
+    from starling.features.replicas.page_transfer import replica_metrics
 
     worker_metrics().context_tokens.inc(7)
     replica_metrics().bytes_moved.inc(3)

@@ -20,7 +20,7 @@ from starling.engine_ext.front.requests import (
     plan_of_request,
 )
 from starling.engine_ext.front.star_metrics import front_metrics
-from starling.engine_ext.models.attamba_config import AttambaConfig
+from starling.engine_ext.models.configs import AttambaConfig
 from starling.engine_ext.serving.grpc.outputs import final
 from starling.scheduler.star.decide import Decision
 from starling.scheduler.star.facts import PromptFacts

@@ -17,10 +17,9 @@ from vllm.sampling_params import RequestOutputKind
 
 from starling.engine_ext.front.front_state import front_state
 from starling.features.replicas.replica_calls import REPLICA_STATE
-from starling.features.replicas.split import end_of_reads, engine_replica
-from starling.features.replicas.split.split_metrics import split_metrics
-from starling.scheduler.star.client_tokens import pad
-from starling.scheduler.star.plan import StarPlan
+from starling.features.replicas.split import engine_replica, split_prefill
+from starling.features.replicas.split.split_state import split_metrics
+from starling.scheduler.star.plan import StarPlan, pad
 from starling.scheduler.star.request_metadata import metadata_of
 from tests.unit.engine_ext.front.simulation import (
     PAGE_SIZE,
@@ -228,7 +227,7 @@ def test_pages_are_released_once_every_choice_has_its_first_token(simulate):
 
 def test_a_request_that_ends_while_its_pages_are_released_leaves_none(simulate, monkeypatch):
     async def scenario(server):
-        look = end_of_reads.request_state
+        look = split_prefill.request_state
 
         def end_at_the_first_token(engine, name):
             """Cancel the task that looks, as the request's end does."""
@@ -237,7 +236,7 @@ def test_a_request_that_ends_while_its_pages_are_released_leaves_none(simulate, 
                 asyncio.get_running_loop().call_soon(asyncio.current_task().cancel)
             return state
 
-        monkeypatch.setattr(end_of_reads, "request_state", end_at_the_first_token)
+        monkeypatch.setattr(split_prefill, "request_state", end_at_the_first_token)
         await server.generate(TOKENS, STAR, max_tokens=20)
 
     simulate(scenario)

@@ -31,7 +31,7 @@ from starling.engine_ext.start.activation import (
     prepare_server,
     star_class,
 )
-from starling.features.reuse.block_reuse import reuse_refusal
+from starling.features.reuse.core import reuse_refusal
 from starling.features.schedulers import FeatureMixin
 from starling.scheduler.star.request_metadata import ONE_HOST, default_num_shards
 from starling.scheduler.star_scheduler import StarMixin

@@ -7,7 +7,7 @@ from itertools import chain
 
 import pytest
 
-from starling.lab.evaluation.repeats import RUN, repeated_tokens
+from starling.lab.evaluation.commands.advise import RUN, repeated_tokens
 
 
 def by_definition(prompts: list[list[int]]) -> int:

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from starling.config.parsing import OptionError
 from starling.config.star import parse_options
-from starling.scheduler.star.client_tokens import client_indexes, pad
 from starling.scheduler.star.counts import num_client_tokens
 from starling.scheduler.star.decide import Decision, decide
 from starling.scheduler.star.documents import (
@@ -24,7 +23,7 @@ from starling.scheduler.star.documents import (
     refuse_many_offsets,
 )
 from starling.scheduler.star.facts import EngineFacts, KnownSegments, PromptFacts, ReplicaSet
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.plan import StarPlan, client_indexes, pad
 from tests.unit.lines_run import lines_run
 
 MARK, PAGE_SIZE, BLOCK, QUERY = 0, 4, 8, 3

@@ -4,10 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from starling.engine_ext.models.attamba_config import AttambaConfig
-from starling.engine_ext.models.configs import BaichuanM1Config, KVShiftLlamaConfig
-from starling.features.reuse.block_reuse import reuse_refusal
-from starling.scheduler.star.independence import dependence
+from starling.engine_ext.models.configs import AttambaConfig, BaichuanM1Config, KVShiftLlamaConfig
+from starling.features.reuse.core import reuse_refusal
+from starling.scheduler.star.facts import dependence
 from starling.scheduler.star.request_metadata import CONNECTOR
 
 

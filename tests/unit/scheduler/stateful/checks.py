@@ -14,7 +14,7 @@ from vllm.v1.request import RequestStatus
 from starling.features.fairness.core import PrefillLimiter
 from starling.features.replicas.connector import StarConnector
 from starling.features.retention.core import RetainedPages
-from starling.features.reuse.block_reuse import BlockReuse
+from starling.features.reuse.core import BlockReuse
 from tests.unit.scheduler.stateful.cases import Case
 from tests.unit.scheduler.stateful.runner import MARKS, Runner
 

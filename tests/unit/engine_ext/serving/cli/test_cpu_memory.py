@@ -9,7 +9,7 @@ import psutil
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
-from starling.engine_ext.serving.cli.cpu_memory import memory_share
+from starling.engine_ext.serving.cli.cpu_host import memory_share
 
 DEFAULT = EngineArgs.gpu_memory_utilization
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError, field_validator
 
 from benchmarks.random_llama import make_random_llama
 from starling.config.star import StarOptions, parse_options, summary
-from starling.engine_ext.serving.cli import hooks, serve
+from starling.engine_ext.serving.cli import serve
 from starling.engine_ext.start.activation import CORE
 from starling.vllm_compat.config import plain_message
 from starling.vllm_compat.report_to_fronts import add_report
@@ -172,7 +172,7 @@ def test_an_error_of_a_running_server_keeps_its_traceback(prepared):
 def test_a_server_does_not_start_where_the_plugin_does_not_load(prepared, monkeypatch, capsys):
     """vLLM logs it, and would serve without salts."""
     prepared(create_engine_config)
-    monkeypatch.setitem(sys.modules, hooks.PLUGIN, None)
+    monkeypatch.setitem(sys.modules, serve.PLUGIN, None)
     assert serve.run([]) == 2
     message = "error: Starling is not in this vLLM: the plugin does not load: ModuleNotFoundError: import of"
     assert capsys.readouterr().err.startswith(f"starling serve: {message}")
@@ -180,7 +180,7 @@ def test_a_server_does_not_start_where_the_plugin_does_not_load(prepared, monkey
 
 def test_a_server_does_not_start_where_vllm_does_not_find_the_plugin(prepared, monkeypatch, capsys):
     prepared(create_engine_config)
-    monkeypatch.setattr(hooks, "entry_points", lambda group: ())
+    monkeypatch.setattr(serve, "entry_points", lambda group: ())
     assert serve.run([]) == 2
     assert "no installed package has the entry point `starling` of vllm.general_plugins" in capsys.readouterr().err
 
@@ -198,9 +198,9 @@ def test_a_server_does_not_listen_without_hooks(monkeypatch, is_hooked, reports,
     for _ in range(reports):
         add_report(config, {})
     engine = Namespace(vllm_config=config, engine_core=Namespace(core_engines=[0, 1]))
-    monkeypatch.setattr(hooks, "is_hooked", lambda: is_hooked)
-    with nullcontext() if says is None else pytest.raises(hooks.NotHooked, match=says):
-        hooks.check_hooks(engine)
+    monkeypatch.setattr(serve, "is_hooked", lambda: is_hooked)
+    with nullcontext() if says is None else pytest.raises(serve.NotHooked, match=says):
+        serve.check_hooks(engine)
 
 
 BROKEN = """

@@ -10,7 +10,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logprobs import Logprob
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from starling.engine_ext.front.constraints import NO_GRAMMAR
+from starling.engine_ext.front.bounds import NO_GRAMMAR
 from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.requests import PLANNED
 from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from starling.engine_ext.front.progress import Progress
-from starling.engine_ext.serving.grpc.progress_stream import with_progress
+from starling.engine_ext.serving.grpc.outputs import with_progress
 from starling.v1 import inference_pb2 as pb
 
 

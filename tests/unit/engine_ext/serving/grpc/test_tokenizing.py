@@ -8,7 +8,7 @@ import threading
 import grpc
 import pytest
 
-from starling.engine_ext.serving.grpc.quota import Quota
+from starling.engine_ext.serving.grpc.upload import Quota
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine, FakeTokenizer, front_of, until
 

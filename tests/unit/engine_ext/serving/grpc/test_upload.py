@@ -14,11 +14,11 @@ from starling.engine_ext.serving.errors import UploadMemoryError
 from starling.engine_ext.serving.grpc.arrivals import SlowMessageError
 from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
 from starling.engine_ext.serving.grpc.prompt_inputs import PromptLimit
-from starling.engine_ext.serving.grpc.quota import Quota
 from starling.engine_ext.serving.grpc.upload import (
     CHARACTER_BYTES,
     ID_BYTES,
     PIECE_BYTES,
+    Quota,
     Upload,
     as_upload_event,
     messages,

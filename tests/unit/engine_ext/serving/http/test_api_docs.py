@@ -6,13 +6,13 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from starling.engine_ext.serving.http.api_docs import DescribeApi
+from starling.engine_ext.serving.http.middleware import DescribeApi
 from starling.engine_ext.start.activation import HTTP, MIDDLEWARE
 
 
 @pytest.mark.parametrize("url", ["/openapi.json", None])
 def test_the_description_is_made_before_the_first_request(url):
-    assert f"{HTTP}.api_docs.DescribeApi" in MIDDLEWARE
+    assert f"{HTTP}.middleware.DescribeApi" in MIDDLEWARE
     app = FastAPI(openapi_url=url)
     app.add_middleware(DescribeApi)
     with TestClient(app) as http:

@@ -10,8 +10,8 @@ from fastapi import FastAPI
 
 from starling.engine_ext.front.call import current_call
 from starling.engine_ext.front.front_state import front_state
-from starling.engine_ext.serving.http import call_middleware
-from starling.engine_ext.serving.http.call_middleware import NoteClient
+from starling.engine_ext.serving.http import middleware
+from starling.engine_ext.serving.http.middleware import NoteClient
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine
 
 
@@ -25,7 +25,7 @@ class Models:
 @pytest.fixture
 def application(monkeypatch) -> FastAPI:
     """An application with the state that vLLM gives it before it starts."""
-    monkeypatch.setattr(call_middleware, "is_hooked", lambda: True)
+    monkeypatch.setattr(middleware, "is_hooked", lambda: True)
     app = FastAPI()
     app.add_middleware(NoteClient)
     app.state.engine_client, app.state.openai_serving_models = FakeEngine(), Models(sql=1)
@@ -61,7 +61,7 @@ def test_the_list_of_models_is_noted_when_the_application_starts(application):
 
 def test_a_process_without_hooks_does_not_start(application, monkeypatch):
     """As one of several API servers whose plugin has failed."""
-    monkeypatch.setattr(call_middleware, "is_hooked", lambda: False)
+    monkeypatch.setattr(middleware, "is_hooked", lambda: False)
     assert start_and_stop(application) == ["lifespan.startup.failed"]
 
 

@@ -10,7 +10,7 @@ import pytest
 import uvicorn
 
 from starling.engine_ext.front.call import this_call
-from starling.engine_ext.serving.http.plan_header import MAX_BYTES, PlanHeader
+from starling.engine_ext.serving.http.middleware import MAX_BYTES, PlanHeader
 
 LIMIT_OF_NGINX = 4096  # of all headers of a response together, with nginx's smallest default
 

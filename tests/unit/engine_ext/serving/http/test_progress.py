@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from starling.engine_ext.front.front_state import front_state
-from starling.engine_ext.serving.http.call_middleware import NoteClient
+from starling.engine_ext.serving.http.middleware import NoteClient
 from starling.engine_ext.serving.http.progress_events import HttpProgress
 from starling.scheduler.core_rpc import PREFILL_PROGRESS
 from tests.unit.engine_ext.front.simulation import Server

@@ -1,7 +1,7 @@
 """Reference for the tests: Attamba by its definition, in plain torch.
 
 The mixers are a loop over tokens, and attention uses an explicit mask. Sources: arXiv 2411.17685, section 3; mixers:
-arXiv 2405.21060. The file is independent of the other files of this folder: it shares only the weights' names.
+arXiv 2405.21060. It shares nothing with the served model but the weights' names.
 """
 
 from __future__ import annotations

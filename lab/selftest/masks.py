@@ -1,4 +1,4 @@
-"""The mask of Star Attention, written out: the reference that tests compare the engine's virtual rows to.
+"""Masks of Star Attention, written out: `starling selftest` and the tests hold the engine's virtual rows against them.
 
 It uses no code of rows.py: no pages and no plan object, but one comparison for each rule (arXiv 2411.17116, section 2;
 the overlap is Starling's). kernels/reference.py's ``masked_attention`` computes the attention for a mask.

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from starling.engine_ext.serving.cli import cores
+from starling.engine_ext.serving.cli import cpu_host
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from starling.engine_ext.serving.cli import cores
     ],
 )
 def test_shares_are_equal_and_disjoint(available, workers, binding):
-    assert cores.split_cores(available, workers) == binding
+    assert cpu_host.split_cores(available, workers) == binding
 
 
 @pytest.mark.parametrize(
@@ -34,19 +34,19 @@ def test_shares_are_equal_and_disjoint(available, workers, binding):
         (4, 2, 1, {}, "0,1|2,3"),
         (1, None, 1, {}, None),
         (2, 1, 1, {}, None),  # the other one is on another host
-        (2, None, 1, {cores.CORES_ENV: "auto"}, None),
+        (2, None, 1, {cpu_host.CORES_ENV: "auto"}, None),
         (8, None, 1, {}, None),
     ],
 )
 def test_what_is_bound_follows_the_arguments(monkeypatch, replicas, local, tensor_parallel, environ, binding):
-    monkeypatch.setattr(cores, "physical_cores", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(cpu_host, "physical_cores", lambda: [0, 1, 2, 3])
     args = SimpleNamespace(
         data_parallel_size=replicas,
         data_parallel_size_local=local,
         tensor_parallel_size=tensor_parallel,
         pipeline_parallel_size=1,
     )
-    assert cores.core_binding(args, environ, set()) == binding
+    assert cpu_host.core_binding(args, environ, set()) == binding
 
 
 @pytest.mark.parametrize(
@@ -61,27 +61,27 @@ def test_what_is_bound_follows_the_arguments(monkeypatch, replicas, local, tenso
     ],
 )
 def test_cores_that_another_engine_has_bound_are_left_to_it(monkeypatch, replicas, bound, binding):
-    monkeypatch.setattr(cores, "physical_cores", lambda: [0, 1, 2, 3])
-    monkeypatch.setattr(cores, "physical", str)
-    monkeypatch.setattr(cores, "node_of", lambda core: "node0")
+    monkeypatch.setattr(cpu_host, "physical_cores", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(cpu_host, "physical", str)
+    monkeypatch.setattr(cpu_host, "node_of", lambda core: "node0")
     args = SimpleNamespace(data_parallel_size=replicas, data_parallel_size_local=None)
     args.tensor_parallel_size = args.pipeline_parallel_size = 1
-    assert cores.core_binding(args, {}, bound) == binding
+    assert cpu_host.core_binding(args, {}, bound) == binding
 
 
 def test_another_thread_of_a_bound_core_is_bound_too(monkeypatch, tmp_path):
     for core, siblings in {0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}.items():
         (tmp_path / str(core)).write_text(siblings)
-    monkeypatch.setattr(cores, "SIBLINGS", str(tmp_path / "{}"))
-    assert cores.free_cores([0, 1], {2}) == [1]
+    monkeypatch.setattr(cpu_host, "SIBLINGS", str(tmp_path / "{}"))
+    assert cpu_host.free_cores([0, 1], {2}) == [1]
 
 
 def test_a_worker_uses_the_cores_of_one_memory_node(monkeypatch, tmp_path):
     for core, node in {0: 0, 1: 1, 2: 1}.items():
         (tmp_path / str(core) / f"node{node}").mkdir(parents=True)
-    monkeypatch.setattr(cores, "NODE", str(tmp_path / "{}"))
-    assert cores.on_one_node([0, 1, 2]) == [1, 2]
-    assert cores.on_one_node([]) == []
+    monkeypatch.setattr(cpu_host, "NODE", str(tmp_path / "{}"))
+    assert cpu_host.on_one_node([0, 1, 2]) == [1, 2]
+    assert cpu_host.on_one_node([]) == []
 
 
 WORKER = """
@@ -97,13 +97,13 @@ time.sleep(600)
 
 def test_what_workers_of_this_host_are_bound_to_is_found(monkeypatch):
     core = max(os.sched_getaffinity(0))
-    monkeypatch.setattr(cores, "WORKER", "VLLM::Test")
+    monkeypatch.setattr(cpu_host, "WORKER", "VLLM::Test")
     for title, found in (("VLLM::Test_TP0", {core}), ("another", set())):
         command = [sys.executable, "-c", WORKER, str(core), title]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             process.stdout.readline()
             try:
-                assert cores.bound_cores() == found
+                assert cpu_host.bound_cores() == found
             finally:
                 process.kill()
 
@@ -111,8 +111,8 @@ def test_what_workers_of_this_host_are_bound_to_is_found(monkeypatch):
 def test_threads_of_one_core_count_once(monkeypatch, tmp_path):
     for core, siblings in {0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}.items():
         (tmp_path / str(core)).write_text(siblings)
-    monkeypatch.setattr(cores, "SIBLINGS", str(tmp_path / "{}"))
-    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
-    assert cores.physical_cores() == [0, 1]
-    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda pid: {2, 5})
-    assert cores.physical_cores() == [2, 5]  # of a core that the machine says nothing about
+    monkeypatch.setattr(cpu_host, "SIBLINGS", str(tmp_path / "{}"))
+    monkeypatch.setattr(cpu_host.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    assert cpu_host.physical_cores() == [0, 1]
+    monkeypatch.setattr(cpu_host.os, "sched_getaffinity", lambda pid: {2, 5})
+    assert cpu_host.physical_cores() == [2, 5]  # of a core that the machine says nothing about

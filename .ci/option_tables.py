@@ -11,8 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from starling.config.replicas import ReplicaOptions
-from starling.config.scheduling import SchedulingOptions
+from starling.config.scheduling import ReplicaOptions, SchedulingOptions
 from starling.config.star import SHARED, StarOptions, flat_name
 from starling.engine_ext.serving.cli.serve_args import FLAGS, GROUPS, make_parser
 from starling.scheduler.star.rules import RULES, Rule

@@ -30,9 +30,8 @@ from benchmarks.chosen_blocks import CHUNK, antidiagonals, attention, mask_of
 from benchmarks.report import markdown_table, numbers_table, saved_figure, write_json
 from starling.attention_backends.star.model_heads import KNOWN
 from starling.config.head_scores import read_scores
-from starling.lab.evaluation.tasks.base import hide
-from starling.lab.evaluation.tasks.needles import NEEDLE
-from starling.lab.evaluation.tasks.words import PLACES, distinct, number, prose, pseudo_words
+from starling.lab.evaluation.tasks import NEEDLE, hide
+from starling.lab.evaluation.words import PLACES, distinct, number, prose, pseudo_words
 from starling.lab.models import kl_at_each, load_model
 from starling.lab.selftest.masks import star_mask
 from starling.lab.statistics import bootstrap

@@ -35,7 +35,7 @@ from benchmarks.streaming_clients import PROMPT, time_streams
 from examples.server import free_ports
 from starling.engine_ext.serving.cli.serve import start_front
 from starling.engine_ext.serving.cli.serve_args import parse, refuse_open_plaintext
-from starling.engine_ext.serving.grpc.addresses import NO_ADMIN
+from starling.engine_ext.serving.grpc.server_options import NO_ADMIN
 from starling.engine_ext.start import plugin
 from starling.lab.statistics import ratio_interval
 

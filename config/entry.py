@@ -10,10 +10,14 @@ from starling.config.library import LibraryOptions, parse_library
 from starling.config.parsing import OptionError, meant
 from starling.config.presets import PRESET, with_preset
 from starling.config.quality import parse_quality_sizes
-from starling.config.replicas import SECTION as REPLICAS
-from starling.config.replicas import ReplicaOptions, parse_replicas
-from starling.config.scheduling import SECTION as SCHEDULING
-from starling.config.scheduling import SchedulingOptions, parse_scheduling
+from starling.config.scheduling import (
+    REPLICAS,
+    SCHEDULING,
+    ReplicaOptions,
+    SchedulingOptions,
+    parse_replicas,
+    parse_scheduling,
+)
 from starling.config.star import (
     FIELD_OF,
     QUALITY_SIZES,

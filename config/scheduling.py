@@ -1,4 +1,4 @@
-"""Options of a server's scheduling: the `scheduler` section of the `starling` entry."""
+"""Options of a server's scheduling and of its replicas: two sections of the `starling` entry."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from starling.config.parsing import Count, Share, Switch, parse_fields, read_number
 
-SECTION = "scheduler"
+SCHEDULING = "scheduler"
 MIN_CHUNK = 2
 """Tokens: a star chunk of one token can't always run (scheduler/star_scheduler.py)."""
 
@@ -51,13 +51,13 @@ FIELDS = SchedulingOptions.model_fields
 SWITCHES = ("fairness", "star_block_reuse")
 
 
-def parse_scheduling(values: Mapping[str, Any], prefix: str = f"{SECTION}.") -> SchedulingOptions:
+def parse_scheduling(values: Mapping[str, Any], prefix: str = f"{SCHEDULING}.") -> SchedulingOptions:
     """Parse options under their bare names; ``prefix`` stands before a name in messages.
 
     Raises:
         OptionError: an unknown name, a wrong type or too small a number.
     """
-    return parse_fields(SchedulingOptions, values, SECTION, expected=_expected, prefix=prefix)
+    return parse_fields(SchedulingOptions, values, SCHEDULING, expected=_expected, prefix=prefix)
 
 
 def _expected(field: str) -> str:
@@ -66,3 +66,28 @@ def _expected(field: str) -> str:
     if field == "retained_share":
         return "a share of the KV pages, 0 to 1"
     return f"a whole number from {MIN_CHUNK if field == 'shared_step_tokens' else 1}"
+
+
+REPLICAS = "replicas"
+REPLICAS_EXPECTED = {"timeout": "a number above 0 (seconds)"}
+
+
+class ReplicaOptions(BaseModel):
+    """Options for how the replicas of one server work together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        default=30.0,
+        description="seconds after which a replica that sends neither a response nor data is left out: another replica "
+        "then computes the whole prompt; with --star-shards on the request fails",
+    )
+
+
+def parse_replicas(values: Mapping[str, Any], prefix: str = f"{REPLICAS}.") -> ReplicaOptions:
+    """Parse options under their bare names; ``prefix`` stands before a name in messages.
+
+    Raises:
+        OptionError: an unknown name, or a timeout that is not a finite number above 0.
+    """
+    return parse_fields(ReplicaOptions, values, REPLICAS, expected=REPLICAS_EXPECTED.__getitem__, prefix=prefix)

@@ -5,19 +5,40 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.diffusion_scheduler import DiffusionAsyncScheduler, DiffusionScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from starling.attention_backends.star.refusals import BLOCK_POSITIONS, SPLIT, STAR, star_refusals
 from starling.config.entry import config_of
 from starling.engine_ext.start import plugin
-from starling.features.schedulers import (
-    AsyncDiffusionStarScheduler,
-    AsyncStarScheduler,
-    DiffusionStarScheduler,
-    StarScheduler,
-)
+from starling.features import parts_of_core
 from starling.scheduler.star.request_metadata import REPLICA_CONNECTORS
-from starling.vllm_compat.report_to_fronts import send_report
+from starling.scheduler.star_scheduler import StarMixin
+from starling.vllm_compat.core_process import send_report
 from starling.vllm_compat.scheduler_view import SchedulerView
+
+
+class FeatureMixin(StarMixin):
+    """Mixed into a vLLM scheduler class, before it."""
+
+    feature_parts = parts_of_core()
+
+
+class StarScheduler(FeatureMixin, Scheduler):
+    """For engines without async scheduling (CPU)."""
+
+
+class AsyncStarScheduler(FeatureMixin, AsyncScheduler):
+    """For engines with async scheduling: vLLM turns it off for a class that is not an AsyncScheduler."""
+
+
+class DiffusionStarScheduler(FeatureMixin, DiffusionScheduler):
+    """For diffusion models, whose canvases of tokens vLLM's scheduler cuts to each request's width."""
+
+
+class AsyncDiffusionStarScheduler(FeatureMixin, DiffusionAsyncScheduler):
+    """For diffusion models in engines with async scheduling."""
 
 
 def report_of_worker(worker: Any) -> dict[str, str | None]:

@@ -19,8 +19,10 @@ from starling.scheduler.part import CorePart
 from starling.scheduler.star.counts import num_client_tokens
 from starling.scheduler.star.plan import blocks_done, client_index
 from starling.scheduler.star.request_metadata import metadata_of
+from starling.vllm_compat.core_process import add_core_utility
 from starling.vllm_compat.kv_pages import CacheGroup
 from starling.vllm_compat.scheduler_view import SchedulerView
+from starling.vllm_compat.worker import attention_backends
 
 
 def cache_state(scheduler: Any, per_request: bool) -> dict[str, Any]:
@@ -204,3 +206,30 @@ class CompressedCache(CorePart):
 
     def outputs(self, outputs: dict[int, Any]) -> None:
         cache_metrics().states.set(sum(states_used(self.scheduler, group) for group in self.groups))
+
+
+CACHE_STATE = "starling_cache_state"
+PREFILL_PROGRESS = "starling_prefill_progress"
+ATTENTION_BACKENDS = "starling_attention_backends"
+LIVE_REQUESTS = "starling_live_requests"
+CACHED_TOKENS = "starling_cached_tokens"
+
+
+def _cache_state(core: Any, per_request: bool) -> dict[str, Any]:
+    return cache_state(core.scheduler, per_request)
+
+
+def _prefill_progress(core: Any, request_ids: list[str]) -> dict[str, dict[str, int]]:
+    return prefill_progress(core.scheduler, request_ids)
+
+
+def _attention_backends(core: Any) -> list[str]:
+    of_workers = core.model_executor.collective_rpc(attention_backends)
+    return sorted({name for names in of_workers for name in names})
+
+
+def add_core_rpc() -> None:
+    """Offer the calls that need no feature in this process's engine core; features offer their own."""
+    add_core_utility(CACHE_STATE, _cache_state)
+    add_core_utility(PREFILL_PROGRESS, _prefill_progress)
+    add_core_utility(ATTENTION_BACKENDS, _attention_backends)

@@ -11,8 +11,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from starling.config.entry import StarlingConfig, config_of
 from starling.config.star import StarOptions
 from starling.scheduler.cache_keys import page_keys
-from starling.scheduler.cache_state import CompressedCache
-from starling.scheduler.core_rpc import add_core_rpc
+from starling.scheduler.cache_state import CompressedCache, add_core_rpc
 from starling.scheduler.padding import BlockPadding
 from starling.scheduler.part import CorePart, HasParts, hooks_of
 from starling.scheduler.provenance import Provenance
@@ -20,8 +19,7 @@ from starling.scheduler.star.request_metadata import metadata_of
 from starling.scheduler.star.rules import check_sizes
 from starling.vllm_compat.patching import extends
 from starling.vllm_compat.prefix_cache import add_page_keys, hash_prompts_in_core
-from starling.vllm_compat.scheduler_hooks import SchedulerHooks
-from starling.vllm_compat.scheduler_view import SchedulerView
+from starling.vllm_compat.scheduler_view import SchedulerHooks, SchedulerView
 
 
 class PlanChunks(CorePart):
@@ -72,7 +70,7 @@ class StarMixin(HasParts, SchedulerHooks):
     """
 
     feature_parts: Sequence[Callable[[Any, StarlingConfig], CorePart | None]] = ()
-    """Makers of the parts (features/schedulers.py)."""
+    """Makers of the parts (engine_ext/engine_core.py)."""
 
     requests: dict[str, Any]  # vLLM's own
 

@@ -18,8 +18,8 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from starling.attention_backends.kernels.contract import FP8_DTYPES, Operands, Sizes, as_fp8
-from starling.attention_backends.kernels.xformers.probe import DTYPES, HEAD_SIZES, gather_facts, unavailable_reason
-from starling.attention_backends.paged.names import NAME
+from starling.attention_backends.kernels.xformers.attention import DTYPES, HEAD_SIZES, gather_facts, unavailable_reason
+from starling.attention_backends.paged import NAME
 from starling.config.entry import GPU_ATTENTION
 from starling.vllm_compat.config import kv_scales
 from starling.vllm_compat.patching import touches

@@ -25,15 +25,21 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from starling.attention_backends.kernels import contract
 from starling.attention_backends.kernels.contract import AMX, CPU_ISAS, Sizes
-from starling.attention_backends.paged.names import CLASSES, NAME
-from starling.attention_backends.star.gpu_impl import keep_for_capture, make_gpu_impl, turns_queries
+from starling.attention_backends.kernels.triton.ranges import prefill_tile_queries
+from starling.attention_backends.paged import CLASSES, NAME
+from starling.attention_backends.star.gpu_impl import (
+    keep_for_capture,
+    make_gpu_impl,
+    turns_queries,
+    warm_up,
+)
 from starling.attention_backends.star.head_step import HeadBuilders
 from starling.attention_backends.star.metadata import virtual_block_table, virtual_metadata
 from starling.attention_backends.star.range_attention import GraphRanges
 from starling.attention_backends.star.step import current_step
 from starling.config.entry import config_of
-from starling.vllm_compat.attention_splits import build_unsplit
 from starling.vllm_compat.config import set_cpu_attention_isa
+from starling.vllm_compat.head_attention import build_unsplit
 from starling.vllm_compat.patching import extends
 
 WRAPPED = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
@@ -105,8 +111,6 @@ def _config_for_virtual_rows(vllm_config: Any, page_size: int, sizes_by_pages: b
 
 def tile_queries_of(vllm_config: Any, spec: Any) -> int:
     """Tokens of a tile of queries of the kernel for rows of many tokens behind documents."""
-    from starling.attention_backends.kernels.triton.ranges import prefill_tile_queries  # imports Triton
-
     model = vllm_config.model_config
     heads = model.get_num_attention_heads(vllm_config.parallel_config)
     sizes = Sizes(1, 1, heads, spec.num_kv_heads, spec.head_size, spec.head_size, spec.block_size)
@@ -194,7 +198,6 @@ class StarBuilder:
         if turning and common_attn_metadata.max_query_len == 1:
             if self.graph_ranges is None:
                 self.graph_ranges = GraphRanges(self.max_requests, common_attn_metadata.seq_lens.device)
-                from starling.attention_backends.star.warm_up import warm_up  # imports Triton, unneeded on a CPU
 
                 # A GPU can't load a kernel in a capture. vLLM captures graphs before ``compile_or_warm_up_model`` too,
                 # to learn what they take.

@@ -14,7 +14,7 @@ from vllm.model_executor.layers.attention import Attention
 from starling.attention_backends.kernels.contract import Rotation, turn_back
 from starling.attention_backends.star.backend import takes_star
 from starling.attention_backends.star.document_step import DocumentStep
-from starling.attention_backends.star.gpu_impl import attends_by_parts
+from starling.attention_backends.star.gpu_impl import attends_by_parts, warm_up
 from starling.attention_backends.star.gpu_impl import unsupported_reason as unsupported_by_triton
 from starling.attention_backends.star.head_step import HeadStep, unsupported_reason
 from starling.attention_backends.star.model_heads import ranks_of_layers, scores_of
@@ -30,7 +30,7 @@ from starling.config.entry import STAR_HEADS, config_of
 from starling.config.head_scores import HeadScores
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.rules import HEADS as DENSE_HEADS
-from starling.vllm_compat.rotary_layers import FIXED_FREQUENCIES, AttentionBlock, angle_table, attention_blocks
+from starling.vllm_compat.models import FIXED_FREQUENCIES, AttentionBlock, angle_table, attention_blocks
 from starling.vllm_compat.worker import before_forward
 
 logger = init_logger("vllm.starling")
@@ -101,7 +101,6 @@ class DocumentLayers:
         """Compile the kernels of steps over documents, where an engine on a GPU may have such steps."""
         if self.rotations is None or self.on_cpu:
             return
-        from starling.attention_backends.star.warm_up import warm_up  # imports Triton, which a CPU does not need
 
         blocks = attention_blocks(worker.model_runner.get_model())
         layers = (blocks[name].attention for name in self.rotations)

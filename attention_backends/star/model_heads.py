@@ -19,7 +19,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from starling.config.entry import ENTRY, STAR_HEADS, config_of
 from starling.config.head_scores import HeadScores, ScoresError, read_scores
 from starling.config.parsing import OptionError
-from starling.vllm_compat.rotary_layers import attention_blocks
+from starling.vllm_compat.models import attention_blocks
 
 logger = init_logger("vllm.starling")
 

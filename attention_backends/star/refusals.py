@@ -11,14 +11,14 @@ from vllm.v1.kv_cache_interface import KVCacheSpecKind
 
 from starling.attention_backends.kernels.contract import AMX, CPU_ISAS
 from starling.attention_backends.kernels.cpu.attention import VECTOR_SIZE
-from starling.attention_backends.paged.names import CLASSES, NAME
+from starling.attention_backends.paged import CLASSES, NAME
 from starling.attention_backends.star.backend import WRAPPED
 from starling.attention_backends.star.model_heads import scores_of
 from starling.config.entry import StarlingConfig, config_of
 from starling.scheduler.star.facts import FULL_ATTENTION, HYBRID, dependence
 from starling.scheduler.star.request_metadata import LIBRARY_CONNECTORS, OWN_CONNECTORS
 from starling.vllm_compat.config import cpu_attention_isa
-from starling.vllm_compat.report_to_fronts import engine_reports
+from starling.vllm_compat.core_process import engine_reports
 
 
 class Rule(NamedTuple):

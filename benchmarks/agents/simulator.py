@@ -73,8 +73,8 @@ def make_scheduler(machine: Machine, max_model_len: int, setting: Setting) -> tu
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
+    from starling.engine_ext.engine_core import StarScheduler
     from starling.engine_ext.start import plugin
-    from starling.features.schedulers import StarScheduler
 
     plugin.register()
     hash_function = get_hash_fn_by_name("sha256")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.random_llama import byte_tokenizer
-from starling.engine_ext.models import baichuan_m1, configs, kv_shift_llama
+from starling.engine_ext.models import configs, kv_shift
 
 TINY_LLAMA = {
     "model_type": "kv_shift_llama",
@@ -41,8 +41,8 @@ TINY_BAICHUAN = TINY_LLAMA | {
     "conv_window": 2,
 }
 FAMILIES: dict[str, tuple[type, Any]] = {
-    "kv_shift_llama": (configs.KVShiftLlamaConfig, kv_shift_llama.expected_tensors),
-    "baichuan_m1": (configs.BaichuanM1Config, baichuan_m1.expected_tensors),
+    "kv_shift_llama": (configs.KVShiftLlamaConfig, kv_shift.llama_tensors),
+    "baichuan_m1": (configs.BaichuanM1Config, kv_shift.baichuan_tensors),
 }
 
 

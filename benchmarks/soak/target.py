@@ -17,7 +17,7 @@ from benchmarks.soak.cases import Case
 from benchmarks.streaming_clients import events
 from starling.client import AsyncClient, Delta, Final
 from starling.client.channel import SERVICE
-from starling.client.parameters import Prompt
+from starling.client.requests import Prompt
 from starling.v1 import admin_pb2 as admin
 from starling.v1 import admin_pb2_grpc
 

@@ -1,4 +1,4 @@
-"""Cache salts: each engine input gets the salt that the server's option `cache_salt` asks for, before it is planned.
+"""Keys of clients and of the operator, and cache salts: each engine input gets the one that `cache_salt` asks for.
 
 Prompts share pages only if their salts are equal. With block reuse a client can probe for one star block of another
 client's prompt without knowing the text before the block: only salts keep clients apart.
@@ -8,14 +8,58 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping
+import secrets
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vllm import envs
 from vllm.exceptions import VLLMValidationError
 
 from starling.config.entry import CACHE_SALT
 from starling.config.parsing import OptionError
 from starling.engine_ext.front.call import Call, current_call
+
+
+def authorization_of(scope: Any) -> str:
+    """Return the `authorization` header of an ASGI request (its header names are in lower case), or "" without one."""
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"), "")
+
+
+def path_of(scope: Any) -> str:
+    """Return the path of an ASGI request, without the server's --root-path."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+def bearer_key(authorization: str) -> str:
+    """Return the key of an `authorization: Bearer KEY` value, or "" if it has none."""
+    scheme, _, key = authorization.partition(" ")
+    return key if scheme.lower() == "bearer" else ""
+
+
+def digest(key: str) -> bytes:
+    """Return the SHA-256 digest of a key."""
+    return hashlib.sha256(key.encode()).digest()
+
+
+def has_valid_key(authorization: str, digests: Sequence[bytes]) -> bool:
+    """Return whether an `authorization: Bearer KEY` value has one of the valid keys.
+
+    The comparison takes constant time. All digests have the same length, so the time does not depend on the keys'
+    lengths.
+
+    Args:
+        digests: digests of the valid keys.
+    """
+    given = digest(bearer_key(authorization))
+    matches = [secrets.compare_digest(given, key) for key in digests]
+    return any(matches)
+
+
+def api_keys(args: Namespace) -> list[str]:
+    """Return the keys that clients may use, from vLLM's arguments and environment; empty if clients need no key."""
+    return [key for key in args.api_key or [envs.VLLM_API_KEY] if key]
 
 
 def derived_salt(api_key: str, salt: str | None) -> str:

@@ -16,7 +16,7 @@ from starling.engine_ext.front.progress import ProgressPoller
 from starling.engine_ext.front.requests import RequestPlanner
 from starling.features.front_request import FrontRequest
 from starling.features.replicas.front import Replicas
-from starling.features.replicas.split.replica_rpc import ReplicaRPC
+from starling.features.replicas.split.split_state import ReplicaRPC
 
 LOOKUPS = 4
 """Number of prompts that are looked up at once (look_up.py): each takes milliseconds of an engine's process."""

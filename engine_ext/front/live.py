@@ -22,8 +22,8 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.progress import ADDED, furthest
 from starling.features.live.core import LISTED, shortened
-from starling.features.replicas.split.replica_rpc import retrieve_error
-from starling.scheduler.core_rpc import LIVE_REQUESTS
+from starling.features.replicas.split.split_state import retrieve_error
+from starling.scheduler.cache_state import LIVE_REQUESTS
 from starling.vllm_compat.front import call_engine_core, num_engine_cores, request_state
 
 SHARE_SECONDS = 0.5

@@ -15,7 +15,7 @@ from starling.engine_ext.front.call import Call, this_call
 from starling.engine_ext.front.front_state import front_state
 from starling.features.adapter.lora import adapter_fields
 from starling.features.front_request import empty_output
-from starling.scheduler.core_rpc import CACHED_TOKENS
+from starling.scheduler.cache_state import CACHED_TOKENS
 from starling.scheduler.star.decide import decision_of
 from starling.scheduler.star.request_metadata import RequestMetadata
 from starling.vllm_compat.admission_limits import admit, withdraw

@@ -15,7 +15,7 @@ from types import FrameType
 
 from vllm.logger import init_logger
 
-from starling.engine_ext.front.star_metrics import front_metrics
+from starling.engine_ext.front.observability import front_metrics
 
 logger = init_logger("vllm.starling")
 

@@ -24,7 +24,7 @@ from starling.config.parsing import OptionError
 from starling.config.star import FIELD_OF, StarOptions, is_star_key, parse_options
 from starling.engine_ext.front.bounds import shortened
 from starling.engine_ext.front.misplaced import nearly, refuse_among_options
-from starling.engine_ext.front.star_metrics import front_metrics
+from starling.engine_ext.front.observability import front_metrics
 from starling.features import make_features
 from starling.scheduler.star.counts import describe, model_keys
 from starling.scheduler.star.decide import Decision, decide

@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from starling.engine_ext.front.call import current_call, sees_cached
-from starling.scheduler.core_rpc import PREFILL_PROGRESS
+from starling.scheduler.cache_state import PREFILL_PROGRESS
 from starling.vllm_compat.front import call_engine_core, engine_request_ids, num_engine_cores, request_state
 
 logger = init_logger("vllm.starling")

@@ -16,8 +16,8 @@ from starling.engine_ext.front.bounds import REQUEST_ID, check_params, check_pro
 from starling.engine_ext.front.cache_salt import salted
 from starling.engine_ext.front.call import current_call
 from starling.engine_ext.front.misplaced import refuse_at_top_level, refuse_misspelled
+from starling.engine_ext.front.observability import front_metrics
 from starling.engine_ext.front.planning import PromptPlanner, rejection
-from starling.engine_ext.front.star_metrics import front_metrics
 from starling.scheduler.star.counts import describe
 from starling.scheduler.star.decide import PLANNED, Decision, decision_of
 from starling.scheduler.star.facts import PromptFacts

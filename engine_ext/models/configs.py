@@ -1,4 +1,4 @@
-"""Configurations of the model families that Starling adds. Every process imports this file at plugin load."""
+"""Configurations of the model families that Starling adds, and their registration at plugin load in every process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import LlamaConfig, PretrainedConfig
 from starling.attention_backends.attamba.chunks import PAGE_ROWS, prompt_keys
 from starling.attention_backends.attamba.mixer import MixerSizes
 from starling.scheduler.star.plan import StarPlan
+from starling.vllm_compat.models import register_models
 
 SHIFT_DEPENDS = "KV shifting mixes the last token of a star block into the first token of the next block"
 
@@ -140,3 +141,16 @@ class AttambaConfig(PretrainedConfig):
     def prompt_keys(self, plan: StarPlan | None, num_tokens: int) -> dict[str, Any]:
         """Return the keys that a prompt attends to, see ``starling.attention_backends.attamba.chunks.prompt_keys``."""
         return prompt_keys(plan, num_tokens, self.token_chunk, self.leading_tokens, self.num_hidden_layers)
+
+
+MODELS = {
+    "KVShiftLlamaForCausalLM": "starling.engine_ext.models.kv_shift:KVShiftLlamaForCausalLM",
+    "AttambaForCausalLM": "starling.engine_ext.models.attamba:AttambaForCausalLM",
+    "BaichuanM1ForCausalLM": "starling.engine_ext.models.kv_shift:BaichuanM1ForCausalLM",
+}
+
+
+def register_model_families() -> None:
+    """Register the model families with Transformers and vLLM in this process. A second call has no effect."""
+    configs = (KVShiftLlamaConfig, BaichuanM1Config, AttambaConfig)
+    register_models({config.model_type: config for config in configs}, MODELS)

@@ -15,7 +15,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from starling.attention_backends.paged.names import CLASSES, NAME
+from starling.attention_backends.paged import CLASSES, NAME
 from starling.attention_backends.star.model_heads import scores_of
 from starling.attention_backends.star.refusals import has_dense_heads
 from starling.config.entry import (
@@ -33,9 +33,9 @@ from starling.config.parsing import OptionError
 from starling.config.presets import PRESET, preset_of, with_preset
 from starling.config.star import StarOptions, summary
 from starling.engine_ext.environment import ADMIN_KEY_ENV, LIVE_DATA, LIVE_PATH, refuse_rust_front
-from starling.engine_ext.front.client_keys import api_keys
+from starling.engine_ext.front.cache_salt import api_keys
+from starling.engine_ext.front.observability import front_metrics
 from starling.engine_ext.front.planning import engine_facts, refuse_segment_text, star_page_size
-from starling.engine_ext.front.star_metrics import front_metrics
 from starling.engine_ext.start.library_connector import beside_library, set_library
 from starling.features.adapter.lora import check_adapter, turn_lora_on
 from starling.features.replicas import network
@@ -44,10 +44,9 @@ from starling.scheduler.star.facts import EngineFacts, ReplicaSet
 from starling.scheduler.star.request_metadata import CONNECTOR, ONE_HOST, SHARDS, default_num_shards
 from starling.scheduler.star.rules import check_defaults
 from starling.vllm_compat.config import default_memory_share, is_async_engine, share_memory_nodes
-from starling.vllm_compat.core_process import divide_kv_memory_check, end_children_with_parent
+from starling.vllm_compat.core_process import divide_kv_memory_check, end_children_with_parent, receive_reports
 from starling.vllm_compat.cpu_lora import compile_with_lora
 from starling.vllm_compat.metrics import collect_from_children
-from starling.vllm_compat.report_to_fronts import receive_reports
 
 logger = init_logger("vllm.starling")
 

@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 from starling.config.entry import ENTRY, STAR_LIBRARY, StarlingConfig
 from starling.config.library import check_place
 from starling.config.parsing import OptionError
-from starling.engine_ext.models.registry import MODELS
+from starling.engine_ext.models.configs import MODELS
 from starling.scheduler.star.request_metadata import BOTH_CONNECTORS, LIBRARY_CONNECTOR
 
 logger = init_logger("vllm.starling")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from starling.engine_ext.models.registry import register_model_families
+from starling.engine_ext.models.configs import register_model_families
 from starling.vllm_compat.bench_commands import add_bench_backend, is_bench
 from starling.vllm_compat.chat import before_tokenizing, on_rendered_chat
 from starling.vllm_compat.config import is_async_engine, on_engine_config, on_server_args
@@ -95,8 +95,8 @@ def _hook_into_front() -> None:
     from starling.engine_ext.front.front_state import front_state, state_of
     from starling.engine_ext.front.look_up import look_up, prepare_look_up
     from starling.engine_ext.front.misplaced import explained
+    from starling.engine_ext.front.observability import PromptSpan, traces
     from starling.engine_ext.front.requests import begin_beam_search, check_openai_request, check_unknown
-    from starling.engine_ext.front.tracing import PromptSpan, traces
     from starling.features.front_request import TRACE_HEADERS, FrontRequest
     from starling.scheduler.star.decide import decision_of
 

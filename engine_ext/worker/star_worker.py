@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.worker.worker_base import WorkerBase
 
-from starling.attention_backends.paged.names import CLASSES, register_paged_backend
+from starling.attention_backends.paged import CLASSES, register_paged_backend
 from starling.attention_backends.star.backend import register_star_backends, takes_star
 from starling.attention_backends.star.document_layers import DocumentLayers, HeadLayers
 from starling.attention_backends.star.range_attention import fits_graphs

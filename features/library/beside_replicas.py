@@ -10,7 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandsha
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 
 from starling.features.library.connector import LibraryConnector
-from starling.features.library.page_loads import PageLoads
+from starling.features.library.core import PageLoads
 from starling.features.replicas.connector import StarConnector
 from starling.scheduler.star.request_metadata import CONNECTOR, LIBRARY_CONNECTOR
 from starling.vllm_compat.kv_pages import CacheGroup

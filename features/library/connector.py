@@ -1,7 +1,7 @@
 """vLLM's OffloadingConnector, whose pages are also found behind a prompt's first missing page.
 
 vLLM's connector stores the pages of prompts, and loads the pages that a prompt starts with. It still does. Requests
-whose star blocks are independent of one another are left to page_loads.py, which asks for each missing page.
+whose star blocks are independent of one another are left to core.py, which asks for each missing page.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandsha
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.logger import init_logger
 
+from starling.features.library.core import PATIENCE_SECONDS, PageLoads
 from starling.features.library.file_space import LATER_SECONDS
 from starling.features.library.identity import described, identity_of, layouts_of
-from starling.features.library.page_loads import PATIENCE_SECONDS, PageLoads
 from starling.features.library.tier import LibraryTier
 from starling.features.library.worker import loaded_digest, may_change_weights, name_of
 from starling.features.retention.core import ranges_with

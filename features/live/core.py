@@ -12,8 +12,7 @@ from itertools import chain, islice
 from typing import Any
 
 from starling.config.entry import StarlingConfig
-from starling.scheduler.cache_state import progress_of
-from starling.scheduler.core_rpc import LIVE_REQUESTS
+from starling.scheduler.cache_state import LIVE_REQUESTS, progress_of
 from starling.scheduler.part import CorePart
 from starling.scheduler.star.counts import describe
 from starling.scheduler.star.request_metadata import SOURCES, metadata_of
@@ -152,7 +151,7 @@ class LiveRequests(CorePart):
 
 
 def live_requests(core: Any) -> dict[str, Any]:
-    """Return the requests of an engine core to a front that asks for them (scheduler/core_rpc.py)."""
+    """Return the requests of an engine core to a front that asks for them (scheduler/cache_state.py)."""
     found: dict[str, Any] = core.scheduler.part(LiveRequests).look()
     return found
 

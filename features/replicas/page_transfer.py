@@ -6,14 +6,14 @@ A page here is one of the scheduler's. An attention kernel may divide it into se
 adjacent in memory. NIXL reports when a transfer is done, but not how far it is, and a prompt's pages may be 100 GB on a
 slow link. Therefore pages are read in waves of a few seconds each: on a slow link the waves end, on a cut one they time
 out. The first one is small, and that of a later read as large as the link has shown to carry. Behind the last wave
-comes a read of whether the source still holds the pages (holds.py).
+comes a read of whether the source still holds the pages (`Holds`).
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,62 @@ import torch
 from prometheus_client import Counter
 from vllm.logger import init_logger
 
-from starling.features.replicas.holds import Holds
 from starling.features.replicas.network import make_agent
 from starling.vllm_compat.metrics import report_to_front
+
+WORDS = 4096
+WORD_BYTES = 8
+UNKNOWN = 2**63 - 1
+"""An answer that has not arrived; as the highest number it means that the hold is released."""
+
+
+class Holds:
+    """The released holds of one worker, and the answers that it has read of others.
+
+    Args:
+        agent: the worker's NIXL agent.
+    """
+
+    def __init__(self, agent: Any) -> None:
+        self.agent = agent
+        self.released = torch.zeros(WORDS, dtype=torch.int64)
+        self.answers = torch.full((WORDS,), UNKNOWN)
+        self._unused = list(range(WORDS))
+        regions = [(words.data_ptr(), WORDS * WORD_BYTES, 0, "") for words in (self.released, self.answers)]
+        self.registered = agent.register_memory(regions, "DRAM")
+
+    @property
+    def address(self) -> int:
+        """Return the address at which other workers read the released holds."""
+        return self.released.data_ptr()
+
+    def note_released(self, holds: Iterable[int]) -> None:
+        """Let readers know that the pages of these holds are no longer held."""
+        for hold in holds:
+            self.released[hold % WORDS] = max(hold, int(self.released[hold % WORDS]))
+
+    def new_answer(self) -> int:
+        """Return an answer that no other read uses; free it when nothing may write to it any more."""
+        answer = self._unused.pop()
+        self.answers[answer] = UNKNOWN
+        return answer
+
+    def free_answer(self, answer: int | None) -> None:
+        if answer is not None:
+            self._unused.append(answer)
+
+    def descriptors(self, answer: int, address: int, hold: int) -> tuple[Any, Any]:
+        """NIXL's lists, local and remote, for the read of an answer from a worker's ``address``."""
+        local = (self.answers.data_ptr() + answer * WORD_BYTES, WORD_BYTES, 0)
+        remote = (address + hold % WORDS * WORD_BYTES, WORD_BYTES, 0)
+        return self.agent.get_xfer_descs([local], "DRAM"), self.agent.get_xfer_descs([remote], "DRAM")
+
+    def was_held(self, answer: int, hold: int) -> bool:
+        """Return whether the answer says that the hold was not released."""
+        return int(self.answers[answer]) < hold
+
+    def close(self) -> None:
+        self.agent.deregister_memory(self.registered)
 
 
 class ReplicaMetrics:

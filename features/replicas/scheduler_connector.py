@@ -19,7 +19,7 @@ COMPLETED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPE
 
 
 class Hold(NamedTuple):
-    """Pages held for other replicas; ``number`` counts the holds of this replica from 1 (holds.py)."""
+    """Pages held for other replicas; ``number`` counts the holds of this replica from 1 (page_transfer.py)."""
 
     number: int
     pages: list[Page]

@@ -16,8 +16,8 @@ from starling.config.entry import StarlingConfig
 from starling.config.scheduling import MIN_CHUNK
 from starling.features.retention.core import RetainedPages
 from starling.scheduler.cache_keys import chain_restarts, independent_block_hasher, independent_plan
+from starling.scheduler.cache_state import CACHED_TOKENS
 from starling.scheduler.core_metrics import scheduler_metrics
-from starling.scheduler.core_rpc import CACHED_TOKENS
 from starling.scheduler.part import CorePart
 from starling.scheduler.provenance import Provenance
 from starling.scheduler.star.facts import dependence

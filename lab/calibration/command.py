@@ -15,9 +15,8 @@ from rich.progress import Progress
 
 from starling.attention_backends.star.model_heads import checkpoint_digest
 from starling.config.head_scores import HeadScores
-from starling.lab.calibration.calibration_options import CalibrationOptions
 from starling.lab.calibration.gated_model import GatedModel, ScoredPrompt
-from starling.lab.calibration.scorers import Found, GradientScorer, part_of, replace_text
+from starling.lab.calibration.scorers import CalibrationOptions, Found, GradientScorer, part_of, replace_text
 from starling.lab.command_line import add_options, given_options, make_console, progress_bars, run_command
 from starling.lab.evaluation.commands.measuring import make_prompts
 from starling.lab.evaluation.prompt_options import parse_options

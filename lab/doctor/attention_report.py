@@ -16,7 +16,7 @@ MADE_WITH_THE_WEIGHTS = "the tables of angles are made with the weights, and vLL
 
 def attention_backend(config: Any) -> dict[str, str]:
     """Return the attention backend, and why it is used."""
-    from starling.attention_backends.paged.names import NAME
+    from starling.attention_backends.paged import NAME
     from starling.attention_backends.star.backend import WRAPPED
     from starling.attention_backends.star.refusals import is_attamba
 

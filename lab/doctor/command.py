@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from starling.engine_ext.serving.cli.installation import installation, print_report
+from starling.engine_ext.serving.cli.setup_cpu import installation, print_report
 from starling.engine_ext.serving.cli.start_checks import refuse_mistakes
 from starling.lab.command_line import UNUSABLE
 from starling.lab.doctor.attention_report import (

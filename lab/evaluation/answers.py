@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from starling.config.plain_text import plain, plain_json
+from starling.config.parsing import plain, plain_json
 from starling.lab.command_line import CommandFailed
 from starling.lab.evaluation.plans import Plan
 from starling.lab.evaluation.store import TokenScore

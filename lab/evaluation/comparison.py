@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from starling.lab.evaluation.plans import DENSE
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.store import Answer, TokenScore
-from starling.lab.evaluation.tasks.base import Match
+from starling.lab.evaluation.tasks import Match
 from starling.lab.statistics import Interval, bootstrap, kl_divergence, mean_of_means
 
 ALL = "all"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 
-from starling.config.plain_text import plain
+from starling.config.parsing import plain
 from starling.lab.command_line import CommandFailed
 from starling.lab.evaluation.answers import ServerError
 

@@ -14,7 +14,7 @@ import torch
 
 from starling.config.entry import ENTRY, GPU_ATTENTION
 from starling.lab.selftest import check_prompts as p
-from starling.lab.selftest.engine_run import Batches, EngineError, EngineRun, Feature
+from starling.lab.selftest.engine import Batches, EngineError, EngineRun, Feature
 from starling.lab.selftest.kernels import rms
 from starling.lab.selftest.masks import star_mask
 from starling.lab.selftest.model import alternating_scores, reference_logprobs, reference_refusal

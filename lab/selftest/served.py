@@ -13,8 +13,8 @@ from pathlib import Path
 
 from starling.config.star import STAR_ADAPTER, STAR_LIBRARY
 from starling.lab.selftest import check_prompts as p
+from starling.lab.selftest.engine import EngineRun, Feature
 from starling.lab.selftest.engine_checks import DOCUMENTS, Engines, judge_tokens
-from starling.lab.selftest.engine_run import EngineRun, Feature
 from starling.lab.selftest.model import adapter_refusal, vocabulary, zero_adapter
 from starling.lab.selftest.result import Check, Result, Skip
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from starling.config.entry import ENTRY
 from starling.lab.selftest.check_prompts import QUERY, WITH_DOCUMENTS, make_prompt
+from starling.lab.selftest.engine import Batches, EngineRun, Feature, by_mode
 from starling.lab.selftest.engine_checks import DOCUMENTS, HEADS, Engines
-from starling.lab.selftest.engine_run import Batches, EngineRun, Feature, by_mode
 from starling.lab.selftest.model import adapter_refusal, alternating_scores
 from starling.lab.selftest.result import Check, Result, Skip
 from starling.lab.selftest.served import ADAPTER, adapter_feature

@@ -12,7 +12,7 @@ from typing import Any
 
 from starling.config.parsing import OptionError
 from starling.config.star import FIELD_OF, STAR_RETENTION, StarOptions, flat_name, merge
-from starling.scheduler.star.assignment import best_num_replicas, best_num_replicas_of
+from starling.scheduler.star.assignment import best_num_replicas, best_num_replicas_of, with_enough_replicas
 from starling.scheduler.star.documents import (
     NO_DOCUMENTS,
     Documents,
@@ -24,7 +24,6 @@ from starling.scheduler.star.documents import (
     refuse_too_long,
 )
 from starling.scheduler.star.facts import EngineFacts, PromptFacts
-from starling.scheduler.star.kv_demand import with_enough_replicas
 from starling.scheduler.star.plan import DenseHeads, StarPlan, work
 from starling.scheduler.star.rules import ENGINE_RULES, OPTION_RULES, PROMPT_RULES, SIZE_RULES, Case, check
 from starling.scheduler.star.sizes import find_anchor_and_overlap, find_block_size

@@ -70,7 +70,7 @@ class PageSource:
         start: position of the first page's first token.
         page_ids: in the order of their tokens.
         addresses: where the memory of each tensor-parallel rank is (features/replicas/page_transfer.py).
-        hold: the number under which the replica holds them (features/replicas/holds.py).
+        hold: the number under which the replica holds them (features/replicas/page_transfer.py).
     """
 
     start: int

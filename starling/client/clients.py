@@ -8,12 +8,20 @@ from typing import Any, TypeVar, Unpack
 import grpc
 import grpc.aio
 
-from starling.client.channel import SERVICE, Pem, channel_credentials, channel_options
-from starling.client.early_status import EarlyStatus
+from starling.client.channel import SERVICE, EarlyStatus, Pem, channel_credentials, channel_options
 from starling.client.errors import converted
-from starling.client.parameters import GenerateFields, Message, Prompt, Star, StreamFields
 from starling.client.replies import Capabilities, Completion, Event, Tokens, WarmedDocument, read, read_event
-from starling.client.requests import generate_request, tokenize_request, upload_parts, warm_request
+from starling.client.requests import (
+    GenerateFields,
+    Message,
+    Prompt,
+    Star,
+    StreamFields,
+    generate_request,
+    tokenize_request,
+    upload_parts,
+    warm_request,
+)
 from starling.reply import Reply
 from starling.v1 import inference_pb2 as pb
 from starling.v1.inference_pb2_grpc import InferenceServiceStub

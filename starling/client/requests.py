@@ -6,13 +6,110 @@ import json
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal, Protocol, TypedDict
 
-from google.protobuf.message import Message
+from google.protobuf.message import Message as ProtoMessage
 
-from starling.client.parameters import Message as ChatMessage
-from starling.client.parameters import Prompt, Star
 from starling.v1 import inference_pb2 as pb
+
+Prompt = str | Sequence[str] | Sequence[int]
+"""Text; texts that are tokenised one by one: a head, documents and a question; or token ids."""
+
+Mode = Literal["off", "on", "auto"]
+
+
+class TextPart(TypedDict):
+    """A part of a message, as OpenAI's API has it."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(TypedDict):
+    """A message of a chat. The texts of several parts become lines of one text."""
+
+    role: str
+    content: str | Sequence[TextPart]
+
+
+class Options(Protocol):
+    """Protocol of starling.StarOptions, a pydantic model that this package does not import."""
+
+    def model_dump(self, *, exclude_unset: bool = ...) -> dict[str, Any]: ...
+
+
+Star = Mode | bool | Mapping[str, Any] | Options
+"""Star Attention's options: a mode, options by their names with or without `star_`, or starling.StarOptions."""
+
+
+class StructuredOutputs(TypedDict, total=False):
+    """One of three constraints."""
+
+    json_schema: str | Mapping[str, Any]
+    regex: str
+    choices: Sequence[str]
+
+
+class Sampling(TypedDict, total=False):
+    """Sampling parameters; None counts as not given."""
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    max_tokens: int | None
+    min_tokens: int | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
+    n: int | None
+    logprobs: int | None
+    prompt_logprobs: int | None
+    structured_outputs: StructuredOutputs | None
+    logit_bias: Mapping[int, float] | None
+    bad_words: str | Sequence[str] | None
+    include_stop_str_in_output: bool | None
+    skip_special_tokens: bool | None
+    extra_args: str | Mapping[str, Any] | None
+
+
+class StarFields(TypedDict, total=False):
+    """Star options under the names that they have everywhere, beside ``star``, the mode."""
+
+    star_min_tokens: int | None
+    star_quality: str | None
+    star_block_size: int | str | None
+    star_anchor_size: int | None
+    star_overlap_size: int | None
+    star_dense_heads: float | str | None
+    star_query_tokens: int | None
+    star_segments: str | Sequence[int] | None
+    star_replicas: int | Literal["auto"] | None
+    star_shards: Literal["off", "on"] | bool | None
+    star_adapter: Literal["off", "auto"] | bool | None
+    star_retention: str | Sequence[str] | None
+
+
+class GenerateFields(Sampling, StarFields, total=False):
+    """Fields that `generate` takes beside the prompt; ``add_generation_prompt`` is for messages."""
+
+    request_id: str | None
+    cache_salt: str | None
+    priority: int | None
+    lora_name: str | None
+    session_id: str | None
+    add_generation_prompt: bool | None
+
+
+class StreamFields(GenerateFields, total=False):
+    """Fields that `stream` takes beside the prompt."""
+
+    progress: bool | None
+
 
 PIECE_BYTES = 2**20
 PROMPTS = [kind.name for kind in pb.GenerateStreamRequest.DESCRIPTOR.oneofs_by_name["prompt"].fields]
@@ -30,7 +127,7 @@ def generate_request(
     prompt: Prompt | None,
     fields: Mapping[str, Any],
     *,
-    messages: Sequence[ChatMessage] | None = None,
+    messages: Sequence[Message] | None = None,
     without: Sequence[str] = (),
 ) -> pb.GenerateStreamRequest:
     """Make a request of a prompt or of messages. A value of None counts as not given.
@@ -68,7 +165,7 @@ def no_such(kind: str, name: str, allowed: Sequence[str]) -> str:
 
 
 def tokenize_request(
-    prompt: Prompt | None, messages: Sequence[ChatMessage] | None, add_generation_prompt: bool | None
+    prompt: Prompt | None, messages: Sequence[Message] | None, add_generation_prompt: bool | None
 ) -> pb.TokenizeRequest:
     """Make a request to tokenise text or messages.
 
@@ -108,7 +205,7 @@ def warm_request(
 
 
 def prompt_field(
-    prompt: Prompt | None, messages: Sequence[ChatMessage] | None, add_generation_prompt: bool | None
+    prompt: Prompt | None, messages: Sequence[Message] | None, add_generation_prompt: bool | None
 ) -> tuple[str, Any]:
     """Return the field for a prompt of this kind or for messages, and the field's value.
 
@@ -141,7 +238,7 @@ def prompt_field(
     return "token_ids", {"ids": prompt}
 
 
-def with_text(index: int, message: ChatMessage) -> Any:
+def with_text(index: int, message: Message) -> Any:
     """Return a message of a chat whose content is one text: parts of OpenAI's kind are joined by lines, as in vLLM.
 
     Raises:
@@ -180,7 +277,7 @@ def make_message(kind: Any, name: str, value: Any) -> Any:
         raise error_type(f"{name}={reprlib.repr(value)} is refused: {error}") from None
 
 
-def set_field(message: Message, name: str, value: Any) -> None:
+def set_field(message: ProtoMessage, name: str, value: Any) -> None:
     """Set a field by its name (raises TypeError, ValueError: as ``make_message``)."""
     if isinstance(value, str) and message.DESCRIPTOR.fields_by_name[name].is_repeated:
         value = [value]  # vLLM allows one text for `stop`; protobuf would make a list of its letters

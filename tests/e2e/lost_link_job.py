@@ -11,9 +11,9 @@ from functools import partial
 
 import uvicorn
 
-from starling.engine_ext.serving.grpc import limits
+from starling.engine_ext.serving.cli import serve
+from starling.engine_ext.serving.grpc import server_options
 from starling.engine_ext.serving.grpc.server import Front
-from starling.engine_ext.serving.http import keepalive
 from starling.vllm_compat.server_socket import on_server_socket
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine
 
@@ -39,14 +39,16 @@ async def app(scope, receive, send):
     say("http ended")
 
 
-async def serve(address: str, seconds: int) -> None:
+async def serve_here(address: str, seconds: int) -> None:
     from vllm.entrypoints.launchers import launcher
 
     if seconds:
         own = {"grpc.keepalive_time_ms": 1000, "grpc.keepalive_timeout_ms": (seconds - 1) * 1000}
-        limits.SERVER_OPTIONS = tuple((name, own.get(name, value)) for name, value in limits.SERVER_OPTIONS)
-        keepalive.IDLE_SECONDS, keepalive.INTERVAL_SECONDS, keepalive.PROBES = 1, 1, seconds - 1
-    on_server_socket(keepalive.end_lost_connections)
+        server_options.SERVER_OPTIONS = tuple(
+            (name, own.get(name, value)) for name, value in server_options.SERVER_OPTIONS
+        )
+        serve.IDLE_SECONDS, serve.INTERVAL_SECONDS, serve.PROBES = 1, 1, seconds - 1
+    on_server_socket(serve.end_lost_connections)
     await Front(Endless(None), []).start(f"{address}:{GRPC_PORT}", None)
     with launcher.create_server_socket((address, HTTP_PORT), reuse_port=False) as listener:
         server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error"))
@@ -56,4 +58,4 @@ async def serve(address: str, seconds: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(sys.argv[1], int(sys.argv[2])))
+    asyncio.run(serve_here(sys.argv[1], int(sys.argv[2])))

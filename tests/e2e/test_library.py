@@ -18,7 +18,7 @@ from benchmarks.random_llama import SPECIAL, make_tiny_llama
 from examples.server import Server, serving
 from examples.two_hosts import available
 from starling.client import Client
-from starling.features.library.page_loads import PATIENCE_SECONDS
+from starling.features.library.core import PATIENCE_SECONDS
 from starling.lab.evaluation.commands import warm
 from tests.e2e.replicas import (
     ENGINE_OPTIONS,

@@ -19,8 +19,8 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
-from starling.features.library.host_worker import HostWorker
-from starling.features.library.page_loads import PageLoads
+from starling.features.library.core import PageLoads
+from starling.features.library.spec import HostWorker
 from tests.parity.documents import block_logprobs
 from tests.parity.harness import mask_of, max_gap, reference_logprobs, star, star_sizes
 from tests.stateful import CountingMachine, Length, run_machine

@@ -28,7 +28,7 @@ from vllm.utils.system_utils import decorate_logs
 from starling.config.entry import ENTRY
 from starling.engine_ext.environment import ADMIN_KEY_ENV
 from starling.engine_ext.front.bounds import MAX_CHOICES, MAX_CHOICES_ENV
-from starling.engine_ext.front.client_keys import api_keys
+from starling.engine_ext.front.cache_salt import api_keys
 from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.planning import PromptPlanner
 from starling.engine_ext.serving.cli.cpu_host import (
@@ -40,14 +40,13 @@ from starling.engine_ext.serving.cli.cpu_host import (
     physical_cores,
 )
 from starling.engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
-from starling.engine_ext.serving.grpc.addresses import LOOPBACK, AdminOptions, join_address
 from starling.engine_ext.serving.grpc.auth import server_credentials
 from starling.engine_ext.serving.grpc.prompt_inputs import chat_params
 from starling.engine_ext.serving.grpc.server import GRACE_SECONDS, Front
-from starling.engine_ext.serving.http.keepalive import KEEP_ALIVE_ENV, KEEP_ALIVE_SECONDS, end_lost_connections
+from starling.engine_ext.serving.grpc.server_options import LOOPBACK, AdminOptions, join_address
 from starling.vllm_compat.config import is_of_configuration, plain_message
+from starling.vllm_compat.core_process import engine_reports
 from starling.vllm_compat.front import around_shutdown, is_hooked, num_engine_cores
-from starling.vllm_compat.report_to_fronts import engine_reports
 from starling.vllm_compat.server_socket import on_server_socket, set_up_environment, validate_serve_args
 
 logger = init_logger("vllm.starling")
@@ -323,3 +322,31 @@ def check_hooks(engine: Any) -> None:
     cores, reports = num_engine_cores(engine), len(engine_reports(engine.vllm_config))
     if reports < cores:
         raise NotHooked(f"{cores - reports} of {cores} engine cores run vLLM's own scheduler")
+
+
+KEEP_ALIVE_ENV, KEEP_ALIVE_SECONDS = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE", 75
+"""Environment variable of vLLM for the seconds that a connection without a request stays open, and its default here.
+
+With vLLM's default of 5 s, requests are lost. Clients and gateways keep connections for 5 to 60 s, and send a request
+on one that the server closes at that moment. And after a moment in which the front did not run, its event loop closes
+connections whose time is over before it reads the requests that have arrived on them.
+"""
+
+IDLE_SECONDS, INTERVAL_SECONDS, PROBES = 20, 10, 2
+
+
+def end_lost_connections(listener: socket.socket) -> None:
+    """Let connections that a socket accepts, and their requests, end 40 s after the client has vanished.
+
+    uvicorn has no option for it. Nothing is sent during a prefill, so the kernel sends probes. Data that is being sent
+    must be acknowledged in that time.
+    """
+    seconds = IDLE_SECONDS + INTERVAL_SECONDS * PROBES
+    for level, option, value in (
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, IDLE_SECONDS),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, INTERVAL_SECONDS),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES),
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, seconds * 1000),
+    ):
+        listener.setsockopt(level, option, value)

@@ -31,7 +31,7 @@ from starling.engine_ext.environment import (
     refuse_missing_plugin,
     refuse_rust_front,
 )
-from starling.engine_ext.serving.grpc.addresses import LOOPBACK, AdminOptions, is_loopback
+from starling.engine_ext.serving.grpc.server_options import LOOPBACK, AdminOptions, is_loopback
 from starling.vllm_compat.config import move_option
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -125,3 +126,18 @@ def similar(path: Path, model: str) -> str:
         return ""
     near = meant(path.name, names)
     return near.replace("did you mean ", f"did you mean {model.rstrip('/').removesuffix(path.name)}")
+
+
+UNUSABLE = 2
+
+
+def run(argv: Sequence[str]) -> int:
+    """Serve until a signal, and return the exit code of serve.py, or 2 for a mistake in the command line."""
+    try:
+        refuse_mistakes(argv)
+    except ValueError as error:
+        print(f"starling serve: error: {error}", file=sys.stderr)
+        return UNUSABLE
+    from starling.engine_ext.serving.cli.serve import run as serve
+
+    return serve(argv)

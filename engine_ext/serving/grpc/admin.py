@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 
 from starling.attention_backends.star.refusals import star_refusals
 from starling.config.star import StarOptions
-from starling.engine_ext.front.client_keys import digest, has_valid_key
+from starling.engine_ext.front.cache_salt import digest, has_valid_key
 from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.serving.errors import DrainingError
 from starling.engine_ext.serving.grpc.arrivals import ArrivalInterceptor
@@ -34,9 +34,9 @@ from starling.engine_ext.serving.grpc.auth import (
     host_of,
     refusal_handler,
 )
-from starling.engine_ext.serving.grpc.limits import MAX_ADMIN_BYTES, server_options
 from starling.engine_ext.serving.grpc.messages import MODES, abort
-from starling.scheduler.core_rpc import ATTENTION_BACKENDS, CACHE_STATE
+from starling.engine_ext.serving.grpc.server_options import MAX_ADMIN_BYTES, server_options
+from starling.scheduler.cache_state import ATTENTION_BACKENDS, CACHE_STATE
 from starling.v1 import admin_pb2 as pb
 from starling.v1 import admin_pb2_grpc, inference_pb2
 from starling.vllm_compat.front import num_engine_cores, refuse_admission, request_state, unfinished_ids

@@ -11,8 +11,8 @@ from typing import Any
 
 import grpc
 
+from starling.engine_ext.front.cache_salt import bearer_key, digest, has_valid_key
 from starling.engine_ext.front.call import Call, current_call
-from starling.engine_ext.front.client_keys import bearer_key, digest, has_valid_key
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"
 ADMIN_PREFIX = "/starling.v1.AdminService/"

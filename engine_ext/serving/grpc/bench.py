@@ -14,7 +14,7 @@ from google.protobuf import json_format
 from vllm.benchmarks.lib.endpoint_request_func import RequestFuncInput, RequestFuncOutput
 
 from starling.client.requests import set_star
-from starling.config.plain_text import plain
+from starling.config.parsing import plain
 from starling.config.star import FIELD_OF
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc

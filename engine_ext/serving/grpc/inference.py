@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import importlib.metadata
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Mapping,
+)
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import grpc
@@ -14,7 +24,8 @@ from vllm import envs
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
 from vllm.exceptions import GenerationError, VLLMValidationError
-from vllm.renderers import ChatParams
+from vllm.inputs import TextPrompt
+from vllm.renderers import ChatParams, TokenizeParams
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -23,24 +34,93 @@ from starling.config.warm_prompts import NO_LIBRARY
 from starling.engine_ext.front.bounds import check_request
 from starling.engine_ext.front.call import note_star
 from starling.engine_ext.front.front_state import front_state
+from starling.engine_ext.front.observability import headers_of_call
 from starling.engine_ext.front.requests import shown_plan
-from starling.engine_ext.front.tracing import headers_of_call
-from starling.engine_ext.serving.errors import DuplicateRequestError, root_cause
+from starling.engine_ext.serving.errors import DuplicateRequestError, TokenizeMemoryError, root_cause
 from starling.engine_ext.serving.grpc.admin import star_message
 from starling.engine_ext.serving.grpc.arrivals import ClientOf
-from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
 from starling.engine_ext.serving.grpc.messages import abort, given, star_args
 from starling.engine_ext.serving.grpc.outputs import deltas, final, prompt_logprobs, with_progress
-from starling.engine_ext.serving.grpc.prompt_inputs import GenerateRequest, prompt_field, prompt_limit, render
+from starling.engine_ext.serving.grpc.prompt_inputs import (
+    GenerateRequest,
+    PromptLimit,
+    chat_tok_params,
+    prompt_field,
+    prompt_limit,
+    prompt_of,
+    render,
+    render_chat,
+)
 from starling.engine_ext.serving.grpc.sampling import TEXT_FIELDS, constraint_path, sampling_params
-from starling.engine_ext.serving.grpc.tokenizing import Tokenizing
-from starling.engine_ext.serving.grpc.upload import Upload, as_upload_event, upload_quota
+from starling.engine_ext.serving.grpc.server_options import MAX_REQUEST_BYTES
+from starling.engine_ext.serving.grpc.upload import Quota, Upload, as_upload_event, upload_quota
 from starling.engine_ext.serving.grpc.warming import Warming
 from starling.features.front_request import TRACE_HEADERS
 from starling.reply import Reply
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
 from starling.vllm_compat.versions import vllm_version
+
+
+class Tokenizing:
+    """Tokenizer of one request after the other.
+
+    Args:
+        renderer: the engine's renderer.
+        chat: parameters for rendering chat messages.
+        limit: the longest prompt.
+    """
+
+    def __init__(self, renderer: Any, chat: ChatParams, limit: PromptLimit) -> None:
+        self.renderer = renderer
+        self.chat = chat
+        self.limit = limit
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="starling-tokenize")
+        # A copy: a tokenizer can't work in two threads. Now, since a tokenizer can't work while it is copied.
+        self.tokenizer = copy.deepcopy(renderer.tokenizer)
+        self.quota = Quota(2 * MAX_REQUEST_BYTES, MAX_REQUEST_BYTES, TokenizeMemoryError)
+
+    async def token_ids(self, request: pb.TokenizeRequest, client: str) -> list[int]:
+        """Return the token ids of a request's prompt, even if it is somewhat longer than the model's context.
+
+        Args:
+            request: the client's request.
+            client: name of the client, for its share of the waiting requests.
+
+        Raises:
+            VLLMValidationError, ValueError: the prompt is empty, or has more characters than any prompt of the model;
+                or the messages can't be rendered.
+            TokenizeMemoryError: other requests wait.
+        """
+        with self.quota.room(client) as room:
+            room.take(request.ByteSize())
+            params = self.renderer.default_cmpl_tok_params
+            if request.WhichOneof("prompt") == "chat":
+                self.limit.check_chat(request.chat)
+                params = chat_tok_params(self.renderer)
+                prompt = await render_chat(self.renderer, request.chat, self.chat)
+                if "prompt_token_ids" in prompt:  # some models' templates make tokens
+                    return list(prompt["prompt_token_ids"])
+            else:
+                prompt = prompt_of(request)
+                self.limit.check_characters(len(prompt["prompt"]))
+            self.renderer.get_tokenizer()  # refuses where there is none
+            params = replace(params, max_total_tokens=None)
+            return await self._in_turn(prompt, params)
+
+    async def _in_turn(self, prompt: TextPrompt, params: TokenizeParams) -> list[int]:
+        """Tokenise on the thread. A cancelled call ends only with its turn, as its text is in memory until then."""
+        working = asyncio.get_running_loop().run_in_executor(self.thread, self._tokenize, prompt, params)
+        try:
+            return await asyncio.shield(working)
+        except asyncio.CancelledError:
+            await asyncio.wait({working})
+            raise
+
+    def _tokenize(self, prompt: TextPrompt, params: TokenizeParams) -> list[int]:
+        text = params.apply_pre_tokenization(self.tokenizer, prompt)["prompt"]
+        return list(self.tokenizer(text, **params.get_encode_kwargs())["input_ids"])
+
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 

@@ -12,12 +12,17 @@ from vllm.logger import init_logger
 from vllm.renderers import ChatParams
 
 from starling.engine_ext.serving.grpc import admin as admin_service
-from starling.engine_ext.serving.grpc.addresses import NO_ADMIN, AdminOptions, join_address
 from starling.engine_ext.serving.grpc.admin import AdminInterceptor, AdminServicer, start_admin_server
 from starling.engine_ext.serving.grpc.arrivals import ArrivalInterceptor
 from starling.engine_ext.serving.grpc.auth import AuthInterceptor, NoteClient, add_port
 from starling.engine_ext.serving.grpc.inference import SERVICE, Inference
-from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES, server_options
+from starling.engine_ext.serving.grpc.server_options import (
+    MAX_REQUEST_BYTES,
+    NO_ADMIN,
+    AdminOptions,
+    join_address,
+    server_options,
+)
 from starling.v1 import admin_pb2_grpc, inference_pb2_grpc
 
 logger = init_logger("vllm.starling")

@@ -19,7 +19,7 @@ from vllm.exceptions import RetryableRequestError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from starling.engine_ext.environment import ADMIN_KEY_ENV, LIVE_DATA, LIVE_PATH
-from starling.engine_ext.front.client_keys import api_keys, authorization_of, digest, has_valid_key, path_of
+from starling.engine_ext.front.cache_salt import api_keys, authorization_of, digest, has_valid_key, path_of
 from starling.engine_ext.front.live import LiveView
 
 MAX_RESPONSES = 32

@@ -1,4 +1,4 @@
-"""ASGI middleware of each request: its Call, its plan in a header, look-ups of cached tokens, and the OpenAPI document.
+"""ASGI middleware: API keys, the Call, the plan in a header, look-ups, the OpenAPI document, and the end of the server.
 
 The outermost one makes the Call, in which the others note what they learn of the request. When the application starts,
 it notes the application's list of models, which alone knows LoRA adapters by name, and
@@ -9,7 +9,9 @@ not have Starling's hooks does not start: vLLM makes the process of each of seve
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -17,13 +19,15 @@ from typing import Any
 from starlette.responses import JSONResponse
 from vllm.logger import init_logger
 
+from starling.engine_ext.environment import ADMIN_KEY_ENV
 from starling.engine_ext.front.bounds import HEAD
+from starling.engine_ext.front.cache_salt import api_keys, authorization_of, bearer_key, digest, has_valid_key, path_of
 from starling.engine_ext.front.call import Call, current_call, this_call
-from starling.engine_ext.front.client_keys import authorization_of, bearer_key, path_of
 from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.loop_watch import watch_loop
-from starling.vllm_compat.front import is_hooked
-from starling.vllm_compat.server_socket import bound_request_heads
+from starling.engine_ext.serving.http.progress_events import is_event_stream
+from starling.vllm_compat.front import around_shutdown, is_hooked
+from starling.vllm_compat.server_socket import bound_request_heads, close_connections
 
 NOT_HOOKED = "Starling is not in this vLLM: this process runs vLLM's own front"
 
@@ -168,3 +172,157 @@ class PlanHeader:
             await send(message)
 
         await self.app(scope, receive, send_with_plans)
+
+
+OPEN_PATHS = ("/health", "/ping", "/version", "/metrics", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
+OPEN_FOLDERS = ("/metrics/", "/static/")
+"""Folders that, like OPEN_PATHS, serve probes, monitoring and documentation, without any data of a client."""
+
+
+OPERATOR_PATHS = (
+    *("/scale_elastic_ep", "/is_scaling_elastic_ep", "/abort_requests", "/inference/v1/abort_requests"),
+    *("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/start_profile", "/stop_profile"),
+    *("/fault_tolerance/apply", "/fault_tolerance/status"),
+    *("/v1/fault_tolerance/apply", "/v1/fault_tolerance/status"),  # since vLLM 0.34
+    *("/checkpoint/prepare", "/checkpoint/restore", "/checkpoint/status"),
+    *("/server_info", "/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache", "/collective_rpc"),
+    *("/sleep", "/release_kv_cache_memory", "/wake_up", "/is_sleeping", "/pause", "/resume", "/is_paused"),
+    *("/init_weight_transfer_engine", "/shutdown_weight_transfer_engine", "/start_weight_update"),
+    *("/start_draft_weight_update", "/update_weights", "/finish_weight_update", "/update_weight_version"),
+    *("/weight_info", "/weight_checker", "/get_world_size"),
+)
+"""Paths of vLLM that change the server, or end requests of any client; most exist only with an option of vLLM."""
+
+NO_OPERATOR = f"this path controls the server: start it with {ADMIN_KEY_ENV}, and send that key"
+
+
+def is_operators(path: str) -> bool:
+    """Return whether a path is one of OPERATOR_PATHS. Starlette's routes match with a line feed at the end too."""
+    return path.removesuffix("\n") in OPERATOR_PATHS
+
+
+def is_open(path: str) -> bool:
+    """Return whether a path, without the server's --root-path, needs no key."""
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS)
+
+
+class RequireKey:
+    """Middleware around ``app`` that checks keys. vLLM's arguments in the application's state have the keys."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.digests: list[bytes] | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        # A browser sends OPTIONS without the key, to learn whether it may send the request.
+        if scope["type"] not in ("http", "websocket") or scope.get("method") == "OPTIONS":
+            await self.app(scope, receive, send)
+            return
+        if self.digests is None:
+            self.digests = [digest(key) for key in api_keys(scope["app"].state.args)]
+        path, admin_key = path_of(scope), os.environ.get(ADMIN_KEY_ENV)
+        valid, answer = self.digests, self.app
+        if is_operators(path) and admin_key:
+            valid = [digest(admin_key)]
+        if valid and not is_open(path) and not has_valid_key(authorization_of(scope), valid):
+            body = {"error": "Unauthorized"}  # as vLLM answers
+            answer = JSONResponse(body, 401, {"www-authenticate": "Bearer"})
+        elif is_operators(path) and admin_key:
+            scope = with_api_key(scope)
+        elif is_operators(path) and valid:
+            answer = JSONResponse({"error": NO_OPERATOR}, 403)
+        await answer(scope, receive, send)
+
+
+def with_api_key(scope: Any) -> Any:
+    """Return an operator's request with an API key, because vLLM's own check knows only API keys."""
+    keys = api_keys(scope["app"].state.args)
+    if not keys:
+        return scope
+    others = [(name, value) for name, value in scope["headers"] if name != b"authorization"]
+    return scope | {"headers": [*others, (b"authorization", b"Bearer " + keys[0].encode())]}
+
+
+MESSAGE = "the server is shutting down"
+ERROR = {"error": {"message": MESSAGE, "type": "ServiceUnavailableError", "param": None, "code": 503}}
+SEND_SECONDS = 2.0
+"""Seconds that clients have to receive the end of their response. Then their connections are closed."""
+
+STILL_SERVED = ("/metrics",)
+
+
+def unavailable() -> JSONResponse:
+    return JSONResponse(ERROR, 503, {"retry-after": "1", "connection": "close"})
+
+
+class EndWithEngine:
+    """Middleware around ``app`` that ends requests with the engine."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.is_stopping = self.has_stopped = False
+        self.running: set[asyncio.Task] = set()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            self._watch(scope["app"].state)
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif self.is_stopping and not scope["path"].endswith(STILL_SERVED):
+            await unavailable()(scope, receive, send)
+        else:
+            await self._run(scope, receive, send)
+
+    def _watch(self, state: Any) -> None:
+        """Register for the engine's shutdown. A server that only renders prompts has no engine."""
+        if state.engine_client is None:
+            return
+        loop = asyncio.get_running_loop()
+
+        def before(_: float | None) -> None:
+            self.is_stopping = True
+
+        def after() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._end_all, state)
+
+        around_shutdown(state.engine_client, before, after)
+
+    def _end_all(self, state: Any) -> None:
+        if self.has_stopped:
+            return
+        self.has_stopped = True
+        for task in self.running:
+            task.cancel()
+        asyncio.get_running_loop().call_later(SEND_SECONDS, self._close, state)
+
+    def _close(self, state: Any) -> None:
+        """Close the present connections, again and again, because clients may still make new ones."""
+        close_connections(state)
+        asyncio.get_running_loop().call_later(SEND_SECONDS, self._close, state)
+
+    async def _run(self, scope: Any, receive: Any, send: Any) -> None:
+        task, start, complete = asyncio.current_task(), None, False
+        assert task is not None
+
+        async def send_noted(message: Any) -> None:
+            nonlocal start, complete
+            start = message if message["type"] == "http.response.start" else start
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        self.running.add(task)
+        try:
+            await self.app(scope, receive, send_noted)
+        except (asyncio.CancelledError, Exception):  # what an application does that is cancelled, or has no engine
+            if not self.has_stopped or complete:
+                raise
+            task.uncancel()
+            if start is None:
+                await unavailable()(scope, receive, send)
+            elif is_event_stream(start):
+                await send({"type": "http.response.body", "body": f"data: {json.dumps(ERROR)}\n\n".encode()})
+            else:
+                raise
+        finally:
+            self.running.discard(task)

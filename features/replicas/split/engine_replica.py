@@ -15,8 +15,7 @@ from vllm.sampling_params import SamplingParams
 
 from starling.features.adapter.lora import adapter_fields
 from starling.features.replicas.replica_calls import OPEN_SHARD, PING, RELEASE, REPLICA_STATE
-from starling.features.replicas.split.replica_rpc import ReplicaTimeout
-from starling.features.replicas.split.split_state import Reservation, SplitState
+from starling.features.replicas.split.split_state import ReplicaTimeout, Reservation, SplitState
 from starling.scheduler.star.decide import PLANNED
 from starling.scheduler.star.plan import StarPlan, block_range
 from starling.scheduler.star.request_metadata import KEY, PageSource, PromptPart, RequestMetadata

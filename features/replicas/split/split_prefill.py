@@ -37,10 +37,8 @@ from starling.features.replicas.split.engine_replica import (
     SplitPrompt,
     while_answering,
 )
-from starling.features.replicas.split.replica_rpc import ReplicaUnavailable
-from starling.features.replicas.split.split_state import SplitState, split_metrics
-from starling.scheduler.star.assignment import Assignment, ReplicaState, assign_blocks
-from starling.scheduler.star.kv_demand import KVDemand
+from starling.features.replicas.split.split_state import ReplicaUnavailable, SplitState, split_metrics
+from starling.scheduler.star.assignment import Assignment, KVDemand, ReplicaState, assign_blocks
 from starling.scheduler.star.plan import StarPlan, pad, work
 from starling.scheduler.star.request_metadata import KEY, LOST, PageFetch, RemoteShards, RequestMetadata, Shard
 from starling.vllm_compat.admission_limits import Admission, RequestWithdrawn, admit, admitted_outputs, withdraw

@@ -11,13 +11,11 @@ import torch
 from transformers import AutoConfig
 
 from benchmarks.kv_shift.random_model import TINY_BAICHUAN, TINY_LLAMA, make_random_kv_shift
-from starling.engine_ext.models import baichuan_m1, kv_shift_llama
-from starling.engine_ext.models.checkpoint import checked_weights
-from starling.engine_ext.models.configs import BaichuanM1Config, KVShiftLlamaConfig
-from starling.engine_ext.models.registry import MODELS, register_model_families
-from starling.engine_ext.models.shifted_attention import kv_heads_of_rank
+from starling.engine_ext.models import kv_shift
+from starling.engine_ext.models.configs import MODELS, BaichuanM1Config, KVShiftLlamaConfig, register_model_families
+from starling.engine_ext.models.kv_shift import checked_weights, kv_heads_of_rank
 
-LLAMA = kv_shift_llama.expected_tensors(KVShiftLlamaConfig(**TINY_LLAMA))
+LLAMA = kv_shift.llama_tensors(KVShiftLlamaConfig(**TINY_LLAMA))
 
 
 def tensors_of(shapes):
@@ -56,7 +54,7 @@ def test_baichuan_layers_have_their_own_numbers_of_heads():
         (own.num_attention_heads, own.num_key_value_heads, own.head_dim) for own in map(config.layer_config, (0, 1))
     ]
     assert heads == [(4, 2, 32), (2, 2, 64)]
-    shapes = baichuan_m1.expected_tensors(config)
+    shapes = kv_shift.baichuan_tensors(config)
     assert shapes["model.layers.0.self_attn.W_pack.weight"] == (4 * 32 + 2 * 2 * 32, 128)
     assert shapes["model.layers.1.self_attn.W_pack.weight"] == (2 * 64 + 2 * 2 * 64, 128)
 
@@ -103,10 +101,10 @@ def test_shapes_of_quantised_linear_layers_are_not_checked():
 def test_the_head_is_normalised_unless_quantised():
     torch.manual_seed(0)
     head = torch.randn(5, 8)
-    ((_, normalised),) = baichuan_m1.mapped_weights([("lm_head.weight", head)])
+    ((_, normalised),) = kv_shift.mapped_weights([("lm_head.weight", head)])
     torch.testing.assert_close(normalised.norm(dim=-1), torch.ones(5))
     quantised = head.to(torch.float8_e4m3fn)
-    ((_, kept),) = baichuan_m1.mapped_weights([("lm_head.weight", quantised)])
+    ((_, kept),) = kv_shift.mapped_weights([("lm_head.weight", quantised)])
     assert kept is quantised
 
 

@@ -8,7 +8,7 @@ import yaml
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from vllm.v1.metrics import loggers
 
-import starling.engine_ext.front.star_metrics
+import starling.engine_ext.front.observability
 import starling.engine_ext.worker.star_worker
 import starling.features.library.tier
 import starling.features.replicas.page_transfer
@@ -60,7 +60,7 @@ def exported(tmp_path_factory):
                 if hasattr(owner, attribute):
                     patch.setattr(owner, attribute, recorded(kind))
         modules = (
-            starling.engine_ext.front.star_metrics,
+            starling.engine_ext.front.observability,
             starling.engine_ext.worker.star_worker,
             starling.features.library.tier,
             starling.features.replicas.split.split_state,
@@ -73,7 +73,7 @@ def exported(tmp_path_factory):
                     patch.setattr(module, kind.__name__, recorded(kind).__func__)
         loggers.PrometheusStatLogger(config)
         for metrics in (
-            starling.engine_ext.front.star_metrics.FrontMetrics,
+            starling.engine_ext.front.observability.FrontMetrics,
             starling.engine_ext.worker.star_worker.WorkerMetrics,
             starling.features.library.tier.LibraryMetrics,
             starling.features.replicas.split.split_state.SplitMetrics,

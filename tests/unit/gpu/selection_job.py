@@ -20,7 +20,7 @@ def main() -> None:
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from starling.attention_backends.paged.names import CLASSES, register_paged_backend
+    from starling.attention_backends.paged import CLASSES, register_paged_backend
     from starling.attention_backends.star.backend import register_star_backends
 
     register_paged_backend("triton")

@@ -15,7 +15,7 @@ from vllm.v1.kv_offload.base import (
     GPULoadStoreSpec,
 )
 
-from starling.features.library.host_worker import HostWorker
+from starling.features.library.spec import HostWorker
 
 
 class Region:

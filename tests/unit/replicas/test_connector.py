@@ -15,13 +15,13 @@ from vllm.v1.metrics.stats import PrefixCacheStats
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
+from starling.engine_ext.engine_core import StarScheduler
 from starling.features.replicas import replica_calls
 from starling.features.replicas.connector import StarConnector
 from starling.features.replicas.connector_metadata import PageLoad, PageLoads, PageRead, WorkerAddress
 from starling.features.replicas.page_transfer import TransferError, layout_mismatch
 from starling.features.replicas.replica_calls import replica_state
 from starling.features.replicas.worker_connector import WorkerConnector
-from starling.features.schedulers import StarScheduler
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import (
     PageFetch,

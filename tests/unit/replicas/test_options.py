@@ -6,7 +6,7 @@ import pytest
 
 from starling.config.entry import config_of
 from starling.config.parsing import OptionError
-from starling.config.replicas import parse_replicas
+from starling.config.scheduling import parse_replicas
 
 
 def config(entry):

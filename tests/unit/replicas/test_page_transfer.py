@@ -13,9 +13,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheTensor, compute
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from starling.features.replicas import page_transfer
-from starling.features.replicas.holds import WORDS
 from starling.features.replicas.network import make_agent
 from starling.features.replicas.page_transfer import (
+    WORDS,
     PageReader,
     SourceRead,
     Transfer,

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from starling.features.replicas.split.replica_rpc import ReplicaRPC, ReplicaTimeout
+from starling.features.replicas.split.split_state import ReplicaRPC, ReplicaTimeout
 from tests.unit.engine_ext.front.virtual_time import now, run
 
 TIMEOUT = 30.0

@@ -7,7 +7,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from starling.features.schedulers import StarScheduler
+from starling.engine_ext.engine_core import StarScheduler
 from starling.scheduler.star.plan import StarPlan
 from tests.unit.scheduler.simulation import Engine, make_config, make_scheduler, random_ids
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from vllm.lora.request import LoRARequest
 
-from starling.features.schedulers import StarScheduler
+from starling.engine_ext.engine_core import StarScheduler
 from starling.scheduler.cache_keys import AdapterKeys
 from starling.vllm_compat import prefix_cache
 from tests.unit.scheduler.library_engine import PAGE_SIZE, LibraryEngine, library_config

@@ -16,7 +16,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.request import RequestStatus
 
-from starling.features.schedulers import AsyncStarScheduler, StarScheduler
+from starling.engine_ext.engine_core import AsyncStarScheduler, StarScheduler
 from starling.scheduler.cache_state import prefill_progress
 from starling.scheduler.padding import BlockPadding, count_client_tokens, with_padding, without_padding
 from starling.scheduler.star.documents import lay_out

@@ -9,8 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import RequestStatus
 
+from starling.engine_ext.engine_core import AsyncStarScheduler, StarScheduler
 from starling.features.reuse.core import BlockReuse
-from starling.features.schedulers import AsyncStarScheduler, StarScheduler
 from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.star.plan import StarPlan
 from tests.unit.scheduler.simulation import Engine, make_config, make_scheduler, random_ids

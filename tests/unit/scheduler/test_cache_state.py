@@ -9,7 +9,7 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 from vllm.v1.request import RequestStatus
 
-from starling.features.schedulers import AsyncStarScheduler, StarScheduler
+from starling.engine_ext.engine_core import AsyncStarScheduler, StarScheduler
 from starling.scheduler import core_metrics
 from starling.scheduler.cache_state import cache_state, group_state, prefill_progress
 from starling.scheduler.star.plan import StarPlan, blocks_done

@@ -8,24 +8,29 @@ import pytest
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
 
-from starling.scheduler import core_rpc
+from starling.scheduler import cache_state
 from starling.vllm_compat.core_process import add_core_utility
 from starling.vllm_compat.front import SHUTTING_DOWN
 
 
 @pytest.fixture
 def added(monkeypatch):
-    for name in (core_rpc.CACHE_STATE, core_rpc.PREFILL_PROGRESS, core_rpc.ATTENTION_BACKENDS, core_rpc.LIVE_REQUESTS):
+    for name in (
+        cache_state.CACHE_STATE,
+        cache_state.PREFILL_PROGRESS,
+        cache_state.ATTENTION_BACKENDS,
+        cache_state.LIVE_REQUESTS,
+    ):
         monkeypatch.setattr(EngineCore, name, None, raising=False)
     for _ in range(2):
-        core_rpc.add_core_rpc()
+        cache_state.add_core_rpc()
 
 
 def test_an_engine_core_offers_these_calls(added):
     """A call is found by its name, and takes the arguments that the engine core passes."""
     core = object.__new__(EngineCoreProc)
     core.scheduler = type("Scheduler", (), {"requests": {}})()
-    method = getattr(core, core_rpc.PREFILL_PROGRESS)
+    method = getattr(core, cache_state.PREFILL_PROGRESS)
     assert method(*EngineCoreProc._convert_msgspec_args(method, [["unknown"]])) == {}
 
 

@@ -11,7 +11,7 @@ import pytest
 from vllm.v1.core.sched.diffusion_scheduler import DiffusionAsyncScheduler, DiffusionScheduler
 from vllm.v1.outputs import DraftTokenIds
 
-from starling.features.schedulers import AsyncDiffusionStarScheduler, DiffusionStarScheduler
+from starling.engine_ext.engine_core import AsyncDiffusionStarScheduler, DiffusionStarScheduler
 from tests.unit.scheduler.simulation import answer, make_config, make_request, make_scheduler
 
 CANVAS = 8

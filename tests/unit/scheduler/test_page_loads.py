@@ -16,10 +16,10 @@ from vllm.config import KVEventsConfig
 from vllm.v1.kv_offload.base import LookupResult
 from vllm.v1.request import RequestStatus
 
-from starling.features.library import page_loads
+from starling.engine_ext.engine_core import AsyncStarScheduler, StarScheduler
+from starling.features.library import core
+from starling.features.library.core import PageLoads
 from starling.features.library.file_space import LATER_SECONDS
-from starling.features.library.page_loads import PageLoads
-from starling.features.schedulers import AsyncStarScheduler, StarScheduler
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import PageFetch, PageSource, PromptPart, RequestMetadata
 from tests.stateful import CountingMachine, Length, run_machine
@@ -276,7 +276,7 @@ def test_kv_events_say_where_a_page_is(tmp_path: Path) -> None:
 def test_a_request_does_not_wait_for_ever(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(config, delay=10**6)
     ids = only_in_the_library(engine)
-    monkeypatch.setattr(page_loads, "PATIENCE_SECONDS", -1.0)
+    monkeypatch.setattr(core, "PATIENCE_SECONDS", -1.0)
     engine.add("second", PLAN, ids)
     engine.run()
     assert engine.computed["second"] == LENGTH + NEW - 1

@@ -10,7 +10,7 @@ import pytest
 from vllm.lora.request import LoRARequest
 
 from starling import features
-from starling.features.schedulers import StarScheduler
+from starling.engine_ext.engine_core import StarScheduler
 from starling.scheduler.part import HOOKS, CorePart, hooks_of
 from starling.vllm_compat.versions import release_of, vllm_version
 from tests.unit.scheduler.simulation import Engine, make_config, make_scheduler

@@ -12,8 +12,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 from vllm.v1.request import RequestStatus
 
+from starling.engine_ext.engine_core import StarScheduler
 from starling.features.fairness.core import PrefillLimiter
-from starling.features.schedulers import StarScheduler
 from starling.vllm_compat.scheduler_view import SchedulerView
 from tests.unit.scheduler.simulation import SHAPE, Engine, random_ids
 from tests.unit.scheduler.steps import LONG, PAGE_SIZE, STEP, add_long, make_engine, make_step_config, throttle

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from starling.features.schedulers import AsyncStarScheduler, StarScheduler
+from starling.engine_ext.engine_core import AsyncStarScheduler, StarScheduler
 from starling.scheduler.provenance import Provenance, document_sources, with_peers
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import SOURCES

@@ -10,9 +10,9 @@ from vllm.v1.request import RequestStatus
 
 from starling.config.parsing import OptionError
 from starling.config.star import parse_options
+from starling.engine_ext.engine_core import AsyncStarScheduler, StarScheduler
 from starling.features.retention.core import MAX_SESSIONS, RetainedPages
 from starling.features.retention.front import Retention
-from starling.features.schedulers import AsyncStarScheduler, StarScheduler
 from starling.scheduler.star.decide import Decision, decide
 from starling.scheduler.star.facts import EngineFacts, PromptFacts
 from starling.scheduler.star.plan import StarPlan

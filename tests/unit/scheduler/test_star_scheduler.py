@@ -12,7 +12,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
 from starling.config.parsing import OptionError
-from starling.features.schedulers import AsyncStarScheduler, StarScheduler
+from starling.engine_ext.engine_core import AsyncStarScheduler, StarScheduler
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import PromptPart, RequestMetadata
 from tests.unit.scheduler.simulation import (

@@ -15,9 +15,9 @@ from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionS
 
 from starling.config.parsing import OptionError
 from starling.config.scheduling import SchedulingOptions, parse_scheduling
+from starling.engine_ext.engine_core import StarScheduler
 from starling.features.fairness.core import PrefillLimiter
 from starling.features.fairness.step_budget import Limits, LongPrompt, attended, chunk_within, divide_step, make_limits
-from starling.features.schedulers import StarScheduler
 from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.star.plan import StarPlan
 from tests.unit.scheduler.simulation import SHAPE, Engine, make_scheduler, random_ids

@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 
-from starling.vllm_compat.scheduler_hooks import SchedulerHooks
+from starling.vllm_compat.scheduler_view import SchedulerHooks
 
 
 class WithoutCache:

@@ -28,9 +28,9 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from starling.engine_ext.engine_core import StarScheduler
 from starling.features.replicas.connector_metadata import WorkerAddress, WorkerReport
 from starling.features.replicas.worker import close_shards, open_shard
-from starling.features.schedulers import StarScheduler
 from starling.scheduler.star.request_metadata import metadata_of
 from tests.unit.engine_ext.front.virtual_time import now, until
 from tests.unit.scheduler.simulation import HASH, PAGE_SIZE, Engine, answer, make_scheduler, random_ids

@@ -12,7 +12,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.live import KEEP_SECONDS, SHARE_SECONDS, WAIT_SECONDS, LiveView, read_totals
 from starling.features.live.core import LISTED, MAX_ID
-from starling.scheduler.core_rpc import LIVE_REQUESTS
+from starling.scheduler.cache_state import LIVE_REQUESTS
 from tests.unit.engine_ext.conftest import REPLICAS
 from tests.unit.engine_ext.front.simulation import Server
 from tests.unit.engine_ext.front.virtual_time import now

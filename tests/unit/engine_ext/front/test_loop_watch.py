@@ -15,7 +15,7 @@ import uvloop
 
 from starling.engine_ext.front import loop_watch
 from starling.engine_ext.front.loop_watch import STALL_SECONDS, LoopWatch, watch_loop
-from starling.engine_ext.front.star_metrics import front_metrics
+from starling.engine_ext.front.observability import front_metrics
 
 BIG = "[" + ",".join(["[]"] * 200_000) + "]"
 RUNNERS = [asyncio.run, uvloop.run]

@@ -11,7 +11,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from starling.engine_ext.front.call import Call, current_call, note_engine_request
 from starling.engine_ext.front.progress import ARRIVAL_SECONDS, Progress, ProgressPoller, furthest
-from starling.scheduler.core_rpc import PREFILL_PROGRESS
+from starling.scheduler.cache_state import PREFILL_PROGRESS
 from tests.unit.engine_ext.front.virtual_time import now, run
 
 INTERVAL = 0.1

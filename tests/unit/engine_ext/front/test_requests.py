@@ -12,6 +12,7 @@ from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 from starling.attention_backends.attamba.chunks import prompt_keys
 from starling.engine_ext.front import bounds
 from starling.engine_ext.front.call import Call, current_call
+from starling.engine_ext.front.observability import front_metrics
 from starling.engine_ext.front.requests import (
     PLANNED,
     RequestPlanner,
@@ -19,7 +20,6 @@ from starling.engine_ext.front.requests import (
     check_openai_request,
     plan_of_request,
 )
-from starling.engine_ext.front.star_metrics import front_metrics
 from starling.engine_ext.models.configs import AttambaConfig
 from starling.engine_ext.serving.grpc.outputs import final
 from starling.scheduler.star.decide import Decision

@@ -8,9 +8,8 @@ import pytest
 
 from starling.engine_ext.front.front_state import front_state
 from starling.features.replicas.replica_calls import OPEN_SHARD, RELEASE
-from starling.features.replicas.split.replica_rpc import ReplicaTimeout
 from starling.features.replicas.split.split_prefill import ShardLost
-from starling.features.replicas.split.split_state import split_metrics
+from starling.features.replicas.split.split_state import ReplicaTimeout, split_metrics
 from starling.scheduler.star.request_metadata import metadata_of
 from tests.unit.engine_ext.front.simulation import SHARDS, TOKENS, both_parts_run, whole_requests
 from tests.unit.engine_ext.front.virtual_time import now, until

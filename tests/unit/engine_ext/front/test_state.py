@@ -6,7 +6,7 @@ import gc
 import weakref
 from types import SimpleNamespace
 
-from starling.config.replicas import ReplicaOptions
+from starling.config.scheduling import ReplicaOptions
 from starling.engine_ext.front.front_state import FrontState, front_state, state_of
 from tests.unit.engine_ext.configs import fake_config
 

@@ -20,6 +20,7 @@ from benchmarks.random_llama import make_random_llama, make_tiny_llama
 from starling.attention_backends.star.refusals import document_refusals, star_refusals
 from starling.config.entry import parse_config
 from starling.config.parsing import OptionError
+from starling.engine_ext.engine_core import FeatureMixin
 from starling.engine_ext.start import activation, plugin
 from starling.engine_ext.start.activation import (
     MIDDLEWARE,
@@ -32,7 +33,6 @@ from starling.engine_ext.start.activation import (
     star_class,
 )
 from starling.features.reuse.core import reuse_refusal
-from starling.features.schedulers import FeatureMixin
 from starling.scheduler.star.request_metadata import ONE_HOST, default_num_shards
 from starling.scheduler.star_scheduler import StarMixin
 from tests.parity.harness import TINY

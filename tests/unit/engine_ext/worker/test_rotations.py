@@ -10,8 +10,8 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from starling.attention_backends.star.document_layers import make_rotations, turning_problem
-from starling.vllm_compat import rotary_layers
-from starling.vllm_compat.rotary_layers import AttentionBlock, attention_blocks
+from starling.vllm_compat import models
+from starling.vllm_compat.models import AttentionBlock, attention_blocks
 
 HEADS, KV_HEADS, SIZE, HIDDEN, POSITIONS = 4, 2, 32, 24, 4096
 ROPES = {
@@ -54,7 +54,7 @@ class Block(torch.nn.Module):
 
 @pytest.fixture(autouse=True)
 def fake_attention(monkeypatch):
-    monkeypatch.setattr(rotary_layers, "Attention", FakeAttention)
+    monkeypatch.setattr(models, "Attention", FakeAttention)
 
 
 def problem(block: Block) -> str | None:

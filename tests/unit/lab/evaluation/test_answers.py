@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from starling.config.plain_text import plain
+from starling.config.parsing import plain
 from starling.lab.evaluation import client as client_module
 from starling.lab.evaluation import server_process
 from starling.lab.evaluation.answers import MAX_ANSWER_BYTES, MAX_MESSAGE, ServerError

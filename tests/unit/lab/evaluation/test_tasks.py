@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 
 from starling.lab.evaluation.comparison import score
 from starling.lab.evaluation.prompts import NEAR, fit, task_prompts
-from starling.lab.evaluation.tasks import GROUPS, TASKS, choose_tasks
-from starling.lab.evaluation.tasks.associations import ASSOCIATIONS
-from starling.lab.evaluation.tasks.words import prose, pseudo_words
+from starling.lab.evaluation.tasks import ASSOCIATIONS, GROUPS, TASKS, choose_tasks
+from starling.lab.evaluation.words import prose, pseudo_words
 
 SEEDS = st.integers(0, 2**32)
 EACH_TASK = pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))

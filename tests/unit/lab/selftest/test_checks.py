@@ -17,19 +17,9 @@ from starling.attention_backends.kernels.cpu import fallback
 from starling.config.adapter import WEIGHTS, read_adapter
 from starling.features.replicas import network
 from starling.lab.selftest import check_prompts as p
-from starling.lab.selftest import (
-    engine_checks,
-    engine_run,
-    kernels,
-    model,
-    moved_pages,
-    served,
-    speed,
-    star_rows,
-    suite,
-)
+from starling.lab.selftest import command, engine, engine_checks, kernels, model, moved_pages, served, speed
+from starling.lab.selftest.engine import EngineError, EngineRun
 from starling.lab.selftest.engine_checks import Setting, judge_tokens, settings
-from starling.lab.selftest.engine_run import EngineError, EngineRun
 from starling.lab.selftest.kernels import DECODE, MIXED, make_operands
 from starling.lab.selftest.result import Check, Skip, Verdict, judge
 
@@ -78,7 +68,7 @@ def test_a_kernel_with_32_bit_offsets_fails_on_the_large_cache(attention, passes
 )
 @pytest.mark.parametrize("own_op", [False, True])
 def test_rows_of_another_plan_fail(own_op, change):
-    right, wrong = star_rows.check_rows(own_op), star_rows.check_rows(own_op, replace(star_rows.PLAN, **change))
+    right, wrong = kernels.check_rows(own_op), kernels.check_rows(own_op, replace(kernels.PLAN, **change))
     assert right.measured <= right.bound < wrong.measured
 
 
@@ -134,7 +124,7 @@ def test_an_engine_that_crashes_fails_its_checks_and_is_started_once(monkeypatch
         starts.append(job)
         raise EngineError("the engine's process ended with -11:\nSegmentation fault")
 
-    monkeypatch.setattr(engine_run, "run_engine", crash)
+    monkeypatch.setattr(engine, "run_engine", crash)
     run = EngineRun({}, {})
     for _ in range(2):
         assert "Segmentation fault" in judge(Check("engine", run.result)).detail
@@ -149,7 +139,7 @@ def test_options_that_the_model_excludes_are_named_and_a_crash_is_not(monkeypatc
     def end(job, env):
         raise EngineError(job["engine"]["message"])
 
-    monkeypatch.setattr(engine_run, "run_engine", end)
+    monkeypatch.setattr(engine, "run_engine", end)
     assert EngineRun({"message": message}, {}).refusal() == reason
     assert EngineRun({"message": "the engine's process ended with -11:"}, {}).refusal() is None
 
@@ -164,10 +154,10 @@ def test_an_engine_is_made_without_a_feature_that_is_refused(monkeypatch):
             raise EngineError("the engine ended with 1:\nOptionError: starling.star_heads='a' is refused: a reason")
         return {"batches": {name: {"outputs": []} for name in job["batches"]}}
 
-    monkeypatch.setattr(engine_run, "run_engine", run)
+    monkeypatch.setattr(engine, "run_engine", run)
     features = {
-        "dense heads": engine_run.Feature({"star_heads": "a"}, {"heads": []}),
-        "documents": engine_run.Feature({"star_segments": "auto"}, {"documents": []}),
+        "dense heads": engine.Feature({"star_heads": "a"}, {"heads": []}),
+        "documents": engine.Feature({"star_segments": "auto"}, {"documents": []}),
     }
     made = EngineRun({"additional_config": {"starling": {"star": "on"}}}, {"star": []}, features=features)
     assert made.refusal() is None and made.refusal("documents") is None
@@ -192,7 +182,7 @@ def test_ties_are_as_wide_as_plain_vllms_own_differences(monkeypatch, unit):
 
 def test_the_message_of_a_crash_is_what_the_process_printed():
     with pytest.raises(EngineError, match="KeyError: 'engine'"):
-        engine_run.run_engine({"batches": {}}, {})
+        engine.run_engine({"batches": {}}, {})
 
 
 def test_the_longest_prompt_has_room_for_the_padding_of_documents():
@@ -216,17 +206,17 @@ def test_settings(monkeypatch, vllm, runners):
 def test_what_needs_two_gpus_is_skipped_with_the_reason(monkeypatch, gpus):
     missing = Skip(f"{gpus} GPUs, and two are needed")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(suite, "judge_pages", lambda *devices: devices)
-    monkeypatch.setattr(suite, "find_spec", {"nixl": None}.get)
-    assert suite.check_moved_pages() == (missing if gpus < 2 else Skip("NIXL is not installed"))
-    monkeypatch.setattr(suite, "find_spec", {"nixl": "a module"}.get)
-    assert suite.check_moved_pages() == (("cuda:0", "cuda:1") if gpus == 2 else missing)
-    assert suite.two_gpus_missing() == (None if gpus == 2 else missing)
+    monkeypatch.setattr(command, "judge_pages", lambda *devices: devices)
+    monkeypatch.setattr(command, "find_spec", {"nixl": None}.get)
+    assert command.check_moved_pages() == (missing if gpus < 2 else Skip("NIXL is not installed"))
+    monkeypatch.setattr(command, "find_spec", {"nixl": "a module"}.get)
+    assert command.check_moved_pages() == (("cuda:0", "cuda:1") if gpus == 2 else missing)
+    assert command.two_gpus_missing() == (None if gpus == 2 else missing)
 
 
 def test_pages_that_two_processes_move_are_those_of_the_source():
     """In the memory of a CPU, where a GPU's check has that of two GPUs."""
-    result = suite.judge_pages("cpu", "cpu")
+    result = command.judge_pages("cpu", "cpu")
     assert (result.measured, result.bound) == (0, 0)
     assert "0.0625 GiB of scattered pages" in result.detail and "GB/s" in result.detail
 
@@ -242,7 +232,7 @@ def test_a_page_that_is_another_one_is_counted(monkeypatch):
 
 def test_a_process_that_can_not_read_pages_fails_the_check():
     with pytest.raises(RuntimeError, match="ended with 1:"):
-        suite.judge_pages("cpu", "no device")
+        command.judge_pages("cpu", "no device")
 
 
 def gpu_engines(tmp_path) -> engine_checks.Engines:
@@ -269,10 +259,10 @@ def test_two_gpus_serve_documents_with_an_adapter_and_a_library(tmp_path, monkey
         jobs.append(job)
         raise EngineError("the engine's process ended with 1:")
 
-    monkeypatch.setattr(engine_run, "run_engine", end)
-    monkeypatch.setattr(suite, "two_gpus_missing", lambda: None)
-    monkeypatch.setattr(suite, "check_moved_pages", lambda: Skip("not here"))
-    checks = suite.two_gpu_checks(engines, served.served(engines, tmp_path, "64MiB"))
+    monkeypatch.setattr(engine, "run_engine", end)
+    monkeypatch.setattr(command, "two_gpus_missing", lambda: None)
+    monkeypatch.setattr(command, "check_moved_pages", lambda: Skip("not here"))
+    checks = command.two_gpu_checks(engines, served.served(engines, tmp_path, "64MiB"))
     assert [judge(check).verdict for check in checks] == 3 * [Verdict.FAIL] + [Verdict.SKIP]
     (job,) = jobs
     options = job["engine"]["additional_config"]["starling"]
@@ -303,7 +293,7 @@ def test_an_adapter_of_zeros_that_was_not_used_or_changes_a_token_fails_the_chec
     engines = replace(engines, ours=finished(engines.ours))
     assert (served.check_adapter(engines, run).measured == 0) == fine
     tokens_differ = "token_ids" in fields
-    assert (suite.check_tensor_parallel(engines, run).measured > 0) == tokens_differ
+    assert (command.check_tensor_parallel(engines, run).measured > 0) == tokens_differ
 
 
 @pytest.mark.parametrize(
@@ -357,10 +347,10 @@ def engines_asked_for(monkeypatch, path: str) -> tuple[list[dict], dict[str, str
         asked.append(job)
         raise EngineError("the engine's process ended with 1:")
 
-    monkeypatch.setattr(engine_run, "run_engine", end)
-    monkeypatch.setattr(suite, "kernel_checks", list)
-    monkeypatch.setattr(suite, "row_checks", list)
-    with suite.make_suite(path, gpu=True, quick=False) as (checks, _):
+    monkeypatch.setattr(engine, "run_engine", end)
+    monkeypatch.setattr(command, "kernel_checks", list)
+    monkeypatch.setattr(command, "row_checks", list)
+    with command.make_suite(path, gpu=True, quick=False) as (checks, _):
         outcomes = [judge(check) for check in checks]
     return asked, {one.name: one.detail for one in outcomes if one.verdict is Verdict.SKIP}
 
@@ -438,7 +428,7 @@ def test_a_step_that_waits_or_compiles_fails_the_check_unless_plain_vllm_does_to
 
 def test_engines_that_may_not_wait_are_told_so_and_ask_for_no_logprobs(tmp_path):
     """vLLM takes both settings: the one as an argument of an engine, the other as a variable."""
-    run = engine_run.EngineRun({"model": str(tmp_path)}, {"one": [{"ids": [1], "prompt_logprobs": True}]}, {"A": "1"})
+    run = engine.EngineRun({"model": str(tmp_path)}, {"one": [{"ids": [1], "prompt_logprobs": True}]}, {"A": "1"})
     strict = engine_checks.steady(run)
     assert EngineArgs(**strict.engine).jit_monitor_mode == "error"
     assert (
@@ -448,9 +438,9 @@ def test_engines_that_may_not_wait_are_told_so_and_ask_for_no_logprobs(tmp_path)
 
 
 def activated(**options) -> EngineRun:
-    features = {"documents": engine_run.Feature({"star_segments": "auto"}, {"documents": [{"ids": [2], "star": {}}]})}
-    engine = {"additional_config": {"starling": options}}
-    return EngineRun(engine, {"star": 3 * [{"ids": [1], "star": {"star": "on"}}]}, features=features)
+    features = {"documents": engine.Feature({"star_segments": "auto"}, {"documents": [{"ids": [2], "star": {}}]})}
+    arguments = {"additional_config": {"starling": options}}
+    return EngineRun(arguments, {"star": 3 * [{"ids": [1], "star": {"star": "on"}}]}, features=features)
 
 
 def test_a_plain_engine_that_may_not_wait_has_steps_of_the_same_width():

@@ -12,7 +12,6 @@ import pytest
 from starling.engine_ext.serving.cli import main
 from starling.lab import machine
 from starling.lab.selftest import command as selftest
-from starling.lab.selftest import suite
 from starling.lab.selftest.result import Check, Result, Skip, Verdict, exit_code, judge
 
 
@@ -60,11 +59,11 @@ def test_exit_codes(names, gpu, code):
 
 def run(monkeypatch, names, gpu, *arguments: str) -> int:
     """`starling selftest` with some of ``CHECKS``."""
-    for module in (machine, suite):
+    for module in (machine, selftest):
         monkeypatch.setattr(module, "has_gpu", lambda: gpu, raising=False)
     monkeypatch.setattr(machine, "describe_machine", lambda: {"cards": ["a card"], "xformers": None})
     checks = [Check(name, CHECKS[name][0]) for name in names]
-    monkeypatch.setattr(suite, "make_suite", lambda *args, **kw: contextlib.nullcontext((checks, {})))
+    monkeypatch.setattr(selftest, "make_suite", lambda *args, **kw: contextlib.nullcontext((checks, {})))
     for name, value in selftest.QUIET.items():
         monkeypatch.setenv(name, value)
     return main.main(["selftest", *arguments])

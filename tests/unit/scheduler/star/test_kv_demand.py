@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from starling.config.parsing import OptionError
-from starling.scheduler.star.assignment import Assignment
-from starling.scheduler.star.kv_demand import KVDemand, with_enough_replicas
+from starling.scheduler.star.assignment import Assignment, KVDemand, with_enough_replicas
 from starling.scheduler.star.plan import StarPlan
 
 PAGE_SIZE = 32

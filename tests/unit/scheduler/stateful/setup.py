@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vllm.config import KVTransferConfig
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
-from starling.features.schedulers import AsyncStarScheduler, StarScheduler
+from starling.engine_ext.engine_core import AsyncStarScheduler, StarScheduler
 from tests.unit.scheduler.simulation import SHAPE, make_scheduler
 
 PAGE_SIZE = 8

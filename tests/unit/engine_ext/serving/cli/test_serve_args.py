@@ -21,7 +21,7 @@ from starling.engine_ext.serving.cli.serve_args import (
     refuse_open_plaintext,
 )
 from starling.engine_ext.serving.grpc import auth
-from starling.engine_ext.serving.grpc.addresses import is_loopback
+from starling.engine_ext.serving.grpc.server_options import is_loopback
 from starling.vllm_compat import versions
 
 MODEL = "some/model"

@@ -17,7 +17,7 @@ from starling.config.star import StarOptions, parse_options, summary
 from starling.engine_ext.serving.cli import serve
 from starling.engine_ext.start.activation import CORE
 from starling.vllm_compat.config import plain_message
-from starling.vllm_compat.report_to_fronts import add_report
+from starling.vllm_compat.core_process import add_report
 from tests.parity.harness import TINY
 
 

@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from starling.engine_ext.serving.cli import installation, main
+from starling.engine_ext.serving.cli import main, setup_cpu
 from starling.lab.doctor import command as doctor
 from starling.vllm_compat import versions
 
 
 @pytest.fixture(autouse=True)
 def no_vllm(monkeypatch):
-    for module in (versions, installation):
+    for module in (versions, setup_cpu):
         monkeypatch.setattr(module, "vllm_version", lambda: None)
 
 
@@ -33,7 +33,7 @@ def test_doctor_with_a_model_is_one_line_and_exit_code_2(capsys):
 
 
 def test_doctor_with_a_model_and_another_vllm_says_which_one_is_needed(capsys, monkeypatch):
-    for module in (versions, installation):
+    for module in (versions, setup_cpu):
         monkeypatch.setattr(module, "vllm_version", lambda: "0.99.0")
     assert doctor.run(["model"]) == 2
     error = capsys.readouterr().err

@@ -10,13 +10,18 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from starling.engine_ext.front.client_keys import digest
-from starling.engine_ext.serving.grpc.addresses import AdminOptions
+from starling.client import clients
+from starling.engine_ext.front.cache_salt import digest
 from starling.engine_ext.serving.grpc.arrivals import HEALTH_OF_HOST, Arrivals
 from starling.engine_ext.serving.grpc.auth import host_of
 from starling.engine_ext.serving.grpc.inference import SERVICE
-from starling.engine_ext.serving.grpc.limits import MAX_ADMIN_BYTES, MAX_REQUEST_BYTES, MAX_STREAMS
 from starling.engine_ext.serving.grpc.server import Front
+from starling.engine_ext.serving.grpc.server_options import (
+    MAX_ADMIN_BYTES,
+    MAX_REQUEST_BYTES,
+    MAX_STREAMS,
+    AdminOptions,
+)
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine, front_of
@@ -186,7 +191,7 @@ def test_a_compressed_message_is_refused():
 
 def test_an_ordinary_long_prompt_fits_one_message():
     million = pb.GenerateRequest(token_ids=pb.TokenIds(ids=range(10**6)))
-    assert million.ByteSize() < MAX_REQUEST_BYTES
+    assert million.ByteSize() < MAX_REQUEST_BYTES == clients.SERVER_MESSAGE_BYTES
     assert pb.GenerateRequest(text="a" * 4_000_000).ByteSize() < MAX_REQUEST_BYTES
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from examples.server import free_ports
 from starling.client import AsyncClient, Client, ConnectError, clients, requests
-from starling.client.early_status import EarlyStatus
+from starling.client.channel import EarlyStatus
 from starling.engine_ext.serving.grpc.auth import server_credentials
 from tests.unit.engine_ext.serving.grpc.client_calls import CHAT, Call
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine
@@ -182,7 +182,7 @@ def test_a_failed_write_does_not_hide_the_servers_status(server_first):
 
 
 def test_a_failed_write_without_a_status_of_the_server_is_reported(monkeypatch):
-    monkeypatch.setattr("starling.client.early_status.WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("starling.client.channel.WAIT_SECONDS", 0.01)
     failed = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, details="Internal error from Core")
 
     async def scenario():

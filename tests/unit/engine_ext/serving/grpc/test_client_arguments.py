@@ -6,7 +6,7 @@ import pickle
 import grpc
 import pytest
 
-from starling.client import Client, StarlingError, parameters, replies, requests
+from starling.client import Client, StarlingError, replies, requests
 from starling.config.star import FIELD_OF, StarOptions
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.client_calls import CHAT
@@ -160,9 +160,9 @@ def test_star_options_of_a_python_engine_can_be_sent():
 
 
 def test_the_types_have_the_names_of_the_messages():
-    assert [*parameters.Sampling.__annotations__] == requests.SAMPLING
-    assert {*parameters.StarFields.__annotations__} == {*FIELD_OF} - {"star"}
-    own = {*parameters.StreamFields.__annotations__} - {*requests.SAMPLING} - {*FIELD_OF}
+    assert [*requests.Sampling.__annotations__] == requests.SAMPLING
+    assert {*requests.StarFields.__annotations__} == {*FIELD_OF} - {"star"}
+    own = {*requests.StreamFields.__annotations__} - {*requests.SAMPLING} - {*FIELD_OF}
     assert own == {*requests.REQUEST, requests.CHAT_FIELD} - {"star"}
     for message, kind in replies.KINDS.items():
         names = {field.name for field in message.DESCRIPTOR.fields}

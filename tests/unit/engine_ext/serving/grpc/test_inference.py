@@ -15,10 +15,10 @@ from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMValida
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from examples.server import free_ports
-from starling.engine_ext.serving.grpc.addresses import AdminOptions
 from starling.engine_ext.serving.grpc.auth import server_credentials
 from starling.engine_ext.serving.grpc.inference import SERVICE
 from starling.engine_ext.serving.grpc.server import Front
+from starling.engine_ext.serving.grpc.server_options import AdminOptions
 from starling.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine, front_of

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from vllm.exceptions import VLLMValidationError
 
 from starling.engine_ext.front.bounds import FIELDS
-from starling.engine_ext.serving.grpc import wire
-from starling.engine_ext.serving.grpc.wire import check_num_fields, method_of
+from starling.engine_ext.serving.grpc import arrivals
+from starling.engine_ext.serving.grpc.arrivals import check_num_fields, method_of
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine, front_of
 
@@ -63,7 +63,7 @@ def test_token_ids_that_are_not_packed_are_fields():
 def test_what_is_no_message_is_left_to_the_parser(data):
     for limit in (0, 3, 100):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(wire, "FIELDS", wire.FIELDS.__class__("the message", limit, "fields"))
+            patch.setattr(arrivals, "FIELDS", arrivals.FIELDS.__class__("the message", limit, "fields"))
             try:
                 check_num_fields(data, REQUEST.DESCRIPTOR)
             except VLLMValidationError:

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient, WebSocketDenialResponse
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from starling.engine_ext.environment import ADMIN_KEY_ENV
-from starling.engine_ext.serving.http.api_key import OPEN_PATHS, OPERATOR_PATHS, RequireKey, is_open
+from starling.engine_ext.serving.http.middleware import OPEN_PATHS, OPERATOR_PATHS, RequireKey, is_open
 
 KEY = {"authorization": "bearer one"}
 

@@ -6,7 +6,7 @@ import socket
 
 from vllm.entrypoints.launchers import launcher
 
-from starling.engine_ext.serving.http.keepalive import end_lost_connections
+from starling.engine_ext.serving.cli.serve import end_lost_connections
 from starling.vllm_compat.server_socket import on_server_socket
 
 

@@ -1,4 +1,4 @@
-"""Spans of prompts, on servers that trace requests (vLLM's --otlp-traces-endpoint).
+"""Metrics of the API server on vLLM's /metrics, and spans of requests for traces (vLLM's --otlp-traces-endpoint).
 
 A request has the span "starling", from its arrival at the engine to its end, which says how its prompt was prefilled.
 Its parent is the client's, if the client has sent one (`traceparent`), and vLLM's own span "llm_request" is its child.
@@ -7,11 +7,32 @@ So is "starling plan", the time in which the plan was decided. Features have spa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
+from prometheus_client import Counter, Gauge
 from vllm import tracing
+
+
+class FrontMetrics:
+    """Metrics that are counted in the API server."""
+
+    def __init__(self) -> None:
+        self.requests = Counter("starling:requests", "Requests admitted, by prefill attention.", ["attention"])
+        for attention in ("dense", "star"):
+            self.requests.labels(attention)
+        self.rejections = Counter("starling:plan_rejections", "Requests whose star options were refused.", ["option"])
+        self.loop_stalls = Counter(
+            "starling:event_loop_stalls", "Times that an API server's event loop stood still for over 0.2 s."
+        )
+        self.longest_loop_stall = Gauge(
+            "starling:event_loop_longest_stall_seconds", "The longest of these times.", multiprocess_mode="max"
+        )
+
+
+front_metrics = functools.cache(FrontMetrics)
 
 
 def traces(engine: Any) -> bool:

@@ -1,10 +1,11 @@
-"""Limits of the gRPC server's memory and connections, and the options of gRPC that set them."""
+"""Addresses of the gRPC server, the limits of its memory and connections, and the options of gRPC that set them."""
 
 from __future__ import annotations
 
-from starling.client.clients import SERVER_MESSAGE_BYTES
+from dataclasses import dataclass
+from ipaddress import ip_address
 
-MAX_REQUEST_BYTES = SERVER_MESSAGE_BYTES  # over 2 million token ids, or 8 MiB of text; uploads take longer prompts
+MAX_REQUEST_BYTES = 8 * 2**20  # over 2 million token ids, or 8 MiB of text; uploads take longer prompts
 MAX_ADMIN_BYTES = 256 * 2**10  # of a message to AdminService's own port
 
 MAX_STREAMS = 1024  # calls of one connection at once
@@ -34,3 +35,37 @@ SERVER_OPTIONS = (
 def server_options(max_message_bytes: int) -> list[tuple[str, int]]:
     """Return the options of a gRPC server whose messages have at most ``max_message_bytes``."""
     return [*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes)]
+
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class AdminOptions:
+    """Address and access of AdminService.
+
+    Attributes:
+        port: a port of its own, or None if it has none.
+        host: the host of that port.
+        key: key that calls need, and that also opens the service on the gRPC port, or None if there is no key.
+    """
+
+    port: int | None
+    host: str
+    key: str | None
+
+
+NO_ADMIN = AdminOptions(None, LOOPBACK, None)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host is the local machine."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def join_address(host: str, port: int) -> str:
+    """Return HOST:PORT, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

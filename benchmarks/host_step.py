@@ -45,7 +45,7 @@ def measure(rows: int, documents: int, rounds: int) -> list[float]:
         began = time.perf_counter()
         found = step.rows(common, PAGE)
         times.append(1000 * (time.perf_counter() - began))
-        assert found is not None and found.turned is not None and len(found.turned.row) == rows * (documents + 1)
+        assert found is not None and found.rerotated is not None and len(found.rerotated.row) == rows * (documents + 1)
     return times
 
 

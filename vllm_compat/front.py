@@ -424,15 +424,15 @@ def around_shutdown(
         began = time.monotonic()
         before(timeout)
         left = None if timeout is None else max(ENGINE_SECONDS, timeout - (time.monotonic() - began))
-        told = nullcontext() if after is None else _told_after_processes(engine, cancel_task_threadsafe, after)
-        with told:
+        watched = nullcontext() if after is None else _calls_after_processes(engine, cancel_task_threadsafe, after)
+        with watched:
             shut_down(timeout=left)
 
     engine.shutdown = shutdown
 
 
 @contextmanager
-def _told_after_processes(
+def _calls_after_processes(
     engine: Any, stop_reading: Callable[[Any], None], after: Callable[[], None]
 ) -> Iterator[None]:
     """Stop reading the outputs of ``engine``, and call ``after()``, once its processes, or its client, have ended.

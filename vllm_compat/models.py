@@ -142,7 +142,7 @@ FIXED_FREQUENCIES = (
     Llama3RotaryEmbedding,
     YaRNScalingRotaryEmbedding,
 )
-"""The rotary embeddings that turn by the same angle at each step, at any position and length."""
+"""The rotary embeddings that rotate by the same angle at each step, at any position and length."""
 
 
 class _Seen(Exception):

@@ -52,15 +52,15 @@ def attend(
 ) -> torch.Tensor:
     """Attention of every query to the keys it sees: chunk states, the window, and the state of token 0.
 
-    K = turned(own + mixed[0]) and V = own + mixed[1] of the step's tokens are stored before: in the window, and those
+    K = rotated(own + mixed[0]) and V = own + mixed[1] of the step's tokens are stored before: in the window, and those
     of the ends of chunks as states. The three sets of keys are disjoint, so the merge is exact. On CPU, a C++ op
     (kernels/cpu/recent.h) does all of it.
 
     Args:
-        query: (T, heads x head size), not turned.
+        query: (T, heads x head size), not rotated.
         mixed: two of (T, heads x head size), what the mixers of K and V give.
         own: (T, heads x head size), the layer's input.
-        angles: cosines and sines (positions, head size / 2) float32, by which the pairs (2 j, 2 j + 1) are turned.
+        angles: cosines and sines (positions, head size / 2) float32, by which the pairs (2 j, 2 j + 1) are rotated.
         states, window: the caches.
         plan, sizes: of the layer.
 
@@ -118,7 +118,7 @@ def attend_in_torch(
     plan, made = plan.to(query.device)
     head_shape = states.pages.key_rows.shape[-2:]
     value = (own + mixed[1]).unflatten(-1, head_shape)
-    query, key = (turn(part.unflatten(-1, head_shape), angles, position) for part in (query, own + mixed[0]))
+    query, key = (rotate(part.unflatten(-1, head_shape), angles, position) for part in (query, own + mixed[0]))
 
     window.pages.write(*locate(window.step.block_table, request, position, PAGE_ROWS), key, value)
     write_states(states, request, made, key, value)
@@ -153,8 +153,8 @@ def attend_in_torch(
     return merge_pair(out, lse, state_out, state_lse).to(query.dtype).flatten(1)
 
 
-def turn(heads: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], position: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (2 j, 2 j + 1) of (T, heads, head size) by the angles of positions (T,), in float32."""
+def rotate(heads: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], position: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (2 j, 2 j + 1) of (T, heads, head size) by the angles of positions (T,), in float32."""
     cos, sin = (table[position][:, None] for table in angles)
     even, odd = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(heads.dtype)

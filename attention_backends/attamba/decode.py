@@ -101,11 +101,11 @@ def attend_decode(
     """``attend.attend`` of a step with one token for each of R requests, into ``out`` (R, heads x head size)."""
     seq_lens, keys, values = window.step.seq_lens, states.pages.key_rows, states.pages.value_rows
     heads, head_size = keys.shape[-2:]
-    turned, num_states = store_decode(query, mixed, own, angles, states, window, offset, sizes)
+    rotated, num_states = store_decode(query, mixed, own, angles, states, window, offset, sizes)
     starts, scale = window.step.query_start_loc, sizes.scale
-    of_states = Operands(turned, keys, values, states.step.block_table, starts, num_states, scale=scale)
+    of_states = Operands(rotated, keys, values, states.step.block_table, starts, num_states, scale=scale)
     recent = Operands(
-        turned,
+        rotated,
         window.pages.key_rows,
         window.pages.value_rows,
         window.step.block_table,
@@ -115,7 +115,7 @@ def attend_decode(
         window=sizes.window,
     )
     join_kernel[len(seq_lens), heads](
-        turned,
+        rotated,
         *paged_attention(of_states),
         *paged_attention(recent),
         seq_lens,
@@ -149,10 +149,10 @@ def store_decode(
     """Store the keys and values of the step's tokens; the arguments are those of ``attend_decode``.
 
     Returns:
-        (R, heads, head size), the turned queries, and (R,) int32, how many chunk states each request's query sees.
+        (R, heads, head size), the rotated queries, and (R,) int32, how many chunk states each request's query sees.
     """
     seq_lens, keys = window.step.seq_lens, states.pages.key_rows
-    turned, num_states = query.new_empty(len(seq_lens), *keys.shape[-2:]), torch.empty_like(seq_lens)
+    rotated, num_states = query.new_empty(len(seq_lens), *keys.shape[-2:]), torch.empty_like(seq_lens)
     store_kernel[len(seq_lens), keys.shape[-2]](
         query,
         *mixed,
@@ -160,7 +160,7 @@ def store_decode(
         seq_lens,
         window.step.slot_mapping,
         *angles,
-        turned,
+        rotated,
         num_states,
         keys,
         states.pages.value_rows,
@@ -182,4 +182,4 @@ def store_decode(
         HEAD_SIZE=keys.shape[-1],
         BLOCK_D=max(1, triton.next_power_of_2(keys.shape[-1]) // 2),
     )
-    return turned, num_states
+    return rotated, num_states

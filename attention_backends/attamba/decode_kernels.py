@@ -150,7 +150,7 @@ def _load_pairs(at, mask):
 
 
 @triton.jit
-def _turn(even, odd, cos, sin):
+def _rotate(even, odd, cos, sin):
     """Apply the rotary embedding to the pairs (even, odd)."""
     return even * cos - odd * sin, odd * cos + even * sin
 
@@ -168,7 +168,7 @@ def _store_row(keys, values, page, slot, head, lane, mask, key_even, key_odd, va
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def store_kernel(
-    query, mixed_key, mixed_value, own, seq_lens, slots, cos, sin, turned, num_states,
+    query, mixed_key, mixed_value, own, seq_lens, slots, cos, sin, rotated, num_states,
     state_keys, state_values, state_table, window_keys, window_values, window_table,
     chunk_size, offset, leading, query_stride, mixed_stride, own_stride,
     state_page_stride, window_page_stride, slot_stride, head_stride, state_table_stride, window_table_stride,
@@ -176,8 +176,8 @@ def store_kernel(
 ):  # fmt: skip
     """Grid (requests, heads). Stores K and V of the token, and what decode.py's attention reads.
 
-    K is turned and goes to the window, and to the states where the token ends a chunk. ``turned`` (requests, heads,
-    HEAD_SIZE) gets the turned query, ``num_states`` (requests,) the states that the token sees.
+    K is rotated and goes to the window, and to the states where the token ends a chunk. ``rotated`` (requests, heads,
+    HEAD_SIZE) gets the rotated query, ``num_states`` (requests,) the states that the token sees.
     """
     request, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     position = _last_position(seq_lens, slots, request)
@@ -192,14 +192,14 @@ def store_kernel(
     angle = position.to(tl.int64) * HALF + lane
     cosine, sine = tl.load(cos + angle, mask=mask, other=0.0), tl.load(sin + angle, mask=mask, other=0.0)
 
-    even, odd = _turn(*_load_pairs(query + request * query_stride + column, mask), cosine, sine)
-    turned += (request * tl.num_programs(1) + head) * HEAD_SIZE + 2 * lane
-    tl.store(turned, even.to(turned.dtype.element_ty), mask=mask)
-    tl.store(turned + 1, odd.to(turned.dtype.element_ty), mask=mask)
+    even, odd = _rotate(*_load_pairs(query + request * query_stride + column, mask), cosine, sine)
+    rotated += (request * tl.num_programs(1) + head) * HEAD_SIZE + 2 * lane
+    tl.store(rotated, even.to(rotated.dtype.element_ty), mask=mask)
+    tl.store(rotated + 1, odd.to(rotated.dtype.element_ty), mask=mask)
 
     x_even, x_odd = _load_pairs(own + request * own_stride + column, mask)
     key_even, key_odd = _load_pairs(mixed_key + request * mixed_stride + column, mask)
-    key_even, key_odd = _turn(x_even + key_even, x_odd + key_odd, cosine, sine)
+    key_even, key_odd = _rotate(x_even + key_even, x_odd + key_odd, cosine, sine)
     value_even, value_odd = _load_pairs(mixed_value + request * mixed_stride + column, mask)
     value_even, value_odd = x_even + value_even, x_odd + value_odd
 
@@ -219,8 +219,8 @@ def store_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def join_kernel(
-    turned, states_out, states_lse, window_out, window_lse, seq_lens, slots, state_keys, state_values, state_table, out,
-    chunk_size, offset, leading, scale, page_stride, slot_stride, head_stride, state_table_stride, out_stride,
+    rotated, states_out, states_lse, window_out, window_lse, seq_lens, slots, state_keys, state_values, state_table,
+    out, chunk_size, offset, leading, scale, page_stride, slot_stride, head_stride, state_table_stride, out_stride,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (requests, heads). Merges attention to states and window with that to the state of token 0.
@@ -238,7 +238,7 @@ def join_kernel(
     page = tl.load(state_table + request * state_table_stride).to(tl.int64)
     at = page * page_stride + ROWS * slot_stride + head * head_stride + lane
     is_read = mask & sees_token_0
-    query = tl.load(turned + row * HEAD_SIZE + lane, mask=is_read, other=0.0).to(tl.float32)
+    query = tl.load(rotated + row * HEAD_SIZE + lane, mask=is_read, other=0.0).to(tl.float32)
     key = tl.load(state_keys + at, mask=is_read, other=0.0).to(tl.float32)
     value = tl.load(state_values + at, mask=is_read, other=0.0).to(tl.float32)
     token_0_lse = tl.where(sees_token_0, tl.sum(query * key, 0) * scale, float("-inf"))

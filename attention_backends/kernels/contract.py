@@ -254,10 +254,10 @@ DIMENSIONS = {"query": 3, "key_cache": 4, "value_cache": 4, "block_table": 2, "q
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """A layer's rotary embedding, as far as turning a query takes it.
+    """A layer's rotary embedding, as far as rotating a query takes it.
 
     Attributes:
-        cos, sin: (positions, R / 2) float32, of the angles by which a position turns the first R elements of a head.
+        cos, sin: (positions, R / 2) float32, of the angles by which a position rotates the first R elements of a head.
         is_neox_style: whether elements i and i + R / 2 are a pair, else 2 i and 2 i + 1.
     """
 
@@ -267,11 +267,11 @@ class Rotation:
 
 
 NO_ROTATION = Rotation(torch.ones(1, 0), torch.zeros(1, 0), True)
-"""For queries that are not turned: it has position 0 alone, and turns no element."""
+"""For queries that are not re-rotated: it has position 0 alone, and rotates no element."""
 
 
-def turn_back(query: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style: bool) -> torch.Tensor:
-    """Turn query tokens back.
+def rotate_back(query: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style: bool) -> torch.Tensor:
+    """Rotate query tokens back.
 
     Args:
         query: (T, H, D).
@@ -282,14 +282,14 @@ def turn_back(query: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox
     """
     pairs = cos.shape[1]
     cos, sin = cos[:, None], sin[:, None]
-    turned = query.float()
+    rerotated = query.float()
     if is_neox_style:
-        first, second = turned[..., :pairs], turned[..., pairs : 2 * pairs]
-        parts = [first * cos + second * sin, second * cos - first * sin, turned[..., 2 * pairs :]]
+        first, second = rerotated[..., :pairs], rerotated[..., pairs : 2 * pairs]
+        parts = [first * cos + second * sin, second * cos - first * sin, rerotated[..., 2 * pairs :]]
         return torch.cat(parts, -1).to(query.dtype)
-    first, second = turned[..., : 2 * pairs : 2], turned[..., 1 : 2 * pairs : 2]
+    first, second = rerotated[..., : 2 * pairs : 2], rerotated[..., 1 : 2 * pairs : 2]
     rotated = torch.stack([first * cos + second * sin, second * cos - first * sin], -1).flatten(-2)
-    return torch.cat([rotated, turned[..., 2 * pairs :]], -1).to(query.dtype)
+    return torch.cat([rotated, rerotated[..., 2 * pairs :]], -1).to(query.dtype)
 
 
 def uses_triton(device: torch.device) -> bool:

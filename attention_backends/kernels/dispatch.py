@@ -1,12 +1,12 @@
 """Paged attention on any device: the CPU's implementation for CPU tensors, Triton's for all others.
 
     paged_attention(operands)
-    turned_attention(operands, turned)            add_turned_attention(operands, turned, out, lse)
+    rerotated_attention(operands, rerotated)            add_rerotated_attention(operands, rerotated, out, lse)
 
 The operands are defined by contract.py. For re-rotated queries ``query_start_loc`` divides P query tokens among the
-rows: token i of them is token ``tokens[i]`` of ``query``, rotated back by ``turns[i]`` positions. A token of the query
-has the attention over the keys of all its rows, which are merged by their log-sum-exp. Every query token of a row sees
-all of the row's keys.
+rows: token i of them is token ``tokens[i]`` of ``query``, rotated back by ``rotate_by[i]`` positions. A token of the
+query has the attention over the keys of all its rows, which are merged by their log-sum-exp. Every query token of a row
+sees all of the row's keys.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from starling.attention_backends.kernels import contract
-from starling.attention_backends.kernels.contract import Operands, Rotation, turn_back
+from starling.attention_backends.kernels.contract import Operands, Rotation, rotate_back
 from starling.attention_backends.kernels.cpu import attention as cpu
 from starling.attention_backends.kernels.merge import merge_parts, merge_rows
 from starling.attention_backends.kernels.ranges import RangeTable
@@ -55,26 +55,26 @@ def attend_in_ranges(
 
 
 @dataclass(frozen=True, eq=False)
-class TurnedQueries:
-    """The query tokens of all rows, P of them, and how they are turned.
+class RerotatedQueries:
+    """The query tokens of all rows, P of them, and how they are rerotated.
 
     Attributes:
         tokens: (P,) int64, numbers of tokens of the query.
-        turns: (P,) int64, by how many positions each is turned back, at least 0.
+        rotate_by: (P,) int64, by how many positions each is rotated back, at least 0.
         rotation: of the layer.
     """
 
     tokens: torch.Tensor
-    turns: torch.Tensor
+    rotate_by: torch.Tensor
     rotation: Rotation
 
     @functools.cached_property
     def angles(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the cosines and sines, (P, R / 2) float32 each."""
-        return self.rotation.cos[self.turns], self.rotation.sin[self.turns]
+        return self.rotation.cos[self.rotate_by], self.rotation.sin[self.rotate_by]
 
 
-def turned_attention(operands: Operands, turned: TurnedQueries) -> None:
+def rerotated_attention(operands: Operands, rerotated: RerotatedQueries) -> None:
     """Write the attention of the query's tokens to ``operands.out``, on a CPU. Each token is in a row that has keys.
 
     Raises:
@@ -82,11 +82,15 @@ def turned_attention(operands: Operands, turned: TurnedQueries) -> None:
     """
     assert operands.out is not None
     if cpu.has_op_for(operands):
-        return cpu.turned_attention(operands, turned.tokens, turned.turns, turned.rotation, operands.out, None)
-    merge_parts(*_by_parts(operands, turned), turned.tokens, operands.out)
+        return cpu.rerotated_attention(
+            operands, rerotated.tokens, rerotated.rotate_by, rerotated.rotation, operands.out, None
+        )
+    merge_parts(*_by_parts(operands, rerotated), rerotated.tokens, operands.out)
 
 
-def add_turned_attention(operands: Operands, turned: TurnedQueries, out: torch.Tensor, lse: torch.Tensor) -> None:
+def add_rerotated_attention(
+    operands: Operands, rerotated: RerotatedQueries, out: torch.Tensor, lse: torch.Tensor
+) -> None:
     """Merge the attention into that over other keys.
 
     Args:
@@ -97,11 +101,11 @@ def add_turned_attention(operands: Operands, turned: TurnedQueries, out: torch.T
         ValueError: no implementation for this device supports the operands.
     """
     if cpu.has_op_for(operands):
-        return cpu.turned_attention(operands, turned.tokens, turned.turns, turned.rotation, out, lse)
-    merge_rows(out, lse, turned.tokens, *_by_parts(operands, turned))
+        return cpu.rerotated_attention(operands, rerotated.tokens, rerotated.rotate_by, rerotated.rotation, out, lse)
+    merge_rows(out, lse, rerotated.tokens, *_by_parts(operands, rerotated))
 
 
-def _by_parts(operands: Operands, turned: TurnedQueries) -> tuple[torch.Tensor, torch.Tensor]:
+def _by_parts(operands: Operands, rerotated: RerotatedQueries) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the attention (P, H, Dv) of the rows' queries and its log-sum-exp (P, H), by the operands' own kernel."""
-    query = turn_back(operands.query[turned.tokens], *turned.angles, turned.rotation.is_neox_style)
+    query = rotate_back(operands.query[rerotated.tokens], *rerotated.angles, rerotated.rotation.is_neox_style)
     return paged_attention(dataclasses.replace(operands, query=query, causal=False, out=None))

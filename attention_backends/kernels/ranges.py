@@ -1,9 +1,9 @@
-"""The table of tokens that attend to ranges of keys, each turned back for each range.
+"""The table of tokens that attend to ranges of keys, each rotated back for each range.
 
 A row of the table is the end of a batch row: its last ``queries`` tokens of the step. Batch row b has the tokens
 ``query_start_loc[b]`` to ``query_start_loc[b + 1]`` and ``seq_lens[b]`` keys. Key k is in page
 ``block_table[b, k // page_size]`` at slot ``k % page_size``. A row has ranges ``[first, stop)`` of k. A token sees the
-keys of the ranges of its row up to its own key. Before it meets those of a range, it is turned back by the range's
+keys of the ranges of its row up to its own key. Before it meets those of a range, it is rotated back by the range's
 number of positions. kernels/triton/ranges.py computes the attention over all of them.
 """
 
@@ -30,7 +30,7 @@ class TokenRanges:
         queries: (R,) int64, its tokens, at least 1.
         row: (N,) int64, ascending: which of ``rows`` a range is of. Each has a range.
         first, stop: (N,) int64, the range's keys; it has at least one.
-        turn: (N,) int64, by how many positions the tokens are turned back, at least 0.
+        rotate_by: (N,) int64, by how many positions the tokens are rotated back, at least 0.
     """
 
     rows: np.ndarray
@@ -38,14 +38,14 @@ class TokenRanges:
     row: np.ndarray
     first: np.ndarray
     stop: np.ndarray
-    turn: np.ndarray
+    rotate_by: np.ndarray
 
     def packed(self, tile_queries: int, max_places: int | None = None) -> np.ndarray:
         """Return the numbers that the kernel reads, as int32: counts, places and ranges, one after the other.
 
         A place is a tile of queries: its batch row, the tokens of the row from its first one on, the tiles of work
         before it, and its ranges, from one number to another. After the last place is the number of tiles. A range is
-        first, stop, turn, and the tiles before it in its row. Counts are the number of places and the total of tiles.
+        first, stop, rotate_by, and the tiles before it in its row. Counts are the number of places and of all tiles.
 
         Args:
             tile_queries: maximum tokens of a place.
@@ -71,7 +71,7 @@ class TokenRanges:
         )
         places[: len(row)] = np.stack(fields, axis=1)
         places[len(row) :, 2] = work[-1] if len(work) else 0
-        ranges = np.stack([self.first, self.stop, self.turn, ends - tiles - row_start[self.row]], axis=1)
+        ranges = np.stack([self.first, self.stop, self.rotate_by, ends - tiles - row_start[self.row]], axis=1)
         header = np.asarray([len(row), places[-1, 2]])
         return np.concatenate([header, places.ravel(), ranges.ravel()]).astype(np.int32)
 

@@ -30,7 +30,7 @@ from starling.attention_backends.paged import CLASSES, NAME
 from starling.attention_backends.star.gpu_impl import (
     keep_for_capture,
     make_gpu_impl,
-    turns_queries,
+    rerotates_queries,
     warm_up,
 )
 from starling.attention_backends.star.head_step import HeadBuilders
@@ -162,8 +162,8 @@ class StarBuilder:
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
         """Return the base backend's support, within ``graph_support``."""
         support = super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
-        turns = cls.by_parts and any(map(turns_queries, layers_of(vllm_config).values()))
-        return min(support, graph_support(turns), key=lambda level: level.value)
+        rerotates = cls.by_parts and any(map(rerotates_queries, layers_of(vllm_config).values()))
+        return min(support, graph_support(rerotates), key=lambda level: level.value)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -194,14 +194,14 @@ class StarBuilder:
         """As the base backend's. A full graph of an engine for documents reads the table that ``build`` fills."""
         metadata = super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
         layers = layers_of(self.vllm_config) if self.takes_star and self.by_parts else {}
-        turning = [layers[name] for name in self.layer_names if name in layers and turns_queries(layers[name])]
-        if turning and common_attn_metadata.max_query_len == 1:
+        rerotating = [layers[name] for name in self.layer_names if name in layers and rerotates_queries(layers[name])]
+        if rerotating and common_attn_metadata.max_query_len == 1:
             if self.graph_ranges is None:
                 self.graph_ranges = GraphRanges(self.max_requests, common_attn_metadata.seq_lens.device)
 
                 # A GPU can't load a kernel in a capture. vLLM captures graphs before ``compile_or_warm_up_model`` too,
                 # to learn what they take.
-                warm_up(turning)
+                warm_up(rerotating)
             self.graph_ranges.clear()
             keep_for_capture(metadata, self.graph_ranges.table(common_attn_metadata))
         return metadata

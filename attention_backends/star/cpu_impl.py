@@ -96,16 +96,16 @@ class CpuImpl(CPUAttentionBackendImpl):
         """Write the attention of a step to ``output`` (tokens, heads, head size) and return it.
 
         As in vLLM's method, K and V of the step are in the cache already. Where other replicas hold keys of the rows,
-        they attend to these keys at the same time, and the parts are merged. So is the attention to blocks with
-        positions of their own. Where some heads see everything, the step's rows are others for each kind of heads: one
+        they attend to these keys at the same time, and the parts are merged. So is the attention to documents. Where some
+        heads see everything, the step's rows are others for each kind of heads: one
         call of Starling's op computes all of them, or a call of vLLM's each run of heads of one kind.
         """
-        remote = turned = kinds = None
+        remote = rerotated = kinds = None
         if (step := current_step()) is not None:  # outside of a step there may be no cache yet
             page_size, kinds = kv_cache.shape[2], step.heads
             remote = step.remote_attention(page_size)
-            turned = None if step.documents is None else step.documents.attention(page_size)
-        if remote is None and turned is None and not self.uses_op(query, layer, attn_metadata):
+            rerotated = None if step.documents is None else step.documents.attention(page_size)
+        if remote is None and rerotated is None and not self.uses_op(query, layer, attn_metadata):
             calls = None if kinds is None else kinds.calls(layer.layer_name)
             if step is None or calls is None:
                 return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
@@ -117,8 +117,8 @@ class CpuImpl(CPUAttentionBackendImpl):
         heads = None if kinds is None else kinds.row_heads(layer.layer_name)
         tokens = attn_metadata.num_actual_tokens
         caches, options = self._caches(layer, kv_cache)
-        if turned is not None and turned.is_whole_step and remote is None and heads is None:
-            turned.attend(self.rotation, query[:tokens], output[:tokens], caches, Layout.CPU, **options)
+        if rerotated is not None and rerotated.is_whole_step and remote is None and heads is None:
+            rerotated.attend(self.rotation, query[:tokens], output[:tokens], caches, Layout.CPU, **options)
             return output
         sent = remote.begin(layer.layer_name, query[:tokens], self.scale, self.logits_soft_cap) if remote else {}
         rows, row_heads = heads or (attn_metadata, None)
@@ -136,8 +136,8 @@ class CpuImpl(CPUAttentionBackendImpl):
         out, lse = paged_attention(operands)
         if remote is not None:
             remote.finish(sent, out, lse)
-        if turned is not None:
-            turned.add(self.rotation, query[:tokens], out, lse, caches, Layout.CPU, **options)
+        if rerotated is not None:
+            rerotated.add(self.rotation, query[:tokens], out, lse, caches, Layout.CPU, **options)
         return output
 
     def _caches(self, layer: Any, kv_cache: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]]:

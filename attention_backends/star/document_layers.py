@@ -1,4 +1,4 @@
-"""Documents in a worker: blocks with positions of their own, whose keys queries meet turned."""
+"""Documents in a worker: documents, whose keys re-rotated queries meet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllm.config import get_layers_from_vllm_config, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
-from starling.attention_backends.kernels.contract import Rotation, turn_back
+from starling.attention_backends.kernels.contract import Rotation, rotate_back
 from starling.attention_backends.star.backend import takes_star
 from starling.attention_backends.star.document_step import DocumentStep
 from starling.attention_backends.star.gpu_impl import attends_by_parts, warm_up
@@ -62,7 +62,7 @@ class DocumentLayers:
             return
         if not self.on_cpu:
             with set_current_vllm_config(worker.vllm_config):
-                self._check(worker, turning_layers(worker.vllm_config))
+                self._check(worker, rerotating_layers(worker.vllm_config))
         if self.is_made_for_documents:
             self.made_rotations(worker)
 
@@ -72,7 +72,7 @@ class DocumentLayers:
             self._check(worker, full)
 
     def _check(self, worker: Any, layer_names: list[str]) -> None:
-        """Find out whether these layers can attend to blocks with positions of their own.
+        """Find out whether these layers can attend to documents.
 
         Where they can't, the engine is not made for such blocks: graphs are captured with vLLM's kernels alone.
 
@@ -114,7 +114,7 @@ class DocumentLayers:
         return DocumentStep()
 
     def made_rotations(self, worker: Any) -> dict[str, Rotation]:
-        """Layer name -> how its queries are turned; made at the first use, and given to the layers."""
+        """Layer name -> how its queries are re-rotated; made at the first use, and given to the layers."""
         if self.rotations is None:
             max_model_len, model = worker.vllm_config.model_config.max_model_len, worker.model_runner.get_model()
             self.rotations = make_rotations(model, max_model_len)
@@ -127,11 +127,11 @@ class DocumentLayers:
 CHECKED_POSITIONS = (1, 5, 63)
 TOLERANCES = {torch.float32: 1e-3}
 OTHER_TOLERANCE = 2e-2
-"""Largest relative change of a query or key that is turned and turned back: rounding takes about 2e-6 in float32, and
-5e-3 in bfloat16, in which a query is rounded once more than without turning."""
+"""Largest relative change of a query or key that is rotated and rotated back: rounding takes about 2e-6 in float32, and
+5e-3 in bfloat16, in which a query is rounded once more than without that."""
 
 
-def turning_layers(vllm_config: Any) -> list[str]:
+def rerotating_layers(vllm_config: Any) -> list[str]:
     """Names of a loaded model's full-attention layers that attend by the parts of a step, on a GPU."""
     layers = get_layers_from_vllm_config(vllm_config, Attention).items()
     able = ((name, layer) for name, layer in layers if attends_by_parts(layer.impl))
@@ -162,14 +162,16 @@ def block_positions_problem(
         if type(block.rotary) not in FIXED_FREQUENCIES:
             kind = type(block.rotary).__name__
             return f"layer {name} has a {kind}, whose angles may not be the same at each position"
-        reason = unsupported_reason(block.attention.impl) or turning_problem(block, rotations[name], hidden_size, dtype)
+        reason = unsupported_reason(block.attention.impl) or rotation_problem(
+            block, rotations[name], hidden_size, dtype
+        )
         if reason is not None:
             return f"layer {name}: {reason}"
     return None
 
 
 @torch.inference_mode()
-def turning_problem(block: AttentionBlock, rotation: Rotation, hidden_size: int, dtype: torch.dtype) -> str | None:
+def rotation_problem(block: AttentionBlock, rotation: Rotation, hidden_size: int, dtype: torch.dtype) -> str | None:
     """Return the reason why a block's queries and keys can't be re-rotated to another position, or None if they can.
 
     A model may leave the rotary embedding out of a layer, scale queries by their position, or change them after the
@@ -186,15 +188,15 @@ def turning_problem(block: AttentionBlock, rotation: Rotation, hidden_size: int,
         return f"its queries can't be looked at: {error!r}"
     cos, sin = rotation.cos[positions], rotation.sin[positions]
     for what, first, second in zip(("queries", "keys"), at_zero, at_positions, strict=True):
-        turned = turn_back(second, cos, sin, rotation.is_neox_style).float()
-        change = ((turned - first.float()).norm() / first.float().norm()).item()
+        rerotated = rotate_back(second, cos, sin, rotation.is_neox_style).float()
+        change = ((rerotated - first.float()).norm() / first.float().norm()).item()
         if not change <= TOLERANCES.get(first.dtype, OTHER_TOLERANCE):
-            return f"its {what} at one position are not those at another one, turned: {change:.1e} of them differs"
+            return f"its {what} at one position are not those at another one, re-rotated: {change:.1e} of them differs"
     return None
 
 
 def make_rotations(model: torch.nn.Module, num_positions: int) -> dict[str, Rotation]:
-    """Layer name -> how its queries are turned. Layers that share a rotary embedding share the table of angles.
+    """Layer name -> how its queries are rerotated. Layers that share a rotary embedding share the table of angles.
 
     Args:
         num_positions: the table's length, the longest prompt and its output.

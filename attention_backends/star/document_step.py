@@ -1,6 +1,6 @@
-"""The attention of a step's tokens that see blocks with positions of their own, as layers compute it on a CPU.
+"""The attention of a step's tokens that see documents, as layers compute it on a CPU.
 
-turned_rows.py has the rows. On a GPU it is that of range_attention.py.
+rerotated_rows.py has the rows. On a GPU it is that of range_attention.py.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from starling.attention_backends.kernels import contract
 from starling.attention_backends.kernels.contract import Layout, Operands, Rotation
-from starling.attention_backends.kernels.dispatch import TurnedQueries, paged_attention, turned_attention
+from starling.attention_backends.kernels.dispatch import RerotatedQueries, paged_attention, rerotated_attention
 from starling.attention_backends.kernels.ranges import RangeTable
 from starling.attention_backends.star.range_attention import RangeAttention, make_range_attention, make_token_ranges
-from starling.attention_backends.star.rows import Batch, VirtualRows
-from starling.attention_backends.star.turned_rows import (
+from starling.attention_backends.star.rerotated_rows import (
     MAX_TOKENS,
-    TurnedRows,
+    RerotatedRows,
     add_rows,
-    make_turned_rows,
+    make_rerotated_rows,
     ranges_as_rows,
 )
+from starling.attention_backends.star.rows import Batch, VirtualRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class OwnRows:
 
 
 class StepTokens:
-    """The tokens of a step's rows that see blocks with positions of their own; the step has others too.
+    """The tokens of a step's rows that see documents; the step has others too.
 
     Args:
         starts, query_lens: (R,) int64, first token of each of these rows in the step, and their number.
@@ -70,7 +70,7 @@ class StepTokens:
         whole.copy_(torch.where(mask, part[self.places].to(whole.dtype), whole))
 
 
-class TurnedAttention:
+class RerotatedAttention:
     """The attention of one step over documents.
 
     Args:
@@ -83,15 +83,15 @@ class TurnedAttention:
     def __init__(
         self,
         own: OwnRows,
-        rows: Sequence[TurnedRows],
+        rows: Sequence[RerotatedRows],
         tokens: StepTokens | None,
-        decodes: TurnedRows | None,
+        decodes: RerotatedRows | None,
     ) -> None:
         self.own = own
         self.rows = rows
         self.tokens = tokens
         self.decodes = decodes
-        self._queries: dict[int, TurnedQueries] = {}
+        self._queries: dict[int, RerotatedQueries] = {}
 
     @property
     def is_whole_step(self) -> bool:
@@ -119,7 +119,7 @@ class TurnedAttention:
             written = out.new_empty((own.num_tokens, *out.shape[1:]))
         if self.decodes is not None:
             operands = self.decodes.operands(query, caches, out=written, layout=layout, **options)
-            turned_attention(operands, self._queries_of_decodes(self.decodes, rotation))
+            rerotated_attention(operands, self._queries_of_decodes(self.decodes, rotation))
         else:
             rows = own.block_table, own.query_start_loc, own.seq_lens
             _, lse = paged_attention(Operands(query, *caches, *rows, out=written, layout=layout, **options))
@@ -141,7 +141,7 @@ class TurnedAttention:
 
         Args:
             rotation: the rotary embedding of the layer.
-            query: (tokens, heads, head size) of the step, turned to the positions of its tokens.
+            query: (tokens, heads, head size) of the step, rotated to the positions of its tokens.
             out: (tokens, heads, value size) of the step, changed in place.
             lse: (tokens, heads) of the step, changed in place.
             caches: the layer's key and value cache, in ``layout``.
@@ -170,23 +170,23 @@ class TurnedAttention:
         add_rows(self.rows, rotation, query, caches, wide, lse, **options)
         return wide
 
-    def _queries_of_decodes(self, rows: TurnedRows, rotation: Rotation) -> TurnedQueries:
+    def _queries_of_decodes(self, rows: RerotatedRows, rotation: Rotation) -> RerotatedQueries:
         """Return the re-rotated queries of a step of decodes, one object for all layers, which thus share the angles.
 
         The angles of all calls of other steps would take 4 R bytes for each query token and document: 260 MB for 512
         tokens, 2,000 documents and R = 64.
         """
         if id(rotation) not in self._queries:
-            self._queries[id(rotation)] = TurnedQueries(rows.tokens, rows.turns, rotation)
+            self._queries[id(rotation)] = RerotatedQueries(rows.tokens, rows.rotate_by, rotation)
         return self._queries[id(rotation)]
 
 
-def make_turned_attention(
+def make_rerotated_attention(
     rows: VirtualRows,
     batch: CommonAttentionMetadata,
     virtual: CommonAttentionMetadata,
     page_size: int,
-) -> TurnedAttention:
+) -> RerotatedAttention:
     """Make the attention of the rows that see documents; there is at least one such row.
 
     Rows that decode are one call, if the step has no other rows that see documents.
@@ -194,15 +194,15 @@ def make_turned_attention(
     Args:
         batch, virtual: the metadata of the batch's rows, and of ``rows``, with pages of ``page_size`` tokens.
     """
-    assert rows.turned is not None
-    numbers = np.unique(rows.turned.row)
+    assert rows.rerotated is not None
+    numbers = np.unique(rows.rerotated.row)
     own, calls, tokens = _rows_of(rows, numbers, batch, virtual, page_size)
     decodes = None
     if (batch.query_start_loc_cpu.diff().numpy()[rows.source[numbers]] == 1).all():
         ranges = make_token_ranges(rows, numbers, page_size)
         if len(ranges.row) <= MAX_TOKENS:
             decodes = ranges_as_rows(ranges, batch.block_table_tensor, batch.seq_lens, page_size)
-    return TurnedAttention(own, calls, tokens, decodes)
+    return RerotatedAttention(own, calls, tokens, decodes)
 
 
 def _rows_of(
@@ -211,13 +211,13 @@ def _rows_of(
     batch: CommonAttentionMetadata,
     virtual: CommonAttentionMetadata,
     page_size: int,
-) -> tuple[OwnRows, list[TurnedRows], StepTokens | None]:
-    """Return the arguments of ``TurnedAttention`` for the rows ``numbers``, all of which see documents."""
+) -> tuple[OwnRows, list[RerotatedRows], StepTokens | None]:
+    """Return the arguments of ``RerotatedAttention`` for the rows ``numbers``, all of which see documents."""
     starts = np.cumsum(rows.query_lens) - rows.query_lens
     query_lens, num_tokens = rows.query_lens[numbers], int(rows.query_lens.sum())
     own_tokens = int(query_lens.sum())
-    assert rows.turned is not None
-    turned = replace(rows.turned, row=np.searchsorted(numbers, rows.turned.row))
+    assert rows.rerotated is not None
+    rerotated = replace(rows.rerotated, row=np.searchsorted(numbers, rows.rerotated.row))
     tokens = None
     if own_tokens == num_tokens:
         own = OwnRows(own_tokens, virtual.block_table_tensor, virtual.query_start_loc, virtual.seq_lens)
@@ -227,7 +227,7 @@ def _rows_of(
         own = OwnRows(own_tokens, virtual.block_table_tensor[chosen], locations, virtual.seq_lens[chosen])
         tokens = StepTokens(starts[numbers], query_lens, num_tokens)
     first = np.cumsum(query_lens) - query_lens
-    calls = make_turned_rows(turned, first, query_lens, batch.block_table_tensor, page_size)
+    calls = make_rerotated_rows(rerotated, first, query_lens, batch.block_table_tensor, page_size)
     return own, list(calls), tokens
 
 
@@ -236,7 +236,7 @@ class DocumentStep:
 
     def __init__(self) -> None:
         self.has_unset_positions = False
-        self._attention: dict[int, TurnedAttention | RangeAttention] = {}
+        self._attention: dict[int, RerotatedAttention | RangeAttention] = {}
         self._shifts: np.ndarray | None = None
         self._shifted: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -258,7 +258,7 @@ class DocumentStep:
         table: RangeTable | None,
         tile_queries: int,
     ) -> bool:
-        """Note the keys of rows that see blocks with positions of their own, on a GPU.
+        """Note the keys of rows that see documents, on a GPU.
 
         Args:
             batch: the metadata of the batch's rows, with pages of ``page_size`` tokens.
@@ -268,7 +268,7 @@ class DocumentStep:
         Returns:
             Whether these keys are all that layers read, so that nobody reads metadata of virtual rows.
         """
-        if rows.turned is None or not contract.uses_triton(batch.seq_lens.device):
+        if rows.rerotated is None or not contract.uses_triton(batch.seq_lens.device):
             return False
         if table is not None:
             made = RangeAttention([table])
@@ -280,18 +280,18 @@ class DocumentStep:
     def keep_block_tables(
         self, rows: VirtualRows, batch: CommonAttentionMetadata, virtual: CommonAttentionMetadata, page_size: int
     ) -> None:
-        """Note what the rows' own block tables leave out, on a CPU: blocks with positions of their own.
+        """Note what the rows' own block tables leave out, on a CPU: documents.
 
         Args:
             batch, virtual: the metadata of the batch's rows, and of ``rows``, with pages of ``page_size`` tokens.
         """
-        if rows.turned is not None and not contract.uses_triton(batch.seq_lens.device):
-            self._attention[page_size] = make_turned_attention(rows, batch, virtual, page_size)
+        if rows.rerotated is not None and not contract.uses_triton(batch.seq_lens.device):
+            self._attention[page_size] = make_rerotated_attention(rows, batch, virtual, page_size)
 
     def attention(self, page_size: int) -> Any | None:
         """Return the document attention of layers with this page size, or None if no row sees a document.
 
-        It is a RangeAttention on a GPU, and a TurnedAttention on a CPU.
+        It is a RangeAttention on a GPU, and a RerotatedAttention on a CPU.
 
         Raises:
             RuntimeError: rows see documents, but nothing is noted for this page size.

@@ -1,6 +1,6 @@
 """vLLM's GPU attention, with what documents and dense heads need of a step.
 
-A row that attends to blocks with positions of their own needs the log-sum-exp of its other keys, which vLLM's
+A row that attends to documents needs the log-sum-exp of its other keys, which vLLM's
 implementations do not give: Starling's Triton kernels compute it. Heads that see everything are calls of vLLM's
 (head_step.py).
 """
@@ -28,7 +28,7 @@ def attends_by_parts(impl: Any) -> bool:
     return getattr(impl, "attends_by_parts", False)
 
 
-def turns_queries(layer: Any) -> bool:
+def rerotates_queries(layer: Any) -> bool:
     """Return whether full CUDA graphs of a layer have Starling's kernels: it has the rotary embedding."""
     impl: Any = getattr(layer, "impl", None)
     return attends_by_parts(impl) and impl.rotation is not None
@@ -90,30 +90,30 @@ def make_gpu_impl(base: type[AttentionImpl], backend: str) -> type[AttentionImpl
 
             As in vLLM's method, K and V of the step are in the cache already.
             """
-            turned, calls = getattr(attn_metadata, "starling_captured", None), None
+            rerotated, calls = getattr(attn_metadata, "starling_captured", None), None
             step = None if attn_metadata is None else current_step()
             if step is not None:
                 documents, heads = step.documents, step.heads
-                turned = turned if documents is None else documents.attention(kv_cache.shape[2])
+                rerotated = rerotated if documents is None else documents.attention(kv_cache.shape[2])
                 calls = None if heads is None else heads.calls(layer.layer_name)
             tensors = query, key, value, kv_cache
             if step is not None and calls is not None:
                 attend_by_heads(base, backend, self, calls, step.num_tokens, layer, *tensors, output, *args, **kwargs)
-            elif turned is None or not turned.is_whole_step:
+            elif rerotated is None or not rerotated.is_whole_step:
                 super().forward(layer, *tensors, attn_metadata, output, *args, **kwargs)
-            if turned is not None:
-                self.attend_turned(query, kv_cache, output, turned)
+            if rerotated is not None:
+                self.attend_rerotated(query, kv_cache, output, rerotated)
             return output
 
-        def attend_turned(
-            self, query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor, turned: RangeAttention
+        def attend_rerotated(
+            self, query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor, rerotated: RangeAttention
         ) -> None:
-            """Write the attention over blocks with positions of their own to ``output`` (tokens, heads, head size)."""
+            """Write the attention over documents to ``output`` (tokens, heads, head size)."""
             assert self.rotation is not None
             caches = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
             options = {"scale": self.scale, "softcap": self.logits_soft_cap or 0.0}
             shape = (-1, self.num_heads, self.head_size)
-            turned.attend(self.rotation, query.view(shape), output.view(shape), caches, **options)
+            rerotated.attend(self.rotation, query.view(shape), output.view(shape), caches, **options)
 
     GpuImpl.__name__ = GpuImpl.__qualname__ = f"ByParts{base.__name__}"
     return GpuImpl
@@ -131,7 +131,7 @@ def warm_up(layers: Iterable[Any]) -> None:
     (``--jit-monitor-mode error``).
 
     Args:
-        layers: vLLM's attention layers whose implementation turns queries, with their KV caches bound. Page 0 of a
+        layers: vLLM's attention layers whose implementation re-rotates queries, with their KV caches bound. Page 0 of a
             cache is read; no page is written.
     """
     from starling.attention_backends.kernels.triton.ranges import prefill_tile_queries  # a CPU may have no Triton
@@ -148,7 +148,7 @@ def warm_up(layers: Iterable[Any]) -> None:
         for tile_queries in (1, prefill_tile_queries(sizes, cache.element_size())):
             query = torch.zeros(1, impl.num_heads * impl.head_size, dtype=cache.dtype, device=cache.device)
             table = _own_key_table(tile_queries, cache.device)
-            impl.attend_turned(query, cache, torch.empty_like(query), RangeAttention([table]))
+            impl.attend_rerotated(query, cache, torch.empty_like(query), RangeAttention([table]))
 
 
 def _own_key_table(tile_queries: int, device: torch.device) -> RangeTable:

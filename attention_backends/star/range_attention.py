@@ -1,6 +1,6 @@
-"""The attention of a step's tokens that see blocks with positions of their own, as layers compute it on a GPU.
+"""The attention of a step's tokens that see documents, as layers compute it on a GPU.
 
-All keys that a token sees are ranges of its batch row, met by queries that are turned back: turned_rows.py says why.
+All keys that a token sees are ranges of its batch row, met by re-rotated queries: rerotated_rows.py says why.
 """
 
 from __future__ import annotations
@@ -22,24 +22,26 @@ from starling.scheduler.star.plan import StarPlan
 
 
 def make_token_ranges(rows: VirtualRows, chosen: np.ndarray, page_size: int) -> TokenRanges:
-    """All keys of some virtual rows, in the positions of their batch rows: their own, and those of turned blocks.
+    """All keys of some virtual rows, in the positions of their batch rows: their own, and those of documents.
 
     Args:
         chosen: (R,) int64, ascending, the virtual rows. Each is the end of its batch row.
         page_size: tokens of a page.
     """
     own = rows.key_ranges[np.isin(rows.key_ranges[:, 0], chosen)]
-    row, first, stop, turn = *own.T, np.zeros(len(own), dtype=np.int64)
-    if rows.turned is not None:
-        of_chosen = np.isin(rows.turned.row, chosen)
-        starts = rows.turned.first_page[of_chosen] * page_size
-        row = np.concatenate((row, rows.turned.row[of_chosen]))
+    row, first, stop, rotate_by = *own.T, np.zeros(len(own), dtype=np.int64)
+    if rows.rerotated is not None:
+        of_chosen = np.isin(rows.rerotated.row, chosen)
+        starts = rows.rerotated.first_page[of_chosen] * page_size
+        row = np.concatenate((row, rows.rerotated.row[of_chosen]))
         first = np.concatenate((first, starts))
-        stop = np.concatenate((stop, starts + rows.turned.num_keys[of_chosen]))
-        turn = np.concatenate((turn, rows.turned.turn[of_chosen]))
+        stop = np.concatenate((stop, starts + rows.rerotated.num_keys[of_chosen]))
+        rotate_by = np.concatenate((rotate_by, rows.rerotated.rotate_by[of_chosen]))
     order = np.argsort(row, kind="stable")
     numbers = np.searchsorted(chosen, row[order])
-    return TokenRanges(rows.source[chosen], rows.query_lens[chosen], numbers, first[order], stop[order], turn[order])
+    return TokenRanges(
+        rows.source[chosen], rows.query_lens[chosen], numbers, first[order], stop[order], rotate_by[order]
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +68,7 @@ class RangeAttention:
 
         Args:
             rotation: the rotary embedding of the layer.
-            query: (tokens, heads, head size) of the step, turned to the positions of its tokens.
+            query: (tokens, heads, head size) of the step, rotated to the positions of its tokens.
             out: (tokens, heads, value size).
             caches: the layer's keys and values, (pages, page size, KV heads, size).
             options: ``scale`` and ``softcap``.
@@ -90,8 +92,8 @@ def make_range_attention(
         page_size: tokens of a page.
         tile_queries: tokens of a tile of the second kernel.
     """
-    assert rows.turned is not None
-    numbers = np.unique(rows.turned.row)
+    assert rows.rerotated is not None
+    numbers = np.unique(rows.rerotated.row)
     query_lens = rows.query_lens[numbers]
     tensors = batch.block_table_tensor, batch.query_start_loc, batch.seq_lens
     tables = [

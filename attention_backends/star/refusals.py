@@ -57,8 +57,8 @@ def reported(field: str) -> Callable[[Any], str | None]:
 
 
 STAR, SPLIT, BLOCK_POSITIONS, HEADS, HEADS_ORDER = "star", "split", "block_positions", "heads", "heads_order"
-"""Why no prompt can run star, be split over replicas, have blocks with positions of their own, or heads that see
-everything; None: it can. The last one is the order of the heads' scores that the workers have."""
+"""Why no prompt can run star, be split over replicas, have documents, or heads that see
+everything, or None if it can. The last one is the order of the heads' scores that the workers have."""
 
 
 def has_library(config: Any) -> bool:
@@ -227,7 +227,7 @@ DOCUMENT_RULES: tuple[Rule, ...] = (
     Rule(lambda c: c.model_config.uses_mrope, "M-RoPE: an image's positions depend on the images before it"),
     Rule(
         lambda c: any(not rotary for rotary in getattr(c.model_config.hf_text_config, "no_rope_layers", None) or ()),
-        "some layers have no rotary embedding, so that turning a query would change their scores",
+        "some layers have no rotary embedding, so that rotating a query would change their scores",
     ),
     Rule(
         lambda c: c.device_config.device_type != "cpu" and c.cache_config.cache_dtype.startswith("fp8"),

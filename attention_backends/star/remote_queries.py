@@ -26,7 +26,7 @@ class RemoteSpan:
         first_query, num_queries: the query's first one of these tokens, and how many there are.
         first_pages: (N,) int64, first page of each range, counted from the shard's start.
         num_keys: (N,) int64, keys of each range.
-        turns: (N,) int64, by how many positions the tokens are turned back for it.
+        rotate_by: (N,) int64, by how many positions the tokens are rotated back for it.
     """
 
     request_id: str
@@ -35,7 +35,7 @@ class RemoteSpan:
     num_queries: int
     first_pages: np.ndarray
     num_keys: np.ndarray
-    turns: np.ndarray
+    rotate_by: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +100,8 @@ def make_remote_queries(
             query = found.setdefault(shard.addresses[0]["name"], _Query(shard.addresses))
             first_pages, num_keys = (first - shard.start)[seen] // page_size, (last - first)[seen]
             place = query.first_query(remote.row, tokens)
-            turns = remote.turns[seen]
-            query.spans.append(RemoteSpan(request_id, shard.name, place, len(tokens), first_pages, num_keys, turns))
+            rotate_by = remote.rotate_by[seen]
+            query.spans.append(RemoteSpan(request_id, shard.name, place, len(tokens), first_pages, num_keys, rotate_by))
     return [RemoteQuery(query.addresses, np.concatenate(query.tokens), tuple(query.spans)) for query in found.values()]
 
 

@@ -27,20 +27,20 @@ class RemoteKeys:
         row: the virtual row.
         starts: (N,) int64, position of the first key of each range, on a page border.
         lengths: (N,) int64, keys of each range.
-        turns: (N,) int64, by how many positions a query is turned back before it meets the keys of a range.
+        rotate_by: (N,) int64, by how many positions a query is rotated back before it meets the keys of a range.
     """
 
     row: int
     starts: np.ndarray
     lengths: np.ndarray
-    turns: np.ndarray
+    rotate_by: np.ndarray
 
 
 @dataclass(frozen=True)
-class TurnedKeys:
-    """Blocks with positions of their own, before a row's queries; every query of the row sees all of their keys.
+class RerotatedKeys:
+    """Documents, before a row's queries; every query of the row sees all of their keys.
 
-    To meet a block's keys at the true distance, a query is turned back. All arrays have one entry for each row and
+    To meet a block's keys at the true distance, a query is rotated back. All arrays have one entry for each row and
     block, N of them.
 
     Attributes:
@@ -48,14 +48,14 @@ class TurnedKeys:
         source: (N,) int64, the batch row whose block table has the pages.
         first_page: (N,) int64, column of the block's first page in this block table.
         num_keys: (N,) int64, keys of the block.
-        turn: (N,) int64, by how many positions the query is turned back.
+        rotate_by: (N,) int64, by how many positions the query is rotated back.
     """
 
     row: np.ndarray
     source: np.ndarray
     first_page: np.ndarray
     num_keys: np.ndarray
-    turn: np.ndarray
+    rotate_by: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class VirtualRows:
         key_ranges: (K, 3) int64, a row and ``[first, stop)`` of the batch row's positions: the keys that ``seq_lens``
             counts, by ascending rows.
         remote: rows that also see keys in other replicas' memory, which ``seq_lens`` and the pages leave out.
-        turned: the keys of documents, which ``seq_lens`` and the pages leave out too, or None if there are none.
+        rerotated: the keys of documents, which ``seq_lens`` and the pages leave out too, or None if there are none.
         context_tokens: query tokens in star rows.
         star_pairs: query-key pairs of the star rows, per head and layer (a mean where layers or heads differ).
         dense_pairs: the pairs that the same tokens would have under dense attention.
@@ -88,7 +88,7 @@ class VirtualRows:
     page_columns: np.ndarray
     key_ranges: np.ndarray
     remote: tuple[RemoteKeys, ...]
-    turned: TurnedKeys | None
+    rerotated: RerotatedKeys | None
     context_tokens: int
     star_pairs: float
     dense_pairs: float
@@ -98,8 +98,8 @@ class VirtualRows:
         """(R,) bool, the rows that see other keys, or fewer, than all those before them in their batch row."""
         shortened = self.star.copy()
         shortened[[remote.row for remote in self.remote]] = True
-        if self.turned is not None:
-            shortened[self.turned.row] = True
+        if self.rerotated is not None:
+            shortened[self.rerotated.row] = True
         return shortened
 
 
@@ -157,7 +157,7 @@ class _Pieces:
         self.columns: list[np.ndarray] = []
         self.key_ranges: list[tuple[int, int, int]] = []
         self.remote: list[RemoteKeys] = []
-        self.turned: list[tuple[int, int, DocumentKeys]] = []
+        self.rerotated: list[tuple[int, int, DocumentKeys]] = []
         self.context_tokens = self.star_pairs = self.dense_pairs = 0
 
     def add(
@@ -193,10 +193,10 @@ class _Pieces:
 
     def _add_documents(self, row: int, blocks: DocumentKeys, span: tuple[int, int]) -> None:
         number, is_remote = len(self.source), (blocks.starts >= span[0]) & (blocks.starts < span[1])
-        self.turned.append((number, row, blocks.where(~is_remote)))
+        self.rerotated.append((number, row, blocks.where(~is_remote)))
         if is_remote.any():
             away = blocks.where(is_remote)
-            self.remote.append(RemoteKeys(number, away.starts, away.lengths, away.turns))
+            self.remote.append(RemoteKeys(number, away.starts, away.lengths, away.rotate_by))
 
     def rows(self) -> VirtualRows:
         page_columns = np.zeros((len(self.columns), max(map(len, self.columns), default=0)), dtype=np.int64)
@@ -212,7 +212,7 @@ class _Pieces:
             page_columns,
             np.asarray(self.key_ranges, dtype=np.int64).reshape(-1, 3),
             tuple(self.remote),
-            _turned_keys(self.turned, self.page_size),
+            _rerotated_keys(self.rerotated, self.page_size),
             self.context_tokens,
             self.star_pairs,
             self.dense_pairs,
@@ -224,7 +224,7 @@ def _behind_documents(
 ) -> VirtualRows:
     """Return the rows of a batch that is behind all contexts, as decodes are: one per batch row, made as whole arrays.
 
-    A row behind documents sees them by ``turned``, and else the keys from its own context's end on.
+    A row behind documents sees them by ``rerotated``, and else the keys from its own context's end on.
     """
     count, ends = len(plans), np.asarray(seq_lens, dtype=np.int64)
     documents = [
@@ -248,25 +248,25 @@ def _behind_documents(
         page_columns=np.where(columns < stop[:, None], columns, 0),
         key_ranges=np.stack([rows, first, ends], 1)[has_keys],
         remote=(),
-        turned=_turned_keys(documents, page_size),
+        rerotated=_rerotated_keys(documents, page_size),
         context_tokens=0,
         star_pairs=0,
         dense_pairs=0,
     )
 
 
-def _turned_keys(rows: list[tuple[int, int, DocumentKeys]], page_size: int) -> TurnedKeys | None:
+def _rerotated_keys(rows: list[tuple[int, int, DocumentKeys]], page_size: int) -> RerotatedKeys | None:
     """Return the keys of (virtual row, batch row, documents) tuples, or None if there are none."""
     if not rows:
         return None
     keys = [blocks for _, _, blocks in rows]
     numbers = [len(one.starts) for one in keys]
-    return TurnedKeys(
+    return RerotatedKeys(
         np.repeat(np.asarray([row for row, _, _ in rows], dtype=np.int64), numbers),
         np.repeat(np.asarray([source for _, source, _ in rows], dtype=np.int64), numbers),
         np.concatenate([one.starts for one in keys]) // page_size,
         np.concatenate([one.lengths for one in keys]),
-        np.concatenate([one.turns for one in keys]),
+        np.concatenate([one.rotate_by for one in keys]),
     )
 
 

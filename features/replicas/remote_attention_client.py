@@ -88,7 +88,7 @@ class RemoteAttentionClient:
             "spans": [
                 (
                     *(each.shard, each.first_query, each.num_queries),
-                    *(each.first_pages.tolist(), each.num_keys.tolist(), each.turns.tolist()),
+                    *(each.first_pages.tolist(), each.num_keys.tolist(), each.rotate_by.tolist()),
                 )
                 for each in remote.spans
             ],

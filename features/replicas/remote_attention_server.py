@@ -18,8 +18,8 @@ import torch
 from vllm.logger import init_logger
 
 from starling.attention_backends.kernels.contract import NO_ROTATION, Layout, Rotation
-from starling.attention_backends.star.rows import TurnedKeys
-from starling.attention_backends.star.turned_rows import add_rows, make_turned_rows
+from starling.attention_backends.star.rerotated_rows import add_rows, make_rerotated_rows
+from starling.attention_backends.star.rows import RerotatedKeys
 from starling.features.replicas.notifications import Message, MessageError, MessageLimits, Messenger
 from starling.features.replicas.remote_query import Query, QueryError, Span, parse_query
 
@@ -42,7 +42,7 @@ class RemoteAttentionServer:
     Args:
         name: unique among all workers.
         kv_caches: layer -> its KV cache as vLLM's CPU attention has it, (pages, KV heads, page size, K and V).
-        rotations: returns layer -> its rotary embedding, for queries that are turned.
+        rotations: returns layer -> its rotary embedding, for queries that are rerotated.
         limits: of the messages that it receives.
 
     Attributes:
@@ -98,7 +98,7 @@ class RemoteAttentionServer:
             self._tell_clients(f"its remote attention has failed: {error!r}")
 
     def _tell_clients(self, failure: str) -> None:
-        """Let no client wait for the response to a query, if it can still be told."""
+        """Answer clients that wait for the response to a query, if they can still be reached."""
         for name in self.messenger.connected:
             try:
                 self.messenger.send(name, {"failed": failure})
@@ -186,14 +186,14 @@ class RemoteAttentionServer:
         """Return the rotation of the query tokens.
 
         Raises:
-            QueryError: they can't be turned so far.
+            QueryError: they can't be re-rotated so far.
         """
-        furthest = max((turn for span in query.spans for turn in span.turns), default=0)
+        furthest = max((by for span in query.spans for by in span.rotate_by), default=0)
         if furthest == 0:
             return NO_ROTATION
         rotation = self.rotations().get(query.layer)
         if rotation is None or furthest >= len(rotation.cos):
-            raise QueryError(f"queries of layer {query.layer} can't be turned by {furthest} positions")
+            raise QueryError(f"queries of layer {query.layer} can't be re-rotated by {furthest} positions")
         return rotation
 
     def _pages(self, span: Span, page_size: int) -> np.ndarray:
@@ -201,13 +201,13 @@ class RemoteAttentionServer:
         if span.shard not in self.shards:
             raise QueryError(f"shard {span.shard} is not open here")
         page_ids = self.shards[span.shard]
-        if not len(span.first_pages) == len(span.num_keys) == len(span.turns) > 0:
+        if not len(span.first_pages) == len(span.num_keys) == len(span.rotate_by) > 0:
             raise QueryError(f"a span of shard {span.shard} does not have three numbers for each range")
-        for first, keys, turn in zip(span.first_pages, span.num_keys, span.turns, strict=True):
-            if first < 0 or keys < 1 or turn < 0 or first + -(-keys // page_size) > len(page_ids):
+        for first, keys, rotate_by in zip(span.first_pages, span.num_keys, span.rotate_by, strict=True):
+            if first < 0 or keys < 1 or rotate_by < 0 or first + -(-keys // page_size) > len(page_ids):
                 raise QueryError(
                     f"shard {span.shard} has {len(page_ids)} pages, and not {keys} keys from page {first} on, "
-                    f"turned by {turn} positions"
+                    f"rotated back by {rotate_by} positions"
                 )
         return page_ids
 
@@ -239,10 +239,12 @@ def attend_spans(
     block_table = torch.zeros(len(spans), max(map(len, page_ids)), dtype=torch.int32)
     for row, of_row in enumerate(page_ids):
         block_table[row, : len(of_row)] = torch.from_numpy(of_row)
-    rows = np.repeat(np.arange(len(spans)), [len(span.turns) for span in spans])
-    ranges = (np.concatenate([getattr(span, name) for span in spans]) for name in ("first_pages", "num_keys", "turns"))
+    rows = np.repeat(np.arange(len(spans)), [len(span.rotate_by) for span in spans])
+    ranges = (
+        np.concatenate([getattr(span, name) for span in spans]) for name in ("first_pages", "num_keys", "rotate_by")
+    )
     starts, query_lens = np.asarray([(span.first_query, span.num_queries) for span in spans]).T
-    calls = make_turned_rows(TurnedKeys(rows, rows, *ranges), starts, query_lens, block_table, page_size)
+    calls = make_rerotated_rows(RerotatedKeys(rows, rows, *ranges), starts, query_lens, block_table, page_size)
     add_rows(calls, rotation, query, (keys, values), out, lse, layout=Layout.CPU, **params)
     return out.to(query.dtype), lse
 

@@ -26,7 +26,7 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         first_pages: of each range, counted from the shard's start.
         num_keys: of each range.
-        turns: by how many positions the tokens are turned back for each range.
+        rotate_by: by how many positions the tokens are rotated back for each range.
     """
 
     shard: str
@@ -34,7 +34,7 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
     num_queries: int
     first_pages: list[int]
     num_keys: list[int]
-    turns: list[int]
+    rotate_by: list[int]
 
 
 class Query(msgspec.Struct, frozen=True):

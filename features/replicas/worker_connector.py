@@ -137,7 +137,7 @@ class WorkerConnector:
         """Let other replicas attend to these pages; returns the address that takes their queries.
 
         Args:
-            rotations: returns how the queries of each layer are turned.
+            rotations: returns how the queries of each layer are re-rotated.
 
         Raises:
             RuntimeError: a layer's KV can't be attended to for other replicas.

@@ -126,7 +126,7 @@ class RetainedPages(CorePart):
     def _let_go(self, session: Session, kept: set[int]) -> None:
         """Let go what a session had, and has no longer.
 
-        Sessions of other salts are others: a client can't let go another tenant's pages by a guess of its session.
+        Sessions of other salts are others: a client can't free another tenant's pages by a guess of its session.
         """
         self.free.forget(self.view.pool.pages(self.sessions.get(session, set()) - kept))
         self._keep(session, kept)

@@ -26,7 +26,7 @@ from starling.lab.models import ModelError, attention_by_plan, load_model, recom
 from starling.scheduler.star.plan import StarPlan
 
 NAME = "starling_distilled"
-NO_TURNS = "documents need a model whose layers turn keys by one rotary embedding with fixed frequencies"
+NO_ROTATION = "documents need a model whose layers rotate keys by one rotary embedding with fixed frequencies"
 _numbers = count()
 
 
@@ -39,7 +39,7 @@ class Rows:
         positions: (rows,) int64, at which each is computed.
         plan: plan of the context, or None for dense attention.
         context: number of tokens of the context.
-        turns: (context,) int64, a token's true position minus the one at which it is computed, or None if all are 0.
+        rotate_by: (context,) int64, a token's true position minus the one where it is computed, or None if all are 0.
         tail_mask: (rows - context, rows) bool, what the tails see.
     """
 
@@ -47,7 +47,7 @@ class Rows:
     positions: torch.Tensor
     plan: StarPlan | None
     context: int
-    turns: torch.Tensor | None
+    rotate_by: torch.Tensor | None
     tail_mask: torch.Tensor
 
 
@@ -70,7 +70,7 @@ def make_rows(context: Sequence[int], tails: Sequence[Sequence[int]], plan: Star
         positions=torch.cat([computed, length + place]),
         plan=plan,
         context=length,
-        turns=None if computed is own else own - computed,
+        rotate_by=None if computed is own else own - computed,
         tail_mask=torch.cat([torch.ones(len(number), length, dtype=torch.bool), among], 1),
     )
 
@@ -111,7 +111,7 @@ class AdaptedModel:
             for layer in self.decoder.layers:
                 layer.forward = recomputed(layer.forward)
 
-    def check_turns(self) -> None:
+    def check_rotation(self) -> None:
         """Refuse a model whose keys can't be re-rotated, as documents need it.
 
         Raises:
@@ -122,13 +122,13 @@ class AdaptedModel:
             key = torch.randn(1, 1, 3, attention.head_dim, device=self.device)
             first, then = torch.arange(3, device=self.device), torch.tensor([5, 0, 700], device=self.device)
             scale = getattr(self.decoder.rotary_emb, "attention_scaling", 1.0)
-            found = self._turned(attention, self._turned(attention, key, first), then)
-            right = self._turned(attention, key, first + then)
+            found = self._rerotated(attention, self._rerotated(attention, key, first), then)
+            right = self._rerotated(attention, key, first + then)
             moved = not torch.allclose(right, key, atol=1e-3 * scale)
         except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-            raise ModelError(f"{NO_TURNS}: {error}") from None
+            raise ModelError(f"{NO_ROTATION}: {error}") from None
         if not (moved and torch.allclose(found, right, atol=1e-3 * scale)):
-            raise ModelError(NO_TURNS)
+            raise ModelError(NO_ROTATION)
 
     def load(self, folder: Path) -> None:
         """Take the weights of the adapter in a folder, in PEFT's format, of this one's rank and layers."""
@@ -199,15 +199,15 @@ class AdaptedModel:
         q, k, v = (each[:, :, :context] for each in (query, key, value))
         out = [attend(q, k, v, is_causal=True) if rows.plan is None else attention_by_plan(attend, q, k, v, rows.plan)]
         if query.shape[2] > context:
-            if rows.turns is not None:
-                key = torch.cat([self._turned(module, k, rows.turns), key[:, :, context:]], 2)
+            if rows.rotate_by is not None:
+                key = torch.cat([self._rerotated(module, k, rows.rotate_by), key[:, :, context:]], 2)
             out.append(attend(query[:, :, context:], key, value, attn_mask=rows.tail_mask.to(query.device)))
         return torch.cat(out, 2).transpose(1, 2), None
 
-    def _turned(self, module: Any, key: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    def _rerotated(self, module: Any, key: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
         """Re-rotate keys, (1, KV heads, n, D), as if their tokens stood (n,) positions further behind."""
         apply: Any = sys.modules[type(module).__module__].apply_rotary_pos_emb
         cos, sin = self.decoder.rotary_emb(key, by[None].to(key.device))
         scale = getattr(self.decoder.rotary_emb, "attention_scaling", 1.0)
-        turned: torch.Tensor = apply(key, key, cos / scale, sin / scale)[1]
-        return turned
+        rerotated: torch.Tensor = apply(key, key, cos / scale, sin / scale)[1]
+        return rerotated

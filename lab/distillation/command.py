@@ -110,7 +110,7 @@ def distil(name: str, options: DistilOptions, out: Path, console: Console) -> No
     config = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=options.target_modules)
     model = AdaptedModel(folder, options.device, DTYPES[options.chosen_dtype], config, recompute)
     if "documents" in options.purposes:
-        model.check_turns()
+        model.check_rotation()
     if options.start is not None:
         model.load(options.start)
     encoder = Encoder(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))

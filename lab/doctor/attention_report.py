@@ -69,7 +69,7 @@ def attention_op(config: Any, cpu_attention: str, gpu_attention: str) -> dict[st
     if not on_cpu:
         why = "on GPUs the backend's own kernels run, also for star rows"
         if not document_refusals(config):
-            why += "; tokens behind blocks with positions of their own have Starling's Triton kernels"
+            why += "; tokens behind documents have Starling's Triton kernels"
         return {"name": "vLLM's", "why": why}
     if cpu_attention == "vllm":
         return {"name": "vLLM's", "why": "cpu_attention=vllm selects it"}

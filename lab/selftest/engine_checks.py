@@ -22,11 +22,11 @@ from starling.lab.selftest.result import Check, Result, Skip
 from starling.vllm_compat.versions import release_of, vllm_version
 
 GAP = 1.5  # of star's distance from the reference to dense's
-TURNED_GAP = 4.0  # where a query is turned twice, by angles that are rounded twice; wrong angles give 30 and more
+REROTATED_GAP = 4.0  # where a query is rotated twice, by angles that are rounded twice; wrong angles give 30 and more
 NOISE = 8.0  # of dense's RMS gap: four deviations of a difference of two tokens in two runs
 HEADS, DOCUMENTS = "dense heads", "documents"
 FP8_CAPABILITY = (8, 9)
-NO_DOCUMENTS = "blocks with positions of their own are refused with an fp8 KV cache"
+NO_DOCUMENTS = "documents are refused with an fp8 KV cache"
 SYNC_CHECK = {"VLLM_GPU_SYNC_CHECK": "error"}
 JIT_MONITOR = {"jit_monitor_mode": "error"}
 NOT_LOOKED_FOR = "no GPU: vLLM looks for both on a GPU only"
@@ -162,7 +162,7 @@ def engine_checks(name: str, engines: Engines) -> list[Check]:
         "reuse of star blocks": functools.partial(check_cached, warm="edited", cold="edited, cold"),
         "dense heads against the masks": check_heads,
         "dense heads beside a prompt without": check_heads_beside,
-        "documents with positions of their own": check_documents,
+        "documents": check_documents,
         "documents in another order": check_reordered,
     }
     return [Check(f"{name}: {title}", functools.partial(check, engines)) for title, check in checks.items()]
@@ -270,7 +270,7 @@ def check_heads_beside(engines: Engines) -> Result | Skip:
     return result if cached else Result(math.nan, 0, result.unit, f"{detail}: some expected")
 
 
-def check_documents(engines: Engines, bound: float = TURNED_GAP) -> Result | Skip:
+def check_documents(engines: Engines, bound: float = REROTATED_GAP) -> Result | Skip:
     """Measure the RMS gap of documents to their reference, over dense's gap to its reference.
 
     Without an anchor, a document's tokens see one another alone, and their distances are those of the prompt. So the

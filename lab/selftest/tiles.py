@@ -79,7 +79,7 @@ class Choice:
 
 
 class Call:
-    """A step over documents, each at positions of its own, whose pages lie in random order.
+    """A step over documents, each at its own positions, whose pages lie in random order.
 
     Args:
         queries: the last tokens of each row, which attend.

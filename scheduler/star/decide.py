@@ -152,7 +152,7 @@ def dense_only(case: Case) -> str | None:
 
 
 def too_short(options: StarOptions, num_tokens: int) -> str | None:
-    """Why a prompt of so many tokens runs dense with star=auto; None: it is long enough, or star is on."""
+    """Return why a prompt of this length runs dense with star=auto, or None if it is long enough or star is on."""
     if options.mode != "auto" or num_tokens >= options.min_tokens:
         return None
     return f"{num_tokens:,} tokens, below star_min_tokens {options.min_tokens:,}"

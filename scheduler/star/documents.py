@@ -34,8 +34,8 @@ class Documents:
 
     Attributes:
         starts: where they start, ascending; the head is before the first one.
-        why: why the prompt has none although the server's default asks for them; None: it has, or nothing asks.
-        mark: the token that starts each; None: none does.
+        why: why the prompt has none although the server's default asks for them, or None if it has or nothing asks.
+        mark: the token that starts each, or None.
     """
 
     starts: Sequence[int] = ()

@@ -33,8 +33,8 @@ class PromptFacts:
     Attributes:
         num_tokens: as the client sent it.
         token_ids: None where it has images or embeddings.
-        segments: what its front knows of its documents; None: nothing.
-        dense_only: why it can't have a star plan; None: it can.
+        segments: what its front knows of its documents, or None.
+        dense_only: why it can't have a star plan, or None if it can.
         has_lora: whether its request names a LoRA adapter.
     """
 
@@ -68,20 +68,20 @@ class EngineFacts:
     """Facts of an engine.
 
     Attributes:
-        page_size: tokens of a KV page of the full-attention layers; None: they have no one size.
-        refusals: why the engine can't run Star Attention; none: it can.
-        find_document_refusals: returns why it can't attend to documents, whose blocks have positions of their own;
-            none: it can. Called where documents are asked for: some of the reasons take a look at the processor.
-        find_heads: returns the scores of the model's KV heads; None: they are not known.
+        page_size: tokens of a KV page of the full-attention layers, or None if they have several sizes.
+        refusals: why the engine can't run Star Attention; empty if it can.
+        find_document_refusals: returns why it can't attend to documents;
+            empty if it can. Called where documents are asked for: some of the reasons take a look at the processor.
+        find_heads: returns the scores of the model's KV heads, or None if they are not known.
         find_heads_refusals: returns why some heads can't see everything while the others see star blocks; none: they
             can. Called where dense heads are asked for.
         retention_refusals: why no page stays cached for longer than by its last use; none: pages can.
-        overlap_refusal: why a block can't see the end of the block before it; None: it can.
+        overlap_refusal: why a block can't see the end of the block before it, or None if it can.
         replicas: over which a prompt may be split.
-        max_prompt_tokens: of the engine's prompt; None: no limit is known.
+        max_prompt_tokens: of the engine's prompt, or None if no limit is known.
         num_pages: KV pages of a replica; 0: not known.
         divides_kv: whether prompts may be longer than the memory of one replica.
-        token_of: returns the token that a text is; None: it is none, or several.
+        token_of: returns the token that a text is, or None if it is not exactly one.
         quality_sizes: word of ``star_quality`` -> the number of star blocks, 1: dense; None: those of the study.
         with_adapter: returns a plan with the server's adapter where it runs with it, or None if there is no adapter.
     """

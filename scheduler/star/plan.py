@@ -9,7 +9,7 @@ that its tokens see beside themselves. There are two kinds of plan:
   wherever the block stands. So its KV depends on the anchor and on its own tokens alone, and one page serves every
   prompt that has the block. The query and the output see true distances: rotary embeddings are a group, so the score of
   a query at position p and a key whose token truly stands at g + j, but was computed at A + j, is that of the query
-  turned back by g - A positions (arXiv 2104.09864, section 3.4.2).
+  rotated back by g - A positions (arXiv 2104.09864, section 3.4.2).
 
 Each document starts on a KV page. Slots between its end and its page's end hold padding: tokens that the engine
 computes, which no token of the prompt sees and no position counts. The engine core adds them (``pad``).
@@ -55,16 +55,16 @@ class DocumentKeys:
     Attributes:
         starts: (N,) int64, index of the first token; on a page border.
         lengths: (N,) int64, tokens.
-        turns: (N,) int64, by how many positions the first token truly stands behind where it was computed.
+        rotate_by: (N,) int64, by how many positions the first token truly stands behind where it was computed.
     """
 
     starts: np.ndarray
     lengths: np.ndarray
-    turns: np.ndarray
+    rotate_by: np.ndarray
 
     def where(self, chosen: np.ndarray) -> DocumentKeys:
         """Select documents by (N,) bool."""
-        return self if chosen.all() else DocumentKeys(self.starts[chosen], self.lengths[chosen], self.turns[chosen])
+        return self if chosen.all() else DocumentKeys(self.starts[chosen], self.lengths[chosen], self.rotate_by[chosen])
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class StarPlan:
         padding_token: fills the slots between documents.
         adapter: the digest of the server's adapter with which the prompt runs; empty: with the base model, or with a
             LoRA that its request names.
-        dense_heads: heads that see the whole prompt before them; None: none do. With them, the KV of a block depends on
+        dense_heads: heads that see the whole prompt before them, or None. With them, the KV of a block depends on
             everything before it. Blocks, and what they see, are those of the other heads.
     """
 
@@ -203,9 +203,9 @@ class StarPlan:
         """The documents as the query and the output see them; None: they see the context as it stands."""
         if not self.documents:
             return None
-        turns = np.asarray(self.client_starts[:-1], dtype=np.int64)
-        turns[1:] -= self.anchor_size  # the first block is the head, or there is no anchor
-        return DocumentKeys(np.asarray(self.starts, dtype=np.int64), self.lengths, turns)
+        rotate_by = np.asarray(self.client_starts[:-1], dtype=np.int64)
+        rotate_by[1:] -= self.anchor_size  # the first block is the head, or there is no anchor
+        return DocumentKeys(np.asarray(self.starts, dtype=np.int64), self.lengths, rotate_by)
 
     def positions(self, start: int, end: int) -> np.ndarray | None:
         """(end - start,) int64: the position at which each index of ``[start, end)`` is computed; None: the index."""

@@ -135,10 +135,10 @@ class RequestMetadata:
     """Decisions of the front about one engine request.
 
     Attributes:
-        plan: None: the request runs dense.
-        part: the part of a prompt that this request prefills for another one; None: it is a whole request.
-        fetch: pages that this request fetches; None: none.
-        remote: KV of this request that stays on other replicas; None: none.
+        plan: the plan, or None if the request runs dense.
+        part: the part of a prompt that this request prefills for another one, or None if it is a whole request.
+        fetch: pages that this request fetches, or None.
+        remote: KV of this request that stays on other replicas, or None.
         why: as the prompt's Decision has it.
         retention: as the prompt's Decision has it.
         keys: how many keys the prompt attends to, where its model counts them itself; None: the plan says it.

@@ -67,7 +67,7 @@ class Case:
 
     @property
     def dense_word(self) -> str | None:
-        """Why the word makes prompts dense, where the server says so; None: it does not."""
+        """Reason why the word makes prompts dense on this server, or None if it does not."""
         is_dense = measured_number(self.options, self.engine.quality_sizes) == 1
         return f"on this server {QUALITY}={self.quality} is dense" if is_dense else None
 
@@ -221,7 +221,7 @@ OPTION_RULES = (
     Rule("block_size", "a share of the prompt, with documents", _share_of_documents, "a number of tokens"),
     Rule(
         "segments",
-        "the engine can't attend to blocks with positions of their own",
+        "the engine can't attend to documents",
         lambda c: "; ".join(c.engine.document_refusals) if c.asks_for_documents else None,
         "off",
     ),

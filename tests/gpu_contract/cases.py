@@ -169,17 +169,17 @@ def expected(case: Case, drawn: Numbers, window: int | None = None) -> torch.Ten
 def over_blocks(
     plan: StarPlan, request: Request, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> torch.Tensor:
-    """(tokens, H, D): the attention of a chunk of a prompt whose blocks have positions of their own.
+    """(tokens, H, D): the attention of a chunk of a prompt with documents.
 
     Queries and keys are those at the positions where they are computed. What a query behind the context sees of a block
-    is seen by the query turned back, here as a product of complex numbers.
+    is seen by the query rotated back, here as a product of complex numbers.
     """
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     true_start, keys_of_query = 0, []
     for number, (start, stop) in enumerate(plan.documents):
-        turn = true_start - (plan.anchor_size if number else 0)
-        keys_of_query.append((start, stop, turn if stop else 0))
+        rotate_by = true_start - (plan.anchor_size if number else 0)
+        keys_of_query.append((start, stop, rotate_by if stop else 0))
         true_start += stop - start
     outs = []
     for row, index in enumerate(range(request.start, request.end)):
@@ -190,20 +190,20 @@ def over_blocks(
             parts = [(plan.documents[number][0], index + 1, 0)]
             parts += [(0, plan.anchor_size, 0)] if number else []
         places = torch.cat([torch.arange(start, stop) for start, stop, _ in parts])
-        turns = torch.cat([torch.full((stop - start,), turn) for start, stop, turn in parts])
-        # Turning the keys forward is turning the query back.
+        rotate_by = torch.cat([torch.full((stop - start,), rotate_by) for start, stop, rotate_by in parts])
+        # Rotating the keys forward is rotating the query back.
         pairs = torch.complex(key[places, :, : HEAD_SIZE // 2], key[places, :, HEAD_SIZE // 2 :])
-        angles = torch.outer(turns.double(), FREQUENCIES)[:, None]
+        angles = torch.outer(rotate_by.double(), FREQUENCIES)[:, None]
         pairs = pairs * torch.polar(torch.ones_like(angles), angles)
-        turned = torch.cat((pairs.real, pairs.imag), -1)
-        scores = torch.einsum("hd,khd->hk", query[row], turned) * SCALE
+        rerotated = torch.cat((pairs.real, pairs.imag), -1)
+        scores = torch.einsum("hd,khd->hk", query[row], rerotated) * SCALE
         outs.append(torch.einsum("hk,khd->hd", scores.softmax(-1), value[places]))
     return torch.stack(outs)
 
 
 @st.composite
 def block_requests(draw: st.DrawFn, page_size: int, max_tokens: int, max_queries: int) -> Request:
-    """A chunk, or a decode, of a prompt whose blocks have positions of their own."""
+    """A chunk, or a decode, of a prompt with documents."""
     lengths = draw(st.lists(st.integers(1, 3 * page_size), min_size=2, max_size=4))
     head = draw(st.sampled_from([0, *lengths[:1]]))
     blocks, start = [(0, head)] if head else [], -(-head // page_size) * page_size
@@ -278,7 +278,7 @@ def cases(
 ) -> Case:
     """A step of up to ``max_requests`` requests; ``fp8``, ``sinks`` and ``fp8_with_sinks`` say what may be drawn.
 
-    With ``own_positions``, the blocks of at least one of them have positions of their own. With ``dense_heads``, there
+    With ``own_positions``, the blocks of at least one of them are documents. With ``dense_heads``, there
     are prompts with dense heads, each with its own number of them.
     """
     manager_page, kernel_page = draw(st.sampled_from(PAGES))

@@ -66,10 +66,10 @@ def main() -> None:
         group = LayerGroup(case, FlashAttentionBackend, make_config(case), numbers(case, False), 0, by_parts=True)
         group.layer.kv_cache = group.cache
         warm_up([group.layer])
-    warmed, turned = dict(compiled), 0
+    warmed, rerotated = dict(compiled), 0
     for seed in range(STEPS):
         case = random_case(seed)
         _, rows = run_case(case, FlashAttentionBackend, numbers(case, False), by_parts=True)
-        turned += rows is not None and rows.turned is not None
+        rerotated += rows is not None and rows.rerotated is not None
     found = {name: compiled[name] - warmed.get(name, 0) for name in compiled}
-    print(json.dumps({"warmed": warmed, "later": found, "turned": turned}))
+    print(json.dumps({"warmed": warmed, "later": found, "rerotated": rerotated}))

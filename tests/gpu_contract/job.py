@@ -61,11 +61,11 @@ class Tally:
         with mock.patch.object(impl, "forward", autospec=True, side_effect=impl.forward) as forward:
             outputs, rows = run_case(case, base, drawn, self.by_parts)
         calls = forward.call_count - len(outputs) + 1  # on the full layer
-        if rows is None or rows.turned is None:
+        if rows is None or rows.rerotated is None:
             wanted = case.num_runs if rows is not None else 1
             assert calls == wanted, f"{calls} calls for {wanted} runs of heads"
         else:
-            others = rows.query_lens.sum() - rows.query_lens[np.unique(rows.turned.row)].sum()
+            others = rows.query_lens.sum() - rows.query_lens[np.unique(rows.rerotated.row)].sum()
             assert calls == (others > 0), f"{calls} calls of vLLM's for {others} tokens without such blocks"
         for out, window in outputs:
             want = expected(case, drawn, window)
@@ -80,8 +80,8 @@ class Tally:
 def facts_of(case: Any, rows: Any) -> dict[str, bool]:
     """What is true of a case whose virtual rows are these."""
     has_rows = rows is not None
-    turned = has_rows and rows.turned is not None
-    in_calls = has_rows and not turned and case.num_runs > 1
+    rerotated = has_rows and rows.rerotated is not None
+    in_calls = has_rows and not rerotated and case.num_runs > 1
     return {
         "star_steps": has_rows,
         "gathered": has_rows and len(rows.gathered) > 0,
@@ -90,8 +90,8 @@ def facts_of(case: Any, rows: Any) -> dict[str, bool]:
         "fp8": case.fp8,
         "sinks": case.sinks,
         "padded": case.padding > 0,
-        "turned": turned,
-        "turned_beside_others": turned and len(np.unique(rows.turned.row)) < len(rows.query_lens),
+        "rerotated": rerotated,
+        "rerotated_beside_others": rerotated and len(np.unique(rows.rerotated.row)) < len(rows.query_lens),
         "split_pages": case.kernel_page < case.manager_page,
         "all_heads_dense": has_rows
         and any(len(case.dense_for(one.plan)) == case.kv_heads for one in case.requests if one.plan is not None),
@@ -194,7 +194,7 @@ def paged_xformers(examples: int) -> Tally:
 
 
 def own_positions(run: Callable[..., Tally], *args: Any, **drawn: Any) -> Tally:
-    """A job whose requests have blocks with positions of their own: vLLM's builders, and Starling's kernel in torch."""
+    """A job whose requests have documents: vLLM's builders, and Starling's kernel in torch."""
     contract.uses_triton = lambda device: True
     range_attention.attend_in_ranges = attend_in_ranges
     return run(*args, own_positions=True, **drawn)
@@ -239,7 +239,7 @@ def triton_own_positions(examples: int) -> Tally:
         fp8=False, sinks=False, max_tokens=180, max_queries=10, max_heads=4, max_requests=3, own_positions=True
     )
     tally = hold(TritonAttentionBackend, Tally(by_parts=True), strategy, examples)
-    assert len(calls) >= tally.counts["turned"] > 0
+    assert len(calls) >= tally.counts["rerotated"] > 0
     return tally
 
 

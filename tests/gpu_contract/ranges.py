@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from starling.attention_backends.kernels.contract import Rotation, turn_back
+from starling.attention_backends.kernels.contract import Rotation, rotate_back
 from starling.attention_backends.kernels.ranges import PLACE_FIELDS, RANGE_FIELDS, RangeTable
 
 
@@ -44,10 +44,12 @@ def _attend(
 ) -> torch.Tensor:
     """(H, Dv): the attention of one token over the keys below ``end``."""
     page_size, group, scores, values = caches[0].shape[1], len(query) // caches[0].shape[2], [], []
-    for first, stop, turn in ranges:
+    for first, stop, rotate_by in ranges:
         position = torch.arange(first, min(stop, end))
         key, value = (cache[pages[position // page_size].long(), position % page_size] for cache in caches)
-        turned = turn_back(query[None], rotation.cos[turn, None], rotation.sin[turn, None], rotation.is_neox_style)[0]
-        scores.append(torch.einsum("hd,khd->hk", turned, key.repeat_interleave(group, 1)) * scale)
+        rerotated = rotate_back(
+            query[None], rotation.cos[rotate_by, None], rotation.sin[rotate_by, None], rotation.is_neox_style
+        )[0]
+        scores.append(torch.einsum("hd,khd->hk", rerotated, key.repeat_interleave(group, 1)) * scale)
         values.append(value.repeat_interleave(group, 1))
     return torch.einsum("hk,khd->hd", torch.cat(scores, 1).softmax(1), torch.cat(values))

@@ -10,7 +10,7 @@ import pytest
     [
         ("paged_triton", 20, ("fp8", "one_token_rows", "windowed", "padded", "split_pages")),
         ("paged_triton_heads", 12, ("calls_on_some_heads",)),
-        ("paged_triton_own", 12, ("turned",)),
+        ("paged_triton_own", 12, ("rerotated",)),
         ("paged_xformers", 20, ("star_steps", "one_token_rows", "padded", "split_pages")),
     ],
 )

@@ -111,7 +111,7 @@ def test_documents_beside_other_prompts_and_alone(model, runner):
     assert {step["requests"] for step in without if step["replayed"]} == {1}
     assert {step["requests"] for step in without if not step["replayed"]} == {2, 3}
     for steps in (with_room[2], without):
-        of_documents = [step for step in steps if step["turned"]]
+        of_documents = [step for step in steps if step["rerotated"]]
         assert all(step["copies"] for step in of_documents), "the host may change what they read, and no test would see"
         assert {step["requests"] for step in of_documents} == {1, 2, 3}
         assert max(max(step["launches"]) for step in of_documents) <= LAUNCHES_OF_DOCUMENTS

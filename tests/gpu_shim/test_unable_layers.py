@@ -56,7 +56,7 @@ def test_full_graphs_of_layers_with_attention_sinks_have_vllms_kernels(tmp_path)
 
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-"""vLLM turns by the original model's angles where the configuration names no other length of its training."""
+"""vLLM rotates by the original model's angles where the configuration names no other length of its training."""
 
 
 def test_a_model_whose_angles_are_not_fixed_serves_prompts_without_documents(tmp_path):

@@ -26,7 +26,7 @@ class Step:
         runner: the model runner, "v1" or "v2".
         tokens, requests: of the step.
         rewritten: whether a row became several, or one that sees less than all keys before it.
-        turned: whether rows attended to blocks with positions of their own.
+        rerotated: whether rows attended to documents.
         replayed: launches of the full graph that was replayed; 0: none was.
         launches: those of each attention layer, also in a replay.
         copies: from and to pinned memory, under way at its end.
@@ -36,7 +36,7 @@ class Step:
     tokens: int
     requests: int
     rewritten: bool
-    turned: bool
+    rerotated: bool
     replayed: int
     launches: list[int]
     copies: int
@@ -89,7 +89,7 @@ class GpuWorker(Worker):
                 tokens=scheduler_output.total_num_scheduled_tokens,
                 requests=len(scheduler_output.num_scheduled_tokens),
                 rewritten=rows is not None and _are_others(rows),
-                turned=rows is not None and rows.turned is not None,
+                rerotated=rows is not None and rows.rerotated is not None,
                 replayed=Graph.replayed,
                 launches=GPU.calls[ATTENTION],
                 copies=len(GPU.copies),
@@ -100,7 +100,7 @@ class GpuWorker(Worker):
 
 def _are_others(rows: VirtualRows) -> bool:
     """Whether virtual rows are others than those of the batch; those of a prompt's first block are not."""
-    return bool(len(rows.gathered)) or rows.turned is not None or len(set(rows.source)) < len(rows.source)
+    return bool(len(rows.gathered)) or rows.rerotated is not None or len(set(rows.source)) < len(rows.source)
 
 
 def _moved(tensor: torch.Tensor) -> torch.Tensor:

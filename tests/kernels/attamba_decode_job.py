@@ -119,7 +119,7 @@ class Step:
         """What attention gives for ``mixed``, in float64, from the list of each request's keys."""
         heads, out = (self.heads, self.head_size), []
 
-        def turn(x: torch.Tensor, position: int) -> torch.Tensor:
+        def rotate(x: torch.Tensor, position: int) -> torch.Tensor:
             cos, sin = (table[position].double() for table in self.angles)
             pairs = torch.view_as_complex(x.unflatten(-1, heads).unflatten(-1, (-1, 2)))
             return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
@@ -134,8 +134,8 @@ class Step:
             rows += [self.recent[table[n // PAGE_ROWS], n % PAGE_ROWS] for n in range(first_in_window, last)]
             kept = [row.double().unflatten(0, (2, *heads)) for row in rows]
             key, value = (own + part[request].double() for part in self.mixed)
-            keys, values = torch.stack([*kept, torch.stack([turn(key, last), value.unflatten(0, heads)])], 1)
-            scores = (keys * turn(self.query[request].double(), last)).sum(-1) * self.sizes.scale
+            keys, values = torch.stack([*kept, torch.stack([rotate(key, last), value.unflatten(0, heads)])], 1)
+            scores = (keys * rotate(self.query[request].double(), last)).sum(-1) * self.sizes.scale
             out.append((scores.softmax(0)[..., None] * values).sum(0).flatten())
         return torch.stack(out)
 
@@ -238,7 +238,7 @@ def compile_kernels() -> None:
     """The paper's sizes, the largest chunks and heads, and the smallest: each on each card, in one of two dtypes."""
     from tests.kernels.machine_code import CAPABILITIES, check_resources
 
-    names = ["projected", "pages", "out", "mixed_key", "mixed_value", "own", "query", "turned", "states_out"]
+    names = ["projected", "pages", "out", "mixed_key", "mixed_value", "own", "query", "rotated", "states_out"]
     names += ["window_out", "state_keys", "state_values", "window_keys", "window_values"]
     numbers = ["conv", "a_log", "skip", "norm", "cos", "sin", "states_lse", "window_lse"]
     common = {

@@ -52,7 +52,7 @@ class Case:
 
 
 class Step:
-    """A case in random numbers: the query, the pages, and by how much the token of each range is turned."""
+    """A case in random numbers: the query, the pages, and by how much the token of each range is rerotated."""
 
     def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
@@ -73,18 +73,18 @@ class Step:
         self.rotation = Rotation(self.angles.cos().float(), self.angles.sin().float(), case.is_neox_style)
         row, first, stop = np.array(sorted(case.ranges, key=lambda one: one[0])).T
         rows, number = np.unique(row, return_inverse=True)
-        turn = torch.randint(POSITIONS, (len(row),)).numpy()
-        self.ranges = TokenRanges(rows, queries[rows], number, first, stop, turn)
+        rotate_by = torch.randint(POSITIONS, (len(row),)).numpy()
+        self.ranges = TokenRanges(rows, queries[rows], number, first, stop, rotate_by)
 
     def range_table(self) -> RangeTable:
         return make_range_table(self.ranges, self.case.tile_queries, self.table, self.starts, self.seq_lens)
 
-    def turned(self, token: int, turn: int) -> torch.Tensor:
-        """(H, D) float64: a token of the query, turned back by complex numbers."""
+    def rerotated(self, token: int, rotate_by: int) -> torch.Tensor:
+        """(H, D) float64: a token of the query, rotated back by complex numbers."""
         query = self.query[token].double()
         part = query[:, : self.case.rotary_dim]
         part = part.unflatten(1, (2, -1)).mT if self.case.is_neox_style else part.unflatten(1, (-1, 2))
-        back = torch.polar(torch.ones(self.case.rotary_dim // 2).double(), -self.angles[turn])
+        back = torch.polar(torch.ones(self.case.rotary_dim // 2).double(), -self.angles[rotate_by])
         found = torch.view_as_real(torch.view_as_complex(part.contiguous()) * back)
         found = found.mT if self.case.is_neox_style else found
         return torch.cat([found.flatten(1), query[:, self.case.rotary_dim :]], 1)
@@ -104,7 +104,7 @@ class Step:
                 token, scores, seen = int(self.starts[row + 1]) - behind, [], []
                 for one in np.flatnonzero(ranges.row == number):
                     span = slice(int(ranges.first[one]), min(int(ranges.stop[one]), length - behind + 1))
-                    query = self.turned(token, int(ranges.turn[one]))
+                    query = self.rerotated(token, int(ranges.rotate_by[one]))
                     scores.append(torch.einsum("hd,hkd->hk", query, keys[:, span]) * SCALE)
                     seen.append(values[:, span])
                 score = torch.cat(scores, 1)
@@ -132,8 +132,8 @@ QUESTIONS = replace(SHORT, queries=(3, 40, 1, 17, 2), tile_queries=8)
 CASES = {
     "short": SHORT,
     "pairs": replace(SHORT, is_neox_style=False),
-    "half is turned": replace(SHORT, rotary_dim=16),
-    "a quarter is turned in pairs": replace(SHORT, rotary_dim=8, is_neox_style=False),
+    "half is re-rotated": replace(SHORT, rotary_dim=16),
+    "a quarter is re-rotated in pairs": replace(SHORT, rotary_dim=8, is_neox_style=False),
     "head sizes 80 and 48": replace(SHORT, size=80, value_size=48, rotary_dim=40),
     "softcap": replace(SHORT, softcap=2.0),
     "asynchronous": replace(SHORT, unseen=4),
@@ -164,9 +164,9 @@ def interpret() -> None:
         torch.testing.assert_close(step.run(3, room_for_more(step)), step.run(3), rtol=0, atol=0, equal_nan=True)
     step = Step(SHORT)
     right = step.run(2)
-    step.ranges.turn[:] = 0
+    step.ranges.rotate_by[:] = 0
     difference = (step.run(2) - right).nan_to_num().abs().max()
-    assert difference > 0.1, "without a turn the result is another one"
+    assert difference > 0.1, "without a rotation the result is another one"
     time_tiles()
 
 

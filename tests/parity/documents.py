@@ -1,8 +1,8 @@
-"""Blocks with positions of their own, in plain float32 torch: the reference for documents.
+"""Documents, in plain float32 torch: the reference for documents.
 
 It computes a Llama from its checkpoint with two sets of positions: those behind the anchor for a token of a block, and
-those of the prompt for the query. It turns queries and keys from scratch for each, without paging, padding, or code of
-the engine's.
+those of the prompt for the query. It rotates queries and keys from scratch for each, without paging, padding, or code
+of the engine's.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def logprobs(
     size = config.get("head_dim") or config["hidden_size"] // heads
     frequencies = frequencies_of(config, size)
 
-    def turned(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def rerotated(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         # In float32, as Transformers and vLLM have them: at position 500 they are off by up to 3e-5.
         angles = torch.outer(positions.float(), frequencies)
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
@@ -78,7 +78,7 @@ def logprobs(
         k, v = (part.repeat_interleave(heads // kv_heads, 1) for part in (k, v))
         scores = torch.full((heads, len(ids), len(ids)), float("-inf"))
         for positions, sees in (first, second):
-            found = torch.einsum("qhd,khd->hqk", turned(q, positions), turned(k, positions)) * size**-0.5
+            found = torch.einsum("qhd,khd->hqk", rerotated(q, positions), rerotated(k, positions)) * size**-0.5
             scores = torch.where(sees, found, scores)
         out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
         x = x + out @ weights[f"{name}self_attn.o_proj.weight"].T

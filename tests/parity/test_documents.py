@@ -1,4 +1,4 @@
-"""Blocks with positions of their own, against plain torch that turns queries and keys from scratch.
+"""Documents, against plain torch that rotates queries and keys from scratch.
 
 A prompt's documents are computed once. In other prompts they stand elsewhere, in another order, beside others: their KV
 is reused, and the answer is that of computing everything.
@@ -147,7 +147,7 @@ def test_logprobs_are_those_of_positions_of_a_blocks_own(model, runner):
 def compiled_as_a_whole(tmp_path_factory):
     """An Ernie 4.5, whose top class in vLLM is compiled itself, and so runs no hooks.
 
-    It is a Llama but for its rotary embedding, which turns pairs of neighbours.
+    It is a Llama but for its rotary embedding, which rotates pairs of neighbours.
     """
     path = make_random_llama(tmp_path_factory.mktemp("models") / "ernie", **TINY)
     config = json.loads((path / "config.json").read_text())
@@ -216,7 +216,7 @@ def test_preempted_requests_give_the_same(model):
     ids=["bfloat16", "fp8 cache"],
 )
 def test_low_precision_costs_no_more_than_it_costs_dense_attention(model, engine):
-    """Turned queries meet rounded keys; the error is that of dense attention over such keys.
+    """Re-rotated queries meet rounded keys; the error is that of dense attention over such keys.
 
     On a processor with AMX, vLLM would lay out bfloat16 keys for tiles. The server's default lets it not do so.
     """

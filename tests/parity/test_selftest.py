@@ -36,7 +36,7 @@ PASSED = [
             "reuse of star blocks",
             "dense heads against the masks",
             "dense heads beside a prompt without",
-            "documents with positions of their own",
+            "documents",
             "documents in another order",
         )
     ),

@@ -98,7 +98,7 @@ at::Tensor attamba_mix(const at::Tensor& projected, const at::Tensor& pages, con
   return out;
 }
 
-// Returns (tokens, heads x size). Takes, in this order: query, key, value and own (tokens, heads x size), not turned, of
+// Returns (tokens, heads x size). Takes, in this order: query, key, value and own (tokens, heads x size), not rotated, of
 // which own is added to key and value; position, request and piece (tokens); the angles (positions, size / 2); the cache
 // of states with the tables to write to and to read from; the window's, with the lengths of its rows; the fields of
 // ChunkPlan from `ends` on.
@@ -156,9 +156,9 @@ at::Tensor attamba_attend(const at::Tensor& query, const at::Tensor& key, const 
   }
   with_dtype(query, [&](auto example) {
     using T = decltype(example);
-    at::Tensor turned = at::empty({3, tokens, heads, size}, query.options());
-    T* turned_query = turned.mutable_data_ptr<T>();
-    T *new_key = turned_query + tokens * heads * size, *new_value = new_key + tokens * heads * size;
+    at::Tensor rotated = at::empty({3, tokens, heads, size}, query.options());
+    T* rotated_query = rotated.mutable_data_ptr<T>();
+    T *new_key = rotated_query + tokens * heads * size, *new_value = new_key + tokens * heads * size;
     const KvView<T> to_window_pages = kv_view<T>(window_keys, window_values);
     const Angles angles{cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), cos.size(1)};
     const auto write = [&](const KvView<T>& view, int64_t page_id, int64_t row, int64_t t) {
@@ -166,17 +166,17 @@ at::Tensor attamba_attend(const at::Tensor& query, const at::Tensor& key, const 
         view.write(page_id, row, h, size, new_key + (t * heads + h) * size, new_value + (t * heads + h) * size);
     };
     at::parallel_for(0, tokens, 4, [&](int64_t begin, int64_t end) {
-      static thread_local Turn turn;
+      static thread_local Rotation rotation;
       for (int64_t t = begin; t < end; ++t) {
         const auto row = [&](const at::Tensor& of) { return of.const_data_ptr<T>() + t * of.stride(0); };
         const T *mixed_key = row(key), *mixed_value = row(value), *added = row(own), *asked = row(query);
-        turn.set(angles, positions[t]);
+        rotation.set(angles, positions[t]);
         for (int64_t head = 0; head < heads * size; head += size)
           for (int64_t d = 0; d < size; d += LANES) {
             const int64_t from = head + d, to = t * heads * size + from;
             const Vec x = floats_at(added + from);
-            store_as(turned_query + to, turn(floats_at(asked + from), d));
-            store_as(new_key + to, turn(floats_at(mixed_key + from) + x, d));
+            store_as(rotated_query + to, rotation(floats_at(asked + from), d));
+            store_as(new_key + to, rotation(floats_at(mixed_key + from) + x, d));
             store_as(new_value + to, floats_at(mixed_value + from) + x);
           }
         write(to_window_pages, to_window[requests[t] * write_window.size(1) + positions[t] / page], positions[t] % page, t);
@@ -201,7 +201,7 @@ at::Tensor attamba_attend(const at::Tensor& query, const at::Tensor& key, const 
                               read_states.const_data_ptr<int32_t>(), columns, token_0_seen.const_data_ptr<bool>()};
     for (int64_t head = 0; head < heads; head += group) {
       const int64_t count = std::min(group, heads - head);
-      const at::Tensor of_heads = turned[0].narrow(1, head, count), part = parts[0].narrow(1, 0, count);
+      const at::Tensor of_heads = rotated[0].narrow(1, head, count), part = parts[0].narrow(1, 0, count);
       float *part_data = parts.mutable_data_ptr<float>(), *lse_data = lses.mutable_data_ptr<float>();
       const auto attend_to = [&](int64_t index, const at::Tensor& all_keys, const at::Tensor& all_values,
                                  const at::Tensor& table, const at::Tensor& starts, const at::Tensor& lens,
@@ -218,7 +218,7 @@ at::Tensor attamba_attend(const at::Tensor& query, const at::Tensor& key, const 
       };
       attend_to(0, states_keys, states_values, stair_table, stair_starts, stair_states, chunk_size, 0);
       attend_to(1, window_keys, window_values, read_window, query_start_loc, seq_lens, 1, window);
-      merge_parts(Heads{head, count, group, heads, size}, turned_query, first, part_data, lse_data, tokens,
+      merge_parts(Heads{head, count, group, heads, size}, rotated_query, first, part_data, lse_data, tokens,
                   static_cast<float>(scale), out.mutable_data_ptr<T>());
     }
   });

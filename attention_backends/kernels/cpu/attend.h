@@ -192,18 +192,18 @@ void value_tile(const Call& call, const Cache<T>& cache, const Item& item, const
            step.rows, call.value_size);
 }
 
-// Turns a head of query token `token` of the rows back into `to`, which has `call.key_size` elements.
+// Rotates a head of query token `token` of the rows back into `to`, which has `call.key_size` elements.
 template <class Q, class A>
-void turn_back(const Call& call, int64_t token, const Q* from, A* to) {
-  const Turns& turned = call.turned;
-  const float *cos = turned.cos + turned.turns[token] * turned.pairs, *sin = turned.sin + (cos - turned.cos);
-  const int64_t apart = turned.is_neox_style ? turned.pairs : 1, step = turned.is_neox_style ? 1 : 2;
-  for (int64_t pair = 0; pair < turned.pairs; ++pair) {
+void rotate_back(const Call& call, int64_t token, const Q* from, A* to) {
+  const RotateBy& rerotated = call.rerotated;
+  const float *cos = rerotated.cos + rerotated.rotate_by[token] * rerotated.pairs, *sin = rerotated.sin + (cos - rerotated.cos);
+  const int64_t apart = rerotated.is_neox_style ? rerotated.pairs : 1, step = rerotated.is_neox_style ? 1 : 2;
+  for (int64_t pair = 0; pair < rerotated.pairs; ++pair) {
     const float first = from[pair * step], second = from[pair * step + apart];
     to[pair * step] = static_cast<A>(first * cos[pair] + second * sin[pair]);
     to[pair * step + apart] = static_cast<A>(second * cos[pair] - first * sin[pair]);
   }
-  for (int64_t d = 2 * turned.pairs; d < call.key_size; ++d) to[d] = static_cast<A>(from[d]);
+  for (int64_t d = 2 * rerotated.pairs; d < call.key_size; ++d) to[d] = static_cast<A>(from[d]);
 }
 
 // Whether products of many rows are computed by tile registers.
@@ -227,11 +227,11 @@ void run_item(const Call& call, const Q* query, const Cache<T>& cache, const Ite
   std::fill(totals, totals + rows, 0.0f);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t token = start + (item.first + i) / group, head = item.kv_head * group + (item.first + i) % group;
-    const int64_t source = call.is_turned ? call.turned.tokens[token] : token % call.tokens;
+    const int64_t source = call.is_rerotated ? call.rerotated.tokens[token] : token % call.tokens;
     const Q* from = query + source * call.query_strides[0] + head * call.query_strides[1];
     Operand<T>* to = packed + i * call.key_size;
-    if (call.is_turned)
-      turn_back(call, token, from, to);
+    if (call.is_rerotated)
+      rotate_back(call, token, from, to);
     else if constexpr (std::is_same_v<Q, Operand<T>>)
       std::memcpy((void*)to, from, call.key_size * sizeof(Q));
     else
@@ -278,7 +278,7 @@ void run_item(const Call& call, const Q* query, const Cache<T>& cache, const Ite
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t token = start + (item.first + i) / group, head = item.kv_head * group + (item.first + i) % group;
     const float factor = totals[i] == 0 ? 0.0f : call.value_scale / totals[i];  // a NaN total gives NaN
-    const int64_t part = item.share * cells_of_share(call) + (call.is_turned ? token : token % call.tokens);
+    const int64_t part = item.share * cells_of_share(call) + (call.is_rerotated ? token : token % call.tokens);
     Out* to = target.out + part * target.strides[0] + head * target.strides[1];
     for (int64_t d = 0; d < call.value_size; ++d) to[d] = static_cast<Out>(sums[i * call.value_size + d] * factor);
     target.lse[part * call.heads + head] = totals[i] == 0 ? NO_KEY : peaks[i] + std::log(totals[i]);

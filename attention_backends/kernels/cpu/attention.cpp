@@ -1,11 +1,11 @@
-// Paged attention with log-sum-exp on a CPU; contract.py defines the contract, dispatch.py that of turned queries. This is
+// Paged attention with log-sum-exp on a CPU; contract.py defines the contract, dispatch.py that of re-rotated queries. This is
 // flash attention (arXiv 2205.14135) that reads the pages in place: one pass over the keys in tiles, with a running
 // maximum and sum per query row. No row's keys are gathered.
 //
 // A work item is a tile of the query rows that one KV head serves in one batch row (queries x group), over all keys of
 // the batch row. Where there are too few items for the threads, the keys are divided into `shares`. An item then has
 // one share of the keys, and the shares' results are merged by log-sum-exp. So are those of a query token that is a
-// query token of several rows, turned for each. Where rows compute some heads only, a query token is a token of one row
+// query token of several rows, re-rotated for each. Where rows compute some heads only, a query token is a token of one row
 // for each head, and nothing is merged.
 #include <torch/library.h>
 
@@ -69,13 +69,13 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& keys, cons
 
 // Takes operands that dispatch.py and attention.py have checked. Where lse is given, out is float32, and both hold
 // attention to other keys, which is merged.
-void turned_attention(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
+void rerotated_attention(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
                       const at::Tensor& block_table, const at::Tensor& query_start_loc, const at::Tensor& seq_lens,
-                      const at::Tensor& tokens, const at::Tensor& turns, const at::Tensor& cos, const at::Tensor& sin,
+                      const at::Tensor& tokens, const at::Tensor& rotate_by, const at::Tensor& cos, const at::Tensor& sin,
                       bool is_neox_style, at::Tensor& out, std::optional<at::Tensor> lse, double scale, double softcap,
                       double value_scale, bool transposed_keys) {
-  TORCH_CHECK_VALUE(turns.sizes() == tokens.sizes() && tokens.is_contiguous() && turns.is_contiguous(),
-                    "tokens and turns: one number for each query token of the rows");
+  TORCH_CHECK_VALUE(rotate_by.sizes() == tokens.sizes() && tokens.is_contiguous() && rotate_by.is_contiguous(),
+                    "tokens and rotate_by: one number for each query token of the rows");
   TORCH_CHECK_VALUE(cos.dim() == 2 && cos.sizes() == sin.sizes() && cos.is_contiguous() && sin.is_contiguous() &&
                         2 * cos.size(1) <= query.size(2),
                     "cos and sin: (positions, pairs), contiguous, and at most as many pairs as a head has");
@@ -85,8 +85,8 @@ void turned_attention(const at::Tensor& query, const at::Tensor& keys, const at:
   Call call = make_call(query, keys, values, block_table, query_start_loc, seq_lens, out, scale, softcap, value_scale,
                         transposed_keys);
   call.row_tokens = tokens.size(0);
-  call.is_turned = true;
-  call.turned = {tokens.const_data_ptr<int64_t>(), turns.const_data_ptr<int64_t>(), cos.const_data_ptr<float>(),
+  call.is_rerotated = true;
+  call.rerotated = {tokens.const_data_ptr<int64_t>(), rotate_by.const_data_ptr<int64_t>(), cos.const_data_ptr<float>(),
                  sin.const_data_ptr<float>(), cos.size(0), cos.size(1), is_neox_style};
   at::Tensor to = lse ? *lse : at::empty({call.tokens, call.heads}, query.options().dtype(at::kFloat));
   run_checked(call, lse.has_value(), query, keys, values, out, to);
@@ -101,10 +101,10 @@ TORCH_LIBRARY(starling_kernels, library) {
       "float softcap, float value_scale, bool transposed_keys) -> Tensor");
   library.impl("paged_attention", c10::DispatchKey::CPU, &paged_attention);
   library.def(
-      "turned_attention(Tensor query, Tensor keys, Tensor values, Tensor block_table, Tensor query_start_loc, "
-      "Tensor seq_lens, Tensor tokens, Tensor turns, Tensor cos, Tensor sin, bool is_neox_style, Tensor(a!) out, "
+      "rerotated_attention(Tensor query, Tensor keys, Tensor values, Tensor block_table, Tensor query_start_loc, "
+      "Tensor seq_lens, Tensor tokens, Tensor rotate_by, Tensor cos, Tensor sin, bool is_neox_style, Tensor(a!) out, "
       "Tensor(b!)? lse, float scale, float softcap, float value_scale, bool transposed_keys) -> ()");
-  library.impl("turned_attention", c10::DispatchKey::CPU, &turned_attention);
+  library.impl("rerotated_attention", c10::DispatchKey::CPU, &rerotated_attention);
 }
 
 }  // namespace starling

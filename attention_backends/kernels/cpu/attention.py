@@ -61,14 +61,14 @@ def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def has_op_for(operands: Operands) -> bool:
-    """Return whether ``turned_attention`` can run the operands; if not, ``paged_attention`` and torch compute them."""
+    """Return whether ``rerotated_attention`` can run the operands; else ``paged_attention`` and torch compute them."""
     return operands.query.device.type == "cpu" and refusal(operands) is None and built_op() is not None
 
 
-def turned_attention(
+def rerotated_attention(
     operands: Operands,
     tokens: torch.Tensor,
-    turns: torch.Tensor,
+    rotate_by: torch.Tensor,
     rotation: Rotation,
     out: torch.Tensor,
     lse: torch.Tensor | None,
@@ -81,15 +81,15 @@ def turned_attention(
         lse: (T, H) float32, contiguous, of the attention to other keys in ``out``, or None if ``out`` has none.
 
     Raises:
-        ValueError: ``query_start_loc``, ``seq_lens``, ``block_table``, ``tokens`` or ``turns`` holds values that lead
-            outside of the other operands.
+        ValueError: ``query_start_loc``, ``seq_lens``, ``block_table``, ``tokens`` or ``rotate_by`` holds values that
+            lead outside of the other operands.
     """
     ops = built_op()
     assert ops is not None
-    ops.turned_attention(
+    ops.rerotated_attention(
         *tensors_of(operands),
         tokens,
-        turns,
+        rotate_by,
         rotation.cos,
         rotation.sin,
         rotation.is_neox_style,

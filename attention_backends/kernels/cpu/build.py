@@ -42,7 +42,7 @@ SOURCES = (
     *COMPILED,
     *(f"{name}.h" for name in ("attend", "call", "chunks", "gemm", "join", "mix", "recent", "run", "tiles", "vector")),
 )
-OPS = ("paged_attention", "turned_attention", "attamba_plan", "attamba_mix", "attamba_attend", "add_lora")
+OPS = ("paged_attention", "rerotated_attention", "attamba_plan", "attamba_mix", "attamba_attend", "add_lora")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-Wno-psabi")
 
 

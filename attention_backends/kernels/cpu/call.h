@@ -16,10 +16,10 @@ struct Strides {
   int64_t page, head, token;  // in elements; for keys, `token` is between keys (PAGES) or dimensions (CPU)
 };
 
-// How query tokens are turned; dispatch.py has the definition. The rows' query token i is the query's token tokens[i],
-// turned back by turns[i] positions. cos and sin are (positions, pairs).
-struct Turns {
-  const int64_t *tokens, *turns;
+// How query tokens are re-rotated; dispatch.py has the definition. The rows' query token i is the query's token tokens[i],
+// rotated back by rotate_by[i] positions. cos and sin are (positions, pairs).
+struct RotateBy {
+  const int64_t *tokens, *rotate_by;
   const float *cos, *sin;
   int64_t positions, pairs;
   bool is_neox_style;
@@ -28,7 +28,7 @@ struct Turns {
 struct Call {
   int64_t rows, heads, kv_heads, key_size, value_size, page, pages;
   int64_t tokens;      // of the query
-  int64_t row_tokens;  // of the rows; as many, but with `turned` and `row_heads`
+  int64_t row_tokens;  // of the rows; as many, but with `rerotated` and `row_heads`
   const int32_t *block_table, *starts, *lens;
   const bool* row_heads;  // (rows, KV heads): the heads that a row computes; null: all of them
   int64_t columns;
@@ -38,12 +38,12 @@ struct Call {
   int64_t queries_per_key;
   int64_t window;  // 0 for none
   float scale, softcap, value_scale;
-  bool is_turned;
-  Turns turned;
+  bool is_rerotated;
+  RotateBy rerotated;
 };
 
-// How many results of each head a share of the keys has: one for each query token, or, turned, for each token of the rows.
-inline int64_t cells_of_share(const Call& call) { return call.is_turned ? call.row_tokens : call.tokens; }
+// How many results of each head a share of the keys has: one for each query token, or, re-rotated, for each token of the rows.
+inline int64_t cells_of_share(const Call& call) { return call.is_rerotated ? call.row_tokens : call.tokens; }
 
 struct Item {
   int64_t row, kv_head, first, last;  // [first, last) of the row's queries x group

@@ -18,7 +18,7 @@ struct Parts {
 inline Parts parts_of_tokens(const Call& call) {
   const int64_t cells = cells_of_share(call);
   Parts parts{std::vector<int64_t>(call.tokens + 1), std::vector<int64_t>(cells)};
-  const auto token_of = [&](int64_t i) { return call.is_turned ? call.turned.tokens[i] : i; };
+  const auto token_of = [&](int64_t i) { return call.is_rerotated ? call.rerotated.tokens[i] : i; };
   for (int64_t i = 0; i < cells; ++i) ++parts.begin[token_of(i) + 1];
   for (int64_t token = 0; token < call.tokens; ++token) parts.begin[token + 1] += parts.begin[token];
   std::vector<int64_t> next(parts.begin.begin(), parts.begin.end() - 1);

@@ -1,4 +1,4 @@
-// Attention of an Attamba layer: keys and values of the step are turned and stored, and each token attends to the states
+// Attention of an Attamba layer: keys and values of the step are rotated and stored, and each token attends to the states
 // that it sees, to its window, and to the state of token 0. attention_backends/attamba/attend.py has the definition.
 #pragma once
 
@@ -37,8 +37,8 @@ struct Angles {
   int64_t pairs;
 };
 
-// The factors of a position, for each element of a head: turned = element * even + its partner in the pair * odd.
-struct Turn {
+// The factors of a position, for each element of a head: rotated = element * even + its partner in the pair * odd.
+struct Rotation {
   std::vector<float> even, odd;
 
   void set(const Angles& angles, int64_t position) {
@@ -52,7 +52,7 @@ struct Turn {
     }
   }
 
-  // Turns sixteen elements from `d` on of a head. The pairs are (2 j, 2 j + 1).
+  // Rotates sixteen elements from `d` on of a head. The pairs are (2 j, 2 j + 1).
   Vec operator()(Vec x, int64_t d) const {
     const Vec partner = __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
     return x * floats_at(&even[d]) + partner * floats_at(&odd[d]);

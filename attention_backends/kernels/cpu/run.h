@@ -31,7 +31,7 @@ void run(const Call& call, bool adds, const Q* query, const Cache<T>& cache, Out
       run_item(call, query, cache, item, target, scratch);
     });
   };
-  if (shares == 1 && !call.is_turned)
+  if (shares == 1 && !call.is_rerotated)
     return run_items(Target<Out>{out, {call.out_strides[0], call.out_strides[1]}, lse});
   const auto cells = shares * cells_of_share(call) * call.heads;
   at::Tensor parts = at::empty({cells, call.value_size}, at::kFloat), lses = at::empty({cells}, at::kFloat);
@@ -56,12 +56,12 @@ inline void check_values(const Call& call) {
                         call.pages, " pages");
     }
   }
-  for (int64_t i = 0; call.is_turned && i < call.row_tokens; ++i) {
-    const int64_t token = call.turned.tokens[i], turn = call.turned.turns[i];
+  for (int64_t i = 0; call.is_rerotated && i < call.row_tokens; ++i) {
+    const int64_t token = call.rerotated.tokens[i], rotate_by = call.rerotated.rotate_by[i];
     TORCH_CHECK_VALUE(0 <= token && token < call.tokens, "tokens[", i, "] = ", token, ": the query has ", call.tokens,
                       " tokens");
-    TORCH_CHECK_VALUE(0 <= turn && turn < call.turned.positions, "turns[", i, "] = ", turn, ": the angles have ",
-                      call.turned.positions, " positions");
+    TORCH_CHECK_VALUE(0 <= rotate_by && rotate_by < call.rerotated.positions, "rotate_by[", i, "] = ", rotate_by, ": the angles have ",
+                      call.rerotated.positions, " positions");
   }
 }
 

@@ -2,7 +2,7 @@
 
 Documents make many short ranges, beside which another token may have one long range. So the tiles of work, each of 64
 keys that a tile of queries meets, are one line, which the programs of the first kernel divide into equal parts. A
-program turns the queries in its registers and attends to the keys of its part. What it computes of a tile of queries
+program rotates the queries in its registers and attends to the keys of its part. What it computes of a tile of queries
 whose keys others have too is merged by the second kernel, in a fixed order: equal calls have equal results. This
 division is that of stream-K (arXiv 2301.03598, section 4).
 """
@@ -59,11 +59,11 @@ def last_up_to(values, count, value, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def load_turned(
+def load_rerotated(
     query,
     cos,
     sin,
-    turn,
+    rotate_by,
     query_stride,
     valid,
     HEAD_SIZE: tl.constexpr,
@@ -71,15 +71,15 @@ def load_turned(
     PAIRS: tl.constexpr,
     IS_NEOX: tl.constexpr,
 ):
-    """(lanes, BLOCK_D) in the query's dtype: its heads, turned back in float32.
+    """(lanes, BLOCK_D) in the query's dtype: its heads, rotated back in float32.
 
     Args:
         query: (lanes,) pointers to heads of tokens.
-        turn: by how many positions.
+        rotate_by: by how many positions.
         valid: (lanes,) bool, which lanes are heads.
     """
     lane_d = tl.arange(0, BLOCK_D)
-    is_turned = lane_d < 2 * PAIRS
+    is_rerotated = lane_d < 2 * PAIRS
     if IS_NEOX:
         is_first = lane_d < PAIRS
         pair = tl.where(is_first, lane_d, lane_d - PAIRS)
@@ -88,10 +88,10 @@ def load_turned(
         is_first = lane_d % 2 == 0
         pair = lane_d // 2
         other = lane_d + 1 - 2 * (lane_d % 2)
-    other = tl.where(is_turned, other, lane_d)
-    at = turn.to(tl.int64) * PAIRS + pair
-    c = tl.load(cos + at, mask=is_turned, other=1.0)
-    s = tl.load(sin + at, mask=is_turned, other=0.0)
+    other = tl.where(is_rerotated, other, lane_d)
+    at = rotate_by.to(tl.int64) * PAIRS + pair
+    c = tl.load(cos + at, mask=is_rerotated, other=1.0)
+    s = tl.load(sin + at, mask=is_rerotated, other=0.0)
     s = tl.where(is_first, s, -s)
     mask = valid[:, None] & (lane_d < HEAD_SIZE)[None, :]
     own = tl.load(query[:, None] + lane_d[None, :] * query_stride, mask=mask, other=0.0)
@@ -218,12 +218,12 @@ def attend_ranges_kernel(
         while tile < stop_here:
             first = tl.load(ranges + number * RANGE)
             stop = tl.load(ranges + number * RANGE + 1)
-            turn = tl.load(ranges + number * RANGE + 2)
+            rotate_by = tl.load(ranges + number * RANGE + 2)
             start = work + tl.load(ranges + number * RANGE + 3)
             low = first + (tile - start) * TILE
             tile = tl.minimum(start + tl.cdiv(stop - first, TILE), stop_here)
             high = tl.minimum(tl.minimum(first + (tile - start) * TILE, stop), highest + 1)
-            q = load_turned(at, cos, sin, turn, query_stride, valid, HEAD_SIZE, BLOCK_D, PAIRS, IS_NEOX)
+            q = load_rerotated(at, cos, sin, rotate_by, query_stride, valid, HEAD_SIZE, BLOCK_D, PAIRS, IS_NEOX)
             if UPCAST:
                 q = q.to(tl.float32)
             # Whole blocks that every query sees need no mask.

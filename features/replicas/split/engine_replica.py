@@ -57,7 +57,7 @@ class SplitPrompt:
         page_size: tokens of a KV page.
         inputs: further entries of the engine input, such as ``cache_salt``.
         keywords: of AsyncLLM.generate, such as ``priority``.
-        lora: the LoRA adapter (vLLM's LoRARequest) that it runs with; None: none.
+        lora: the LoRA adapter (vLLM's LoRARequest) that it runs with, or None.
     """
 
     request_id: str
@@ -112,7 +112,7 @@ class EngineReplica:
         under_way: has the parts that run, each of which ends with its task.
 
     Attributes:
-        reservation: the memory that this server reserves there for the prompt; None: none is.
+        reservation: the memory that this server reserves there for the prompt, or None.
     """
 
     def __init__(

@@ -96,7 +96,7 @@ def mask_of(length: int, plan: StarPlan | None, ends: torch.Tensor, window: int)
     return reference.star_mask(length, ends, window, **sizes)
 
 
-def turned(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+def rotated(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """(T, heads, size) of x (T, dim): each pair as a complex number, multiplied by that of its angle (T, size / 2)."""
     pairs = torch.view_as_complex(x.reshape(len(x), HEADS, -1, 2))
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)[:, None]).flatten(-2)
@@ -158,7 +158,7 @@ def test_attention_over_pages_is_that_of_the_mask(attend, drawn, seed):
             recent.free(request, done[request] - window)
     for request, length in enumerate(lengths):
         mask = mask_of(length, plans[request], chunk_ends(length, chunk_size, offset), window)
-        q, k = (turned(part, angles[:length]) for part in (query[request], key[request] + own[request]))
+        q, k = (rotated(part, angles[:length]) for part in (query[request], key[request] + own[request]))
         weights = (torch.einsum("qhd,khd->hqk", q, k) * 0.5).masked_fill(~mask, float("-inf")).softmax(-1)
         v = (value[request] + own[request]).unflatten(-1, (HEADS, SIZE))
         expected = torch.einsum("hqk,khd->qhd", weights, v).flatten(1)

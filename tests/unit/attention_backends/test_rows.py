@@ -202,7 +202,9 @@ def test_rows_behind_contexts_are_those_that_are_made_one_by_one(batch):
 def equal(one: VirtualRows, other: VirtualRows) -> bool:
     for name, value in vars(one).items():
         wanted = vars(other)[name]
-        pairs = zip(vars(value).values(), vars(wanted).values(), strict=True) if name == "turned" else [(value, wanted)]
+        pairs = (
+            zip(vars(value).values(), vars(wanted).values(), strict=True) if name == "rerotated" else [(value, wanted)]
+        )
         for found, right in pairs:
             assert np.array_equal(found, right) and np.shape(found) == np.shape(right), name
     return True

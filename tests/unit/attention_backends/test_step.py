@@ -115,7 +115,7 @@ def test_a_decode_row_with_keys_on_another_replica_is_rewritten_and_has_a_query_
     assert query.tokens.tolist() == [1] and query.addresses == [{"name": "server"}]
     (span,) = query.spans
     assert (span.request_id, span.shard, span.first_query, span.num_queries) == ("b", "b", 0, 1)
-    assert (span.first_pages.tolist(), span.num_keys.tolist(), span.turns.tolist()) == ([0], [12], [0])
+    assert (span.first_pages.tolist(), span.num_keys.tolist(), span.rotate_by.tolist()) == ([0], [12], [0])
     assert query.pairs() == 12
 
 

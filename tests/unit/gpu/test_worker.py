@@ -150,7 +150,7 @@ def test_an_engine_with_blocks_with_positions_of_their_own_has_full_graphs_of_si
     assert attends_by_parts(layer.impl)
     config = fake_config(compilation_config__static_forward_context={"layer": layer})
     support, levels = star.get_builder_cls().get_cudagraph_support, AttentionCGSupport
-    assert support(config, SPEC) is levels.UNIFORM_BATCH, "the layer's queries can't be turned"
+    assert support(config, SPEC) is levels.UNIFORM_BATCH, "the layer's queries can't be re-rotated"
     layer.impl.rotation = "a rotation"
     assert support(config, SPEC) is levels.UNIFORM_SINGLE_TOKEN_DECODE
     for refused in ({}, {"additional_config": own, "cache_config__cache_dtype": "fp8_e4m3"}):
@@ -204,7 +204,7 @@ def test_layers_that_can_not_attend_in_several_calls_end_the_start_of_a_server_f
 
 @pytest.mark.parametrize(("device", "segments", "looks"), [("cuda", "off", 0), ("cuda", "auto", 1), ("cpu", "off", 1)])
 def test_layers_are_looked_at_only_where_their_queries_may_be_turned(device, segments, looks, monkeypatch):
-    """On a GPU a server says at its start whether blocks may have positions of their own."""
+    """On a GPU a server says at its start whether it takes documents."""
     seen = []
     monkeypatch.setattr(f"{DOCUMENTS}.block_positions_problem", lambda *args: seen.append(args) or "a reason")
     monkeypatch.setattr(f"{WORKER}.metadata_builders", lambda runner: [(SPLITS, ["layer"])])

@@ -302,14 +302,14 @@ def test_what_can_not_be_used_is_refused(folder, tmp_path, capsys, arguments, wo
 
 def test_a_model_whose_keys_are_not_turned_is_refused(folder, monkeypatch):
     model = adapted(folder)
-    model.check_turns()
+    model.check_rotation()
     same = torch.ones(1, 3, 32), torch.zeros(1, 3, 32)
     monkeypatch.setattr(model.decoder.rotary_emb, "forward", lambda key, positions: same)
     with pytest.raises(ModelError, match=r"one rotary embedding with fixed frequencies$"):
-        model.check_turns()
+        model.check_rotation()
     monkeypatch.setattr(model.decoder.rotary_emb, "forward", lambda key, positions, layer_type: same)
     with pytest.raises(ModelError, match=r"one rotary embedding with fixed frequencies: "):
-        model.check_turns()
+        model.check_rotation()
 
 
 def test_a_model_that_is_none(tmp_path, capsys):

@@ -159,9 +159,9 @@ WRONG_QUERIES = {
     "keys before the shard": (GOOD | {"spans": [("a", 0, 1, [-1], [CPU_PAGE], [0])]}, BODY),
     "no keys": (GOOD | {"spans": [("a", 0, 1, [0], [0], [0])]}, BODY),
     "no ranges": (GOOD | {"spans": [("a", 0, 1, [], [], [])]}, BODY),
-    "a range without a turn": (GOOD | {"spans": [("a", 0, 1, [0, 1], [1, 1], [0])]}, BODY),
-    "a negative turn": (GOOD | {"spans": [("a", 0, 1, [0], [CPU_PAGE], [-1])]}, BODY),
-    "a turn of a layer that has none": (GOOD | {"spans": [("a", 0, 1, [0], [CPU_PAGE], [1])]}, BODY),
+    "a range without a rotation": (GOOD | {"spans": [("a", 0, 1, [0, 1], [1, 1], [0])]}, BODY),
+    "a negative rotation": (GOOD | {"spans": [("a", 0, 1, [0], [CPU_PAGE], [-1])]}, BODY),
+    "a rotation of a layer that has none": (GOOD | {"spans": [("a", 0, 1, [0], [CPU_PAGE], [1])]}, BODY),
     "another shard": (GOOD | {"spans": [("b", 0, 1, [0], [CPU_PAGE], [0])]}, BODY),
     "another layer": (GOOD | {"layer": "other"}, BODY),
 }

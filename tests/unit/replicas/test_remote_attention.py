@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starling.attention_backends.kernels.contract import Rotation, turn_back
+from starling.attention_backends.kernels.contract import Rotation, rotate_back
 from starling.attention_backends.kernels.merge import merge
 from starling.attention_backends.kernels.reference import masked_attention
 from starling.attention_backends.star.metadata import virtual_metadata
@@ -100,7 +100,7 @@ def test_local_and_remote_keys_merged_are_star_attention(batch, seed):
         assert len(set(remote.tokens.tolist())) == len(remote.tokens) == sum(span.num_queries for span in remote.spans)
         for span in remote.spans:
             shard = next(shard for shard in where[span.request_id] if shard.name == span.shard)
-            assert not span.turns.any() and not (span.num_keys % PAGE_SIZE).any()
+            assert not span.rotate_by.any() and not (span.num_keys % PAGE_SIZE).any()
             pages = np.concatenate(
                 [
                     np.arange(page, page + keys // PAGE_SIZE)
@@ -135,7 +135,12 @@ def test_a_decode_step_is_rewritten_only_where_other_replicas_hold_keys():
     rows = split_rows([plan, plan, None], [1, 1, 1], [45, 45, 9], PAGE_SIZE, [(16, 28), None, None])
     assert rows.seq_lens.tolist() == [45 - 12, 45, 9]
     (remote,) = rows.remote
-    assert (remote.row, remote.starts.tolist(), remote.lengths.tolist(), remote.turns.tolist()) == (0, [16], [12], [0])
+    assert (remote.row, remote.starts.tolist(), remote.lengths.tolist(), remote.rotate_by.tolist()) == (
+        0,
+        [16],
+        [12],
+        [0],
+    )
     assert rows.gathered.tolist() == [0] and rows.page_columns[0].tolist() == [0, 1, 2, 3, 7, 8, 9, 10, 11]
     assert split_rows([plan], [1], [45], PAGE_SIZE, [None]) is None
 
@@ -261,7 +266,7 @@ def test_blocks_with_positions_of_their_own_are_met_by_turned_queries_where_they
     rows = split_rows([plan], [8], [end + 8], CPU_PAGE, [span])
     queries = make_remote_queries(rows, ["me"], {"me": shards}, CPU_PAGE)
     assert [remote.tokens.tolist() for remote in queries] == [list(range(8))] * 2  # each token is sent once
-    assert rows.turned.first_page.tolist() == [0, 2]  # of the head and of block 1
+    assert rows.rerotated.first_page.tolist() == [0, 2]  # of the head and of block 1
 
     torch.manual_seed(4)
     query = torch.randn(8, HEADS, CPU_SIZE)
@@ -272,11 +277,11 @@ def test_blocks_with_positions_of_their_own_are_met_by_turned_queries_where_they
         begin = blocks[first][0]
         for number in range(first, stop):
             start, last = blocks[number]
-            turn = int(plan.document_keys.turns[number])
-            assert turn == ends[number] - 32
-            turned = turn_back(query, ANGLES.cos()[[turn] * 8], ANGLES.sin()[[turn] * 8], True)
+            rotate_by = int(plan.document_keys.rotate_by[number])
+            assert rotate_by == ends[number] - 32
+            rerotated = rotate_back(query, ANGLES.cos()[[rotate_by] * 8], ANGLES.sin()[[rotate_by] * 8], True)
             every, own = torch.ones(8, last - start, dtype=torch.bool), slice(start - begin, last - begin)
-            parts.append(masked_attention(turned, key[own], value[own], every, 0.3))
+            parts.append(masked_attention(rerotated, key[own], value[own], every, 0.3))
     want = merge(torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts]))
     out, lse = ours.clone(), our_lse.clone()
     step = client.step(queries)

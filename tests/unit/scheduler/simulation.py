@@ -142,7 +142,7 @@ def token_fingerprints(ids: list[int], plan: StarPlan | None, origin: object = N
 
 
 def own_position_fingerprints(ids: list[int], plan: StarPlan, origin: object) -> np.ndarray:
-    """As token_fingerprints, where blocks have positions of their own; ``ids`` have the padding."""
+    """As token_fingerprints, in prompts with documents; ``ids`` have the padding."""
     found = np.zeros(len(ids), dtype=np.int64)
     starts = {start for start, _ in plan.documents if start >= plan.head_end}
     state = fingerprint(origin)

@@ -1,4 +1,4 @@
-"""Keys of pages where blocks have positions of their own: equal exactly if the KV of the pages is.
+"""Keys of pages in prompts with documents: equal exactly if the KV of the pages is.
 
 The KV of a token is modelled as a hash of all that attention brings to it, layer by layer: tokens, the positions at
 which keys were computed, and the distances at which they are seen.
@@ -44,7 +44,7 @@ class Prompt:
 
     Attributes:
         ids: the client's.
-        layout: of blocks with positions of their own; None: ``plan`` is the plan.
+        layout: of documents; None: ``plan`` is the plan.
         tenant: numbers of its salt and its adapter.
     """
 

@@ -1,4 +1,4 @@
-"""Prompts whose blocks have positions of their own, in vLLM's scheduler: pages, statistics and what clients see."""
+"""Prompts with documents, in vLLM's scheduler: pages, statistics and what clients see."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers' queries can be turned: found out by running the layer at two positions, whatever it is made of."""
+"""Which layers' queries can be re-rotated: found out by running the layer at two positions, whatever it is made of."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from starling.attention_backends.star.document_layers import make_rotations, turning_problem
+from starling.attention_backends.star.document_layers import make_rotations, rotation_problem
 from starling.vllm_compat import models
 from starling.vllm_compat.models import AttentionBlock, attention_blocks
 
@@ -60,7 +60,7 @@ def fake_attention(monkeypatch):
 def problem(block: Block) -> str | None:
     model = torch.nn.ModuleDict({"self_attn": block})
     (found,) = attention_blocks(model).values()
-    return turning_problem(found, make_rotations(model, 64)["layer"], HIDDEN, block.rotary_emb.dtype)
+    return rotation_problem(found, make_rotations(model, 64)["layer"], HIDDEN, block.rotary_emb.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""The plan of blocks with positions of their own, against the prompt's tokens looked at one by one."""
+"""The plan of documents, against the prompt's tokens looked at one by one."""
 
 from __future__ import annotations
 
@@ -140,13 +140,13 @@ def test_block_keys_turn_the_query_from_where_blocks_were_computed_to_where_they
     plan, slots = layout.plan, layout.slots
     keys, computed = plan.document_keys, plan.positions(0, plan.num_prompt_tokens)
     found = []
-    for start, length, turn in zip(keys.starts, keys.lengths, keys.turns, strict=True):
+    for start, length, rotate_by in zip(keys.starts, keys.lengths, keys.rotate_by, strict=True):
         assert start % PAGE_SIZE == 0 and length > 0
         for index in range(start, start + length):
-            assert computed[index] + turn == slots[index].token
+            assert computed[index] + rotate_by == slots[index].token
             found.append(index)
     assert found == [index for index, slot in enumerate(slots[: plan.context_end]) if slot.token is not None]
-    assert (keys.turns >= 0).all()
+    assert (keys.rotate_by >= 0).all()
 
 
 @given(layouts())

@@ -26,7 +26,7 @@ DOCUMENTS = [
 class Sizes:
     """The sizes of a star plan: of blocks, anchor and overlap in pages, and of the query in tokens.
 
-    With ``gap``, blocks have positions of their own, and the last page of each one ends with up to so many slots of
+    With ``gap``, blocks are documents, and the last page of each one ends with up to so many slots of
     padding.
     """
 

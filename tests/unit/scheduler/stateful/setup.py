@@ -64,7 +64,7 @@ class Setup:
 
     @property
     def has_only_full_attention(self) -> bool:
-        """Without it, prompts whose blocks have positions of their own are refused."""
+        """Without it, prompts with documents are refused."""
         return self.groups == "full"
 
     @property

@@ -1,4 +1,4 @@
-"""Attention of turned queries, by the C++ op, and paged with torch, against attention over all keys in float64."""
+"""Attention of re-rotated queries, by the C++ op, and paged with torch, against attention over all keys in float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from starling.attention_backends.kernels.contract import Layout, Rotation
 from starling.attention_backends.kernels.cpu import attention as cpu
-from starling.attention_backends.kernels.dispatch import TurnedQueries, add_turned_attention, turned_attention
+from starling.attention_backends.kernels.dispatch import RerotatedQueries, add_rerotated_attention, rerotated_attention
 from tests.kernels.cases import Case, cases
 
 POSITIONS = 50
@@ -28,8 +28,8 @@ def one_implementation(request, monkeypatch):
         assert cpu.built_op() is not None
 
 
-class Turned:
-    """A case whose rows' query tokens are turned tokens of a shorter query.
+class Rerotated:
+    """A case whose rows' query tokens are re-rotated tokens of a shorter query.
 
     Args:
         tokens: of each query token of the rows, its token of the query; each token of the query is there.
@@ -44,17 +44,17 @@ class Turned:
         self.operands = self.case.operands(query=query, out=self.out)
         angles = torch.outer(torch.arange(POSITIONS), 0.6 ** torch.arange(rotary_dim // 2).double())
         self.rotation = Rotation(angles.cos().float(), angles.sin().float(), is_neox_style)
-        self.turns = torch.randint(POSITIONS, (len(tokens),))
-        self.queries = TurnedQueries(torch.tensor(tokens), self.turns, self.rotation)
+        self.rotate_by = torch.randint(POSITIONS, (len(tokens),))
+        self.queries = RerotatedQueries(torch.tensor(tokens), self.rotate_by, self.rotation)
         self.angles = angles
 
-    def turned_query(self, index: int) -> torch.Tensor:
+    def rerotated_query(self, index: int) -> torch.Tensor:
         """(H, D) float64: a query token of the rows, by complex numbers."""
         query = self.operands.query[self.queries.tokens[index]].double()
         pairs = self.angles.shape[1]
         part = query[:, : 2 * pairs]
         part = part.unflatten(1, (2, -1)).mT if self.rotation.is_neox_style else part.unflatten(1, (-1, 2))
-        back = torch.polar(torch.ones(pairs).double(), -self.angles[self.turns[index]])
+        back = torch.polar(torch.ones(pairs).double(), -self.angles[self.rotate_by[index]])
         found = torch.view_as_real(torch.view_as_complex(part.contiguous()) * back)
         found = (found.mT if self.rotation.is_neox_style else found).flatten(1)
         return torch.cat([found, query[:, 2 * pairs :]], 1)
@@ -73,7 +73,9 @@ class Turned:
                 for view in (operands.keys, operands.values)
             )
             for index in range(starts[row], starts[row + 1]):
-                found = torch.einsum("hd,hkd->hk", self.turned_query(index), keys) * operands.scale * operands.k_scale
+                found = (
+                    torch.einsum("hd,hkd->hk", self.rerotated_query(index), keys) * operands.scale * operands.k_scale
+                )
                 if operands.softcap:
                     found = operands.softcap * torch.tanh(found / operands.softcap)
                 token = int(self.queries.tokens[index])
@@ -88,14 +90,14 @@ class Turned:
 
     def check(self) -> None:
         exact, _ = self.exact()
-        turned_attention(self.operands, self.queries)
-        # As in test_attention.py, and once more the dtype's rounding, of the turned query.
+        rerotated_attention(self.operands, self.queries)
+        # As in test_attention.py, and once more the dtype's rounding, of the re-rotated query.
         limit = 10 * self.case.v_scale * max(torch.finfo(self.case.dtype).eps, 3e-6)
         torch.testing.assert_close(self.out.double(), exact, rtol=0, atol=limit)
 
 
 @st.composite
-def turned_cases(draw: st.DrawFn, dtype: torch.dtype) -> Turned:
+def rerotated_cases(draw: st.DrawFn, dtype: torch.dtype) -> Rerotated:
     case = draw(cases(dtype=dtype))
     # Rows without keys are left to the test of merges: each token here has keys.
     rows = [(queries, max(keys, 1)) for queries, keys in zip(case.query_lens, case.seq_lens, strict=True)] + [(1, 3)]
@@ -105,16 +107,16 @@ def turned_cases(draw: st.DrawFn, dtype: torch.dtype) -> Turned:
     more = draw(st.lists(st.integers(0, num_tokens - 1), min_size=count - num_tokens, max_size=count - num_tokens))
     tokens = draw(st.permutations([*range(num_tokens), *more]))
     rotary_dim = draw(st.sampled_from([8, 16, case.key_size]))
-    return Turned(case, tokens, rotary_dim, draw(st.booleans()))
+    return Rerotated(case, tokens, rotary_dim, draw(st.booleans()))
 
 
 @DTYPES
 @IMPLEMENTATIONS
 def test_each_token_attends_to_the_keys_of_all_its_rows(implementation, dtype):
-    @given(turned_cases(dtype))
+    @given(rerotated_cases(dtype))
     @settings(max_examples=25, deadline=None)
-    def check(turned: Turned) -> None:
-        turned.check()
+    def check(rerotated: Rerotated) -> None:
+        rerotated.check()
 
     check()
 
@@ -130,7 +132,7 @@ def test_long_rows_on_one_thread_and_two(implementation, dtype, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        Turned(dataclasses.replace(LONG, dtype=dtype), [0, 1, 0, 2, 1, 0], 64, True).check()
+        Rerotated(dataclasses.replace(LONG, dtype=dtype), [0, 1, 0, 2, 1, 0], 64, True).check()
     finally:
         torch.set_num_threads(before)
 
@@ -140,7 +142,7 @@ def test_long_rows_on_one_thread_and_two(implementation, dtype, threads):
 @IMPLEMENTATIONS
 def test_fp8_caches(implementation, layout, cache_dtype):
     case = dataclasses.replace(LONG, cache_dtype=cache_dtype, layout=layout, k_scale=0.5, v_scale=2.0, softcap=3.0)
-    Turned(case, [0, 1, 0, 2, 1, 0], 32, False).check()
+    Rerotated(case, [0, 1, 0, 2, 1, 0], 32, False).check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -148,12 +150,12 @@ def test_fp8_caches(implementation, layout, cache_dtype):
 def test_attention_is_added_to_that_over_other_keys(implementation, dtype):
     """Token 0 has other keys alone, token 1 both, token 2 its rows alone, token 3 no key at all."""
     case = Case((2, 1, 1), (90, 20, 0), group=2, dtype=dtype)
-    turned = Turned(case, [1, 2, 1, 3], 16, True)
+    rerotated = Rerotated(case, [1, 2, 1, 3], 16, True)
     other_out, other_lse = torch.randn(4, 4, 32), torch.randn(4, 4)
     other_out[2:], other_lse[2:] = 0, float("-inf")
     out, lse = other_out.clone(), other_lse.clone()
-    add_turned_attention(dataclasses.replace(turned.operands, out=None), turned.queries, out, lse)
-    exact, exact_lse = turned.exact()
+    add_rerotated_attention(dataclasses.replace(rerotated.operands, out=None), rerotated.queries, out, lse)
+    exact, exact_lse = rerotated.exact()
     logs = torch.stack([exact_lse, other_lse.double()])
     weights = torch.exp(logs - logs.logsumexp(0))[:, :3]
     wanted = (weights[..., None] * torch.stack([exact.nan_to_num(), other_out.double()])[:, :3]).sum(0)
@@ -170,20 +172,20 @@ def test_attention_is_added_to_that_over_other_keys(implementation, dtype):
     [
         ("tokens", 3, r"tokens\[1\] = 3: the query has 3 tokens"),
         ("tokens", -1, r"tokens\[1\] = -1"),
-        ("turns", POSITIONS, rf"turns\[1\] = {POSITIONS}: the angles have {POSITIONS} positions"),
-        ("turns", -1, r"turns\[1\] = -1"),
+        ("rotate_by", POSITIONS, rf"rotate_by\[1\] = {POSITIONS}: the angles have {POSITIONS} positions"),
+        ("rotate_by", -1, r"rotate_by\[1\] = -1"),
     ],
 )
 def test_values_that_lead_outside_of_the_operands(implementation, name, value, message):
-    turned = Turned(LONG, [0, 1, 0, 2, 1, 0], 64, True)
-    {"tokens": turned.queries.tokens, "turns": turned.queries.turns}[name][1] = value
+    rerotated = Rerotated(LONG, [0, 1, 0, 2, 1, 0], 64, True)
+    {"tokens": rerotated.queries.tokens, "rotate_by": rerotated.queries.rotate_by}[name][1] = value
     with pytest.raises(ValueError, match=message):
-        turned_attention(turned.operands, turned.queries)
+        rerotated_attention(rerotated.operands, rerotated.queries)
 
 
 @pytest.mark.parametrize("implementation", ["op"])
 def test_a_visible_nan_reaches_the_result(implementation):
-    turned = Turned(LONG, [0, 1, 0, 2, 1, 0], 64, True)
-    turned.operands.query[1, 0, 0] = float("nan")
-    turned_attention(turned.operands, turned.queries)
-    assert turned.out[1, 0].isnan().all() and not turned.out[0].isnan().any()
+    rerotated = Rerotated(LONG, [0, 1, 0, 2, 1, 0], 64, True)
+    rerotated.operands.query[1, 0, 0] = float("nan")
+    rerotated_attention(rerotated.operands, rerotated.queries)
+    assert rerotated.out[1, 0].isnan().all() and not rerotated.out[0].isnan().any()

@@ -1,4 +1,4 @@
-"""Attention over blocks with positions of their own, as a step runs it: rows, pages and turned queries.
+"""Attention over documents, as a step runs it: rows, pages and re-rotated queries.
 
 Compared with attention in float64 over queries and keys that are rotated for each pair at their true distance.
 """
@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from starling.attention_backends.kernels import ranges
-from starling.attention_backends.kernels.contract import Layout, Operands, Rotation, turn_back
+from starling.attention_backends.kernels.contract import Layout, Operands, Rotation, rotate_back
 from starling.attention_backends.kernels.dispatch import paged_attention
 from starling.attention_backends.kernels.triton import attention
-from starling.attention_backends.star import turned_rows
+from starling.attention_backends.star import rerotated_rows
 from starling.attention_backends.star.document_step import DocumentStep
 from starling.attention_backends.star.metadata import virtual_metadata
 from starling.attention_backends.star.range_attention import make_range_attention, make_token_ranges
+from starling.attention_backends.star.rerotated_rows import make_rerotated_rows, ranges_as_rows
 from starling.attention_backends.star.rows import VirtualRows, split_rows
-from starling.attention_backends.star.turned_rows import make_turned_rows, ranges_as_rows
 from starling.scheduler.star.documents import lay_out
 from starling.scheduler.star.plan import StarPlan, client_index
 from tests.unit.attention_backends.test_rows import batch_metadata
@@ -38,7 +38,7 @@ def frequencies(rotary_dim: int) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, positions: torch.Tensor, rotary_dim: int, is_neox_style: bool) -> torch.Tensor:
-    """(tokens, heads, size) float64, each token turned to its position; by complex numbers."""
+    """(tokens, heads, size) float64, each token rotated to its position; by complex numbers."""
     part = x[..., :rotary_dim]
     pairs = part.unflatten(-1, (2, -1)).mT if is_neox_style else part.unflatten(-1, (-1, 2))
     angles = torch.outer(positions.double(), frequencies(rotary_dim))[:, None]
@@ -89,9 +89,9 @@ def expected(row: Row, query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     key, value = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (key, value))
     scores = []
     for positions in (own, true):
-        turned_query = rotate(query, positions[row.start :], rotary_dim, is_neox_style)
-        turned_key = rotate(key, positions, rotary_dim, is_neox_style)
-        scores.append(torch.einsum("qhd,khd->qhk", turned_query, turned_key) * SCALE)
+        rerotated_query = rotate(query, positions[row.start :], rotary_dim, is_neox_style)
+        rerotated_key = rotate(key, positions, rotary_dim, is_neox_style)
+        scores.append(torch.einsum("qhd,khd->qhk", rerotated_query, rerotated_key) * SCALE)
     found = torch.where(is_query[row.start :, None, None], scores[1], scores[0])
     found = found.masked_fill(~row.mask()[row.start :, None], float("-inf"))
     return torch.einsum("qhk,khd->qhd", found.softmax(-1), value)
@@ -134,7 +134,7 @@ class Batch:
         out = torch.full_like(query, float("nan"))
         tables = rows.block_table_tensor, rows.query_start_loc, rows.seq_lens
         paged_attention(Operands(query, *self.caches, *tables, scale=SCALE, out=out))  # as vLLM's kernel, of all rows
-        for number in np.unique(virtual.turned.row):
+        for number in np.unique(virtual.rerotated.row):
             out[slice(*rows.query_start_loc_cpu[number : number + 2])] = float("nan")
         step.attention(PAGE_SIZE).attend(self.rotation, query, out, self.caches, Layout.PAGES, scale=SCALE)
         return out
@@ -173,7 +173,7 @@ MIXED = [
 @pytest.mark.parametrize("rotary", ROTARY, ids=["neox", "pairs", "neox, half", "pairs, quarter"])
 @pytest.mark.parametrize("max_tokens", [1, 7, 8192])
 def test_a_step_attends_at_true_distances(rotary, max_tokens, monkeypatch):
-    monkeypatch.setattr(turned_rows, "MAX_TOKENS", max_tokens)
+    monkeypatch.setattr(rerotated_rows, "MAX_TOKENS", max_tokens)
     Batch(MIXED, rotary).check()
 
 
@@ -200,7 +200,7 @@ def test_a_gpu_is_not_waited_for(monkeypatch):
 
 
 def test_the_turn_is_what_makes_it_right():
-    """Without a turn, the same step differs: the test above can fail."""
+    """Without a rotation, the same step differs: the test above can fail."""
     batch = Batch(MIXED, ROTARY[0])
     right = batch.run()
     batch.rotation = Rotation(torch.ones_like(batch.rotation.cos), torch.zeros_like(batch.rotation.sin), True)
@@ -209,22 +209,24 @@ def test_the_turn_is_what_makes_it_right():
 
 @pytest.mark.parametrize("max_tokens", [1, 5, 1000])
 def test_each_query_meets_each_block_once_in_calls_of_few_tokens(max_tokens, monkeypatch):
-    monkeypatch.setattr(turned_rows, "MAX_TOKENS", max_tokens)
+    monkeypatch.setattr(rerotated_rows, "MAX_TOKENS", max_tokens)
     batch = Batch(MIXED, ROTARY[0])
     virtual = batch.split()
     first = np.cumsum(virtual.query_lens) - virtual.query_lens
     table = batch.common.block_table_tensor
-    calls = list(make_turned_rows(virtual.turned, first, virtual.query_lens, table, PAGE_SIZE))
-    longest = int(virtual.query_lens[virtual.turned.row].max())
+    calls = list(make_rerotated_rows(virtual.rerotated, first, virtual.query_lens, table, PAGE_SIZE))
+    longest = int(virtual.query_lens[virtual.rerotated.row].max())
     met, starts = [], np.concatenate(([0], np.cumsum(batch.query_lens)))
     for call in calls:
-        assert len(call.tokens) == len(call.turns) == call.query_start_loc[-1] < max_tokens + longest
+        assert len(call.tokens) == len(call.rotate_by) == call.query_start_loc[-1] < max_tokens + longest
         for row, length in enumerate(call.seq_lens.tolist()):
             first, stop = call.query_start_loc[row : row + 2].tolist()
             pages = call.block_table[row, : -(-length // PAGE_SIZE)].tolist()
             met += [
-                (token, pages[0], length, turn)
-                for token, turn in zip(call.tokens[first:stop].tolist(), call.turns[first:stop].tolist(), strict=True)
+                (token, pages[0], length, rotate_by)
+                for token, rotate_by in zip(
+                    call.tokens[first:stop].tolist(), call.rotate_by[first:stop].tolist(), strict=True
+                )
             ]
             assert pages == list(range(pages[0], pages[0] + len(pages)))
     wanted = []
@@ -233,8 +235,8 @@ def test_each_query_meets_each_block_once_in_calls_of_few_tokens(max_tokens, mon
             keys = row.plan.document_keys
             for index in range(max(row.start, row.plan.context_end), row.end):
                 token = int(starts[number]) + index - row.start
-                for start, length, turn in zip(keys.starts, keys.lengths, keys.turns, strict=True):
-                    wanted.append((token, number * COLUMNS + start // PAGE_SIZE, length, turn))
+                for start, length, rotate_by in zip(keys.starts, keys.lengths, keys.rotate_by, strict=True):
+                    wanted.append((token, number * COLUMNS + start // PAGE_SIZE, length, rotate_by))
     assert sorted(met) == sorted(wanted)
     assert max_tokens > 900 or len(calls) > 1
 
@@ -246,7 +248,7 @@ def test_blocks_that_are_not_turned_have_plain_attention():
     end = plan.num_prompt_tokens
     common = batch_metadata(queries, [end, end], COLUMNS)
     virtual = split_rows([plan, plan], queries, [end, end], PAGE_SIZE)
-    virtual.turned.turn[:] = 0
+    virtual.rerotated.rotate_by[:] = 0
     query = torch.randn(6, HEADS, SIZE)
     keys, values = torch.randn(2, 2 * COLUMNS, PAGE_SIZE, KV_HEADS, SIZE)
     rows, out = virtual_metadata(common, virtual), torch.empty_like(query)
@@ -265,18 +267,18 @@ def test_blocks_that_are_not_turned_have_plain_attention():
 def test_a_query_is_turned_back_by_its_angle(rotary, dtype):
     is_neox_style, rotary_dim = rotary
     torch.manual_seed(0)
-    query, turns = torch.randn(5, HEADS, SIZE, dtype=torch.float64), torch.tensor([0, 1, 7, 90, 3])
-    angles = torch.outer(turns.double(), frequencies(rotary_dim))
-    got = turn_back(query.to(dtype), angles.cos().float(), angles.sin().float(), is_neox_style)
+    query, rotate_by = torch.randn(5, HEADS, SIZE, dtype=torch.float64), torch.tensor([0, 1, 7, 90, 3])
+    angles = torch.outer(rotate_by.double(), frequencies(rotary_dim))
+    got = rotate_back(query.to(dtype), angles.cos().float(), angles.sin().float(), is_neox_style)
     assert got.dtype == dtype
-    wanted = rotate(query, -turns, rotary_dim, is_neox_style)
+    wanted = rotate(query, -rotate_by, rotary_dim, is_neox_style)
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=3e-2 if dtype is torch.bfloat16 else 1e-5)
     assert torch.equal(got[..., rotary_dim:], query.to(dtype)[..., rotary_dim:])
 
 
-def test_a_step_without_queries_behind_blocks_has_no_turned_rows():
+def test_a_step_without_queries_behind_blocks_has_no_rerotated_rows():
     batch = Batch([Row(WITH_HEAD, 9, 30), Row(None, 3, 5)], ROTARY[0])
-    assert batch.split().turned is None
+    assert batch.split().rerotated is None
 
 
 @pytest.mark.parametrize("extra", [0, 30])

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from starling.config.scheduling import ReplicaOptions, SchedulingOptions
 from starling.config.star import SHARED, StarOptions, flat_name
 from starling.engine_ext.serving.cli.serve_args import FLAGS, GROUPS, make_parser
-from starling.scheduler.star.rules import RULES, Rule
+from starling.scheduler.planning.rules import RULES, Rule
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PLACEHOLDERS = {

@@ -23,7 +23,7 @@ from starling.lab.evaluation.comparison import ALL
 from starling.lab.evaluation.plans import DENSE, parse_plan
 from starling.lab.evaluation.store import RESULTS, Answer, read_answers
 from starling.lab.statistics import kl_divergence, mean_ratio
-from starling.scheduler.star.sizes import default_anchor_size
+from starling.scheduler.planning.sizes import default_anchor_size
 
 FOLDER = Path(__file__).resolve().parent / "out" / "accuracy"
 TASKS = "vt,niah_multikey_2,niah_multivalue,fwe,moves,association,nth_note,code"

@@ -19,7 +19,7 @@ from rich.table import Table
 from benchmarks.report import saved_figure, write_json
 from starling.attention_backends.star.document_step import DocumentStep
 from starling.attention_backends.star.step import StarStep
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.plan import StarPlan
 
 PAGE = 16
 LENGTH = 60  # tokens of a document, which end on no page

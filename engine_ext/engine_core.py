@@ -13,7 +13,7 @@ from starling.attention_backends.star.refusals import BLOCK_POSITIONS, SPLIT, ST
 from starling.config.entry import config_of
 from starling.engine_ext.start import plugin
 from starling.features import parts_of_core
-from starling.scheduler.star.request_metadata import REPLICA_CONNECTORS
+from starling.scheduler.planning.request_metadata import REPLICA_CONNECTORS
 from starling.scheduler.star_scheduler import StarMixin
 from starling.vllm_compat.core_process import send_report
 from starling.vllm_compat.scheduler_view import SchedulerView

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.outputs import CompletionOutput, RequestOutput
 
-from starling.scheduler.star.decide import Decision
+from starling.scheduler.planning.decide import Decision
 
 TRACE_HEADERS = "trace_headers"
 """Keyword of AsyncLLM.generate for the headers that name the parent of a trace span."""

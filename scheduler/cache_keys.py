@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import metadata_of
+from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.request_metadata import metadata_of
 from starling.vllm_compat.prefix_cache import (
     Hasher,
     HashFunction,

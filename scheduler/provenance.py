@@ -8,8 +8,8 @@ from typing import Any
 from starling.config.entry import StarlingConfig
 from starling.scheduler.core_metrics import COMPUTED, KINDS, MEMORY, PEER, scheduler_metrics
 from starling.scheduler.part import CorePart
-from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import SOURCES, metadata_of
+from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.request_metadata import SOURCES, metadata_of
 from starling.vllm_compat.kv_pages import CacheGroup, Page
 
 Span = tuple[int, int, str]

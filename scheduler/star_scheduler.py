@@ -14,9 +14,9 @@ from starling.scheduler.cache_keys import page_keys
 from starling.scheduler.cache_state import CompressedCache, add_core_rpc
 from starling.scheduler.padding import BlockPadding
 from starling.scheduler.part import CorePart, HasParts, hooks_of
+from starling.scheduler.planning.request_metadata import metadata_of
+from starling.scheduler.planning.rules import check_sizes
 from starling.scheduler.provenance import Provenance
-from starling.scheduler.star.request_metadata import metadata_of
-from starling.scheduler.star.rules import check_sizes
 from starling.vllm_compat.patching import extends
 from starling.vllm_compat.prefix_cache import add_page_keys, hash_prompts_in_core
 from starling.vllm_compat.scheduler_view import SchedulerHooks, SchedulerView

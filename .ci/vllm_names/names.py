@@ -296,7 +296,7 @@ def is_self(node: ast.AST | None) -> bool:
 
 
 def module_name(file: str) -> str:
-    """`scheduler/star/plan.py` -> `starling.scheduler.star.plan`."""
+    """`scheduler/planning/plan.py` -> `starling.scheduler.planning.plan`."""
     return f"starling.{file.removesuffix('.py').replace('/', '.').removesuffix('.__init__')}"
 
 

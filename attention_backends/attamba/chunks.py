@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.plan import StarPlan
 
 if TYPE_CHECKING:
     from starling.attention_backends.star.rows import VirtualRows

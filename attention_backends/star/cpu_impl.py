@@ -96,9 +96,9 @@ class CpuImpl(CPUAttentionBackendImpl):
         """Write the attention of a step to ``output`` (tokens, heads, head size) and return it.
 
         As in vLLM's method, K and V of the step are in the cache already. Where other replicas hold keys of the rows,
-        they attend to these keys at the same time, and the parts are merged. So is the attention to documents. Where some
-        heads see everything, the step's rows are others for each kind of heads: one
-        call of Starling's op computes all of them, or a call of vLLM's each run of heads of one kind.
+        they attend to these keys at the same time, and the parts are merged. So is the attention to documents. Where
+        some heads see everything, the step's rows are others for each kind of heads: one call of Starling's op computes
+        all of them, or a call of vLLM's each run of heads of one kind.
         """
         remote = rerotated = kinds = None
         if (step := current_step()) is not None:  # outside of a step there may be no cache yet

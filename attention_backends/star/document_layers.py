@@ -28,8 +28,8 @@ from starling.attention_backends.star.refusals import (
 from starling.attention_backends.star.step import set_positions
 from starling.config.entry import STAR_HEADS, config_of
 from starling.config.head_scores import HeadScores
-from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.rules import HEADS as DENSE_HEADS
+from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.rules import HEADS as DENSE_HEADS
 from starling.vllm_compat.models import FIXED_FREQUENCIES, AttentionBlock, angle_table, attention_blocks
 from starling.vllm_compat.worker import before_forward
 

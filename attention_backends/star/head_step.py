@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType, CommonAttent
 
 from starling.attention_backends.star.metadata import virtual_metadata
 from starling.attention_backends.star.rows import Batch
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.plan import StarPlan
 from starling.vllm_compat.head_attention import (
     build_unsplit,
     builder_of_heads,

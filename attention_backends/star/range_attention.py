@@ -18,7 +18,7 @@ from starling.attention_backends.kernels.contract import Rotation
 from starling.attention_backends.kernels.dispatch import attend_in_ranges
 from starling.attention_backends.kernels.ranges import RangeTable, TokenRanges, make_range_table, packed_size
 from starling.attention_backends.star.rows import VirtualRows
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.plan import StarPlan
 
 
 def make_token_ranges(rows: VirtualRows, chosen: np.ndarray, page_size: int) -> TokenRanges:

@@ -15,8 +15,8 @@ from starling.attention_backends.paged import CLASSES, NAME
 from starling.attention_backends.star.backend import WRAPPED
 from starling.attention_backends.star.model_heads import scores_of
 from starling.config.entry import StarlingConfig, config_of
-from starling.scheduler.star.facts import FULL_ATTENTION, HYBRID, dependence
-from starling.scheduler.star.request_metadata import LIBRARY_CONNECTORS, OWN_CONNECTORS
+from starling.scheduler.planning.facts import FULL_ATTENTION, HYBRID, dependence
+from starling.scheduler.planning.request_metadata import LIBRARY_CONNECTORS, OWN_CONNECTORS
 from starling.vllm_compat.config import cpu_attention_isa
 from starling.vllm_compat.core_process import engine_reports
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from starling.attention_backends.star.rows import VirtualRows
-from starling.scheduler.star.request_metadata import RemoteShards, Shard
+from starling.scheduler.planning.request_metadata import RemoteShards, Shard
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from starling.scheduler.star.counts import mean_pairs
-from starling.scheduler.star.plan import DocumentKeys, KeyRanges, StarPlan, count_pairs
+from starling.scheduler.planning.counts import mean_pairs
+from starling.scheduler.planning.plan import DocumentKeys, KeyRanges, StarPlan, count_pairs
 
 
 @dataclass(frozen=True, eq=False)

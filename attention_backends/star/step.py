@@ -18,7 +18,7 @@ from starling.attention_backends.star.document_step import DocumentStep
 from starling.attention_backends.star.head_step import HeadStep
 from starling.attention_backends.star.remote_queries import RemoteStep
 from starling.attention_backends.star.rows import Batch, VirtualRows
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.plan import StarPlan
 
 RowIds = Callable[[], Sequence[str]]
 

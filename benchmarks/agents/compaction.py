@@ -94,10 +94,10 @@ class Server:
         from vllm.v1.request import Request
 
         from starling.config.star import parse_options
-        from starling.scheduler.star.decide import decide
-        from starling.scheduler.star.facts import EngineFacts, PromptFacts
-        from starling.scheduler.star.plan import pad
-        from starling.scheduler.star.request_metadata import KEY, RequestMetadata
+        from starling.scheduler.planning.decide import decide
+        from starling.scheduler.planning.facts import EngineFacts, PromptFacts
+        from starling.scheduler.planning.plan import pad
+        from starling.scheduler.planning.request_metadata import KEY, RequestMetadata
 
         ids = [token for message in messages for token in message]
         plan = None

@@ -16,10 +16,10 @@ from benchmarks.agents.trace import Session, Shape, make_trace
 from benchmarks.engine import QUIET
 from benchmarks.random_llama import make_tiny_llama
 from starling.config.star import parse_options
-from starling.scheduler.star.decide import decide
-from starling.scheduler.star.facts import EngineFacts, PromptFacts
-from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import KEY, RequestMetadata
+from starling.scheduler.planning.decide import decide
+from starling.scheduler.planning.facts import EngineFacts, PromptFacts
+from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.request_metadata import KEY, RequestMetadata
 
 PAGE, STEP = 64, 8192
 TOKEN = 7  # every answer is this token, over and over

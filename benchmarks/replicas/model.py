@@ -1,6 +1,6 @@
 """A model of the time of one prompt over R replicas: `python -m benchmarks.replicas.model`.
 
-A prompt has k star blocks with A = B, split as scheduler/star/assignment.py splits them. Its time is the sum of the
+A prompt has k star blocks with A = B, split as scheduler/planning/assignment.py splits them. Its time is the sum of the
 blocks that one replica computes one after the other, the pages that the query's replica fetches, and the query.
 benchmarks/replicas/ttft.py compares the model with its measurements. Run as a program, this file prints that comparison
 from results/star_replicas.json, and the predictions for a prompt of 1M tokens on hypothetical replicas:
@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.report import numbers_table, read_json
-from starling.scheduler.star.assignment import ReplicaState, assign_blocks, completion_time
+from starling.scheduler.planning.assignment import ReplicaState, assign_blocks, completion_time
 
 REPLICAS = (1, 2, 4, 8, 16, 31)
 

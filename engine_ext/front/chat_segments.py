@@ -20,8 +20,8 @@ from starling.config.parsing import OptionError
 from starling.config.star import StarOptions, is_star_key, merge, parse_options
 from starling.engine_ext.front.call import current_call, note_star
 from starling.engine_ext.front.requests import KNOWN_SEGMENTS
-from starling.scheduler.star.decide import too_short
-from starling.scheduler.star.facts import KnownSegments
+from starling.scheduler.planning.decide import too_short
+from starling.scheduler.planning.facts import KnownSegments
 
 MAX_RENDERED = 2**16
 """Most message parts to render for the borders of one chat, over all beginnings: about 0.6 s of a core."""

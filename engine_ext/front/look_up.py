@@ -16,8 +16,8 @@ from starling.engine_ext.front.front_state import front_state
 from starling.features.adapter.lora import adapter_fields
 from starling.features.front_request import empty_output
 from starling.scheduler.cache_state import CACHED_TOKENS
-from starling.scheduler.star.decide import decision_of
-from starling.scheduler.star.request_metadata import RequestMetadata
+from starling.scheduler.planning.decide import decision_of
+from starling.scheduler.planning.request_metadata import RequestMetadata
 from starling.vllm_compat.admission_limits import admit, withdraw
 from starling.vllm_compat.front import call_engine_core, num_engine_cores
 

@@ -26,11 +26,11 @@ from starling.engine_ext.front.bounds import shortened
 from starling.engine_ext.front.misplaced import nearly, refuse_among_options
 from starling.engine_ext.front.observability import front_metrics
 from starling.features import make_features
-from starling.scheduler.star.counts import describe, model_keys
-from starling.scheduler.star.decide import Decision, decide
-from starling.scheduler.star.documents import NOT_ONE_TOKEN, refuse_many_offsets
-from starling.scheduler.star.facts import ONE_REPLICA, EngineFacts, PromptFacts
-from starling.scheduler.star.rules import SEGMENTS
+from starling.scheduler.planning.counts import describe, model_keys
+from starling.scheduler.planning.decide import Decision, decide
+from starling.scheduler.planning.documents import NOT_ONE_TOKEN, refuse_many_offsets
+from starling.scheduler.planning.facts import ONE_REPLICA, EngineFacts, PromptFacts
+from starling.scheduler.planning.rules import SEGMENTS
 from starling.vllm_compat.config import page_size_before_start
 
 NO_OVERLAP = "an Attamba model's window ends at the border of a star block, and an overlap would go beyond it"

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from starling.attention_backends.attamba.chunks import PAGE_ROWS, prompt_keys
 from starling.attention_backends.attamba.mixer import MixerSizes
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.plan import StarPlan
 from starling.vllm_compat.models import register_models
 
 SHIFT_DEPENDS = "KV shifting mixes the last token of a star block into the first token of the next block"

@@ -40,9 +40,9 @@ from starling.engine_ext.start.library_connector import beside_library, set_libr
 from starling.features.adapter.lora import check_adapter, turn_lora_on
 from starling.features.replicas import network
 from starling.features.replicas.rules import other_launcher
-from starling.scheduler.star.facts import EngineFacts, ReplicaSet
-from starling.scheduler.star.request_metadata import CONNECTOR, ONE_HOST, SHARDS, default_num_shards
-from starling.scheduler.star.rules import check_defaults
+from starling.scheduler.planning.facts import EngineFacts, ReplicaSet
+from starling.scheduler.planning.request_metadata import CONNECTOR, ONE_HOST, SHARDS, default_num_shards
+from starling.scheduler.planning.rules import check_defaults
 from starling.vllm_compat.config import default_memory_share, is_async_engine, share_memory_nodes
 from starling.vllm_compat.core_process import divide_kv_memory_check, end_children_with_parent, receive_reports
 from starling.vllm_compat.cpu_lora import compile_with_lora

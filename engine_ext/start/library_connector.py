@@ -13,7 +13,7 @@ from starling.config.entry import ENTRY, STAR_LIBRARY, StarlingConfig
 from starling.config.library import check_place
 from starling.config.parsing import OptionError
 from starling.engine_ext.models.configs import MODELS
-from starling.scheduler.star.request_metadata import BOTH_CONNECTORS, LIBRARY_CONNECTOR
+from starling.scheduler.planning.request_metadata import BOTH_CONNECTORS, LIBRARY_CONNECTOR
 
 logger = init_logger("vllm.starling")
 

@@ -57,7 +57,7 @@ def _hook_in() -> None:
         from starling.engine_ext.front.front_state import state_of
         from starling.engine_ext.front.requests import plan_of_request
         from starling.engine_ext.start.activation import after_engine_config
-        from starling.scheduler.star.request_metadata import SOURCES
+        from starling.scheduler.planning.request_metadata import SOURCES
 
         def resolve(input_processor: Any, request: Any, prompt: Any) -> None:
             if request.sampling_params is not None:  # else a pooling request
@@ -79,7 +79,7 @@ def _hook_in() -> None:
 
     on_engine_config(before, after)
     if "vllm.v1.engine.core" in sys.modules:  # an engine core that was not forked from a front, or a front
-        from starling.scheduler.star.request_metadata import default_num_shards
+        from starling.scheduler.planning.request_metadata import default_num_shards
 
         divide_kv_memory_check(default_num_shards)
     on_server_args(server_args)
@@ -98,7 +98,7 @@ def _hook_into_front() -> None:
     from starling.engine_ext.front.observability import PromptSpan, traces
     from starling.engine_ext.front.requests import begin_beam_search, check_openai_request, check_unknown
     from starling.features.front_request import TRACE_HEADERS, FrontRequest
-    from starling.scheduler.star.decide import decision_of
+    from starling.scheduler.planning.decide import decision_of
 
     def with_salt(input_processor: Any, prompt: Any) -> Any:
         return state_of(input_processor).planner.with_salt(prompt)

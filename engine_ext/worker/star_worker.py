@@ -21,8 +21,8 @@ from starling.attention_backends.star.rows import VirtualRows, is_split
 from starling.attention_backends.star.step import StarStep, open_step
 from starling.config.entry import config_of
 from starling.features import make_features
-from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import RequestMetadata, metadata_of
+from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.request_metadata import RequestMetadata, metadata_of
 from starling.vllm_compat.metrics import report_to_front
 from starling.vllm_compat.models import without_prefill_checkpoints
 from starling.vllm_compat.patching import extends

@@ -11,8 +11,8 @@ from starling.attention_backends.star.refusals import options_of
 from starling.config.adapter import StarAdapter
 from starling.config.star import StarOptions
 from starling.features.adapter.lora import adapter_of, lora_request
-from starling.scheduler.star.facts import PromptFacts
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.facts import PromptFacts
+from starling.scheduler.planning.plan import StarPlan
 
 
 class Adapter:

@@ -16,7 +16,7 @@ from starling.attention_backends.star.model_heads import checkpoint_digest, chec
 from starling.config.adapter import AdapterError, StarAdapter, read_adapter
 from starling.config.entry import ENTRY, STAR_ADAPTER, StarlingConfig, config_of
 from starling.config.parsing import OptionError
-from starling.scheduler.star.facts import EngineFacts
+from starling.scheduler.planning.facts import EngineFacts
 
 logger = init_logger("vllm.starling")
 

@@ -16,7 +16,7 @@ from starling.features.fairness.step_budget import Limits, LongPrompt, divide_st
 from starling.features.reuse.core import num_cached_tokens
 from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.part import CorePart
-from starling.scheduler.star.request_metadata import metadata_of
+from starling.scheduler.planning.request_metadata import metadata_of
 from starling.vllm_compat.scheduler_view import SchedulerView, started_ids
 
 logger = init_logger("vllm.starling")

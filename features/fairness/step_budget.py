@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from starling.config.scheduling import MIN_CHUNK, SchedulingOptions
-from starling.scheduler.star.plan import StarPlan, count_pairs
+from starling.scheduler.planning.plan import StarPlan, count_pairs
 
 KEYS_PER_TOKEN = 49152
 

@@ -12,7 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiCo
 from starling.features.library.connector import LibraryConnector
 from starling.features.library.core import PageLoads
 from starling.features.replicas.connector import StarConnector
-from starling.scheduler.star.request_metadata import CONNECTOR, LIBRARY_CONNECTOR
+from starling.scheduler.planning.request_metadata import CONNECTOR, LIBRARY_CONNECTOR
 from starling.vllm_compat.kv_pages import CacheGroup
 from starling.vllm_compat.scheduler_view import SchedulerView
 

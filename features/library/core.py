@@ -15,8 +15,8 @@ from starling.features.reuse.core import BlockReuse
 from starling.scheduler.cache_keys import independent_plan
 from starling.scheduler.core_metrics import MEMORY
 from starling.scheduler.part import CorePart
+from starling.scheduler.planning.request_metadata import metadata_of
 from starling.scheduler.provenance import Provenance
-from starling.scheduler.star.request_metadata import metadata_of
 from starling.vllm_compat.kv_pages import CacheGroup, Page
 from starling.vllm_compat.offloading import PageLoad, PageOffloading
 from starling.vllm_compat.scheduler_view import SchedulerView

@@ -10,9 +10,9 @@ from starling.features.front_request import FrontRequest
 from starling.features.replicas.rules import replica_set
 from starling.features.replicas.split.split_prefill import SplitPrefill, is_split
 from starling.features.replicas.split.split_state import SplitState
-from starling.scheduler.star.decide import refuse_above_one_replica
-from starling.scheduler.star.facts import EngineFacts
-from starling.scheduler.star.request_metadata import default_num_shards
+from starling.scheduler.planning.decide import refuse_above_one_replica
+from starling.scheduler.planning.facts import EngineFacts
+from starling.scheduler.planning.request_metadata import default_num_shards
 
 
 class Replicas:

@@ -16,8 +16,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
 from starling.features.replicas.worker import close_shards, open_shard
-from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import KEY, RequestMetadata, metadata_of
+from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.request_metadata import KEY, RequestMetadata, metadata_of
 from starling.vllm_compat.core_process import add_core_utility
 from starling.vllm_compat.kv_pages import PagePool
 from starling.vllm_compat.scheduler_view import SchedulerView

@@ -17,8 +17,8 @@ from starling.attention_backends.star.refusals import (
     reported,
 )
 from starling.features.replicas.notifications import nixl_problem
-from starling.scheduler.star.facts import ReplicaSet, dependence
-from starling.scheduler.star.request_metadata import OWN_CONNECTORS
+from starling.scheduler.planning.facts import ReplicaSet, dependence
+from starling.scheduler.planning.request_metadata import OWN_CONNECTORS
 from starling.vllm_compat.config import num_api_servers
 
 

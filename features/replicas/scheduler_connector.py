@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
 from starling.features.replicas.connector_metadata import PageLoad, PageLoads, PageRead
-from starling.scheduler.star.request_metadata import PageSource, metadata_of
+from starling.scheduler.planning.request_metadata import PageSource, metadata_of
 from starling.vllm_compat.kv_pages import Page, PagePool
 
 logger = init_logger("vllm.starling")

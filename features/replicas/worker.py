@@ -7,8 +7,8 @@ from typing import Any
 
 from starling.attention_backends.star.remote_queries import RemoteStep
 from starling.features.replicas.page_transfer import replica_metrics
-from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import RequestMetadata
+from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.request_metadata import RequestMetadata
 from starling.vllm_compat.worker import kv_connector
 
 

@@ -20,7 +20,7 @@ from starling.features.replicas.page_transfer import PageReader, Transfer, Trans
 from starling.features.replicas.remote_attention_client import RemoteAttentionClient, StepRemoteAttention
 from starling.features.replicas.remote_attention_server import RemoteAttentionServer, Rotations
 from starling.features.replicas.remote_query import message_limits
-from starling.scheduler.star.request_metadata import ONE_HOST
+from starling.scheduler.planning.request_metadata import ONE_HOST
 from starling.vllm_compat.config import attention_layer, page_layout
 
 logger = init_logger("vllm.starling")

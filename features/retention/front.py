@@ -8,8 +8,8 @@ from typing import Any
 from starling.attention_backends.star.refusals import Rule, options_of, reasons
 from starling.config.parsing import OptionError
 from starling.config.star import STAR_RETENTION, parse_options
-from starling.scheduler.star.decide import Decision, check_retention
-from starling.scheduler.star.facts import EngineFacts
+from starling.scheduler.planning.decide import Decision, check_retention
+from starling.scheduler.planning.facts import EngineFacts
 
 RETENTION_RULES = (
     Rule(lambda config: not config.cache_config.enable_prefix_caching, "prefix caching is off"),

@@ -19,10 +19,10 @@ from starling.scheduler.cache_keys import chain_restarts, independent_block_hash
 from starling.scheduler.cache_state import CACHED_TOKENS
 from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.part import CorePart
+from starling.scheduler.planning.facts import dependence
+from starling.scheduler.planning.plan import StarPlan, pad
+from starling.scheduler.planning.request_metadata import KEY, OWN_CONNECTORS, RequestMetadata, metadata_of
 from starling.scheduler.provenance import Provenance
-from starling.scheduler.star.facts import dependence
-from starling.scheduler.star.plan import StarPlan, pad
-from starling.scheduler.star.request_metadata import KEY, OWN_CONNECTORS, RequestMetadata, metadata_of
 from starling.vllm_compat.core_process import add_core_utility
 from starling.vllm_compat.kv_pages import CacheGroup, Page
 from starling.vllm_compat.prefix_cache import count_cached_tokens, use_request_hasher

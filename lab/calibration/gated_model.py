@@ -20,8 +20,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from starling.lab.models import Attend, ModelError, attention_by_plan, kl_at_each, load_model, recomputed
-from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.sizes import default_anchor_size
+from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.sizes import default_anchor_size
 
 NAME = "starling_gated"
 Gate = torch.Tensor | None

@@ -4,7 +4,7 @@ One pass computes a context and several tails behind it. A tail is a question wi
 and itself. So a context is computed once for all of its questions.
 
 The context of a plan with documents is computed as the engine does it: each document at the positions behind the
-anchor. The tails see its keys re-rotated to where they stand (``scheduler/star/plan.py``).
+anchor. The tails see its keys re-rotated to where they stand (``scheduler/planning/plan.py``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
 from starling.lab.models import ModelError, attention_by_plan, load_model, recomputed
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.plan import StarPlan
 
 NAME = "starling_distilled"
 NO_ROTATION = "documents need a model whose layers rotate keys by one rotary embedding with fixed frequencies"

@@ -37,7 +37,7 @@ from starling.lab.evaluation.prompt_options import parse_options
 from starling.lab.evaluation.store import RESULTS, locked
 from starling.lab.evaluation.tasks import GROUPS, TASKS
 from starling.lab.models import DTYPES, ModelError, find_model
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.plan import StarPlan
 
 COMMAND = "starling distil"
 STATE = "training.pt"

@@ -23,9 +23,9 @@ from starling.config.star import StarOptions
 from starling.lab.distillation.adapted_model import AdaptedModel, make_rows
 from starling.lab.evaluation.document_prompts import DocumentPrompt
 from starling.lab.models import ModelError, kl_at_each
-from starling.scheduler.star.decide import decide
-from starling.scheduler.star.facts import EngineFacts, PromptFacts
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.decide import decide
+from starling.scheduler.planning.facts import EngineFacts, PromptFacts
+from starling.scheduler.planning.plan import StarPlan
 
 PAGE = 16
 WARM_UP_STEPS = 10

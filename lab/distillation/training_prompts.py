@@ -36,7 +36,7 @@ from starling.lab.evaluation.document_prompts import (
 )
 from starling.lab.evaluation.prompts import OwnPrompt, TooLong, read_own_prompts
 from starling.lab.models import ModelError
-from starling.scheduler.star.documents import NOT_ONE_TOKEN, positions_of
+from starling.scheduler.planning.documents import NOT_ONE_TOKEN, positions_of
 
 TEXT, FUNCTIONS = "text", "functions"
 TRAINED_TASKS = (

@@ -25,7 +25,7 @@ from starling.lab.doctor.attention_report import (
     unprofiled_memory,
 )
 from starling.lab.machine import describe_gpus
-from starling.scheduler.star.facts import FULL_ATTENTION, HYBRID
+from starling.scheduler.planning.facts import FULL_ATTENTION, HYBRID
 from starling.vllm_compat import versions
 from starling.vllm_compat.config import hybrid_page_size, model_runner, page_size_before_start, plain_message
 
@@ -143,9 +143,9 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     from starling.engine_ext.serving.cli.serve_args import parse
     from starling.engine_ext.serving.grpc.prompt_inputs import chat_params
     from starling.features.adapter.lora import adapter_of
-    from starling.scheduler.star.decide import needs_independent_blocks
-    from starling.scheduler.star.rules import refused_options
-    from starling.scheduler.star.sizes import has_default_overlap
+    from starling.scheduler.planning.decide import needs_independent_blocks
+    from starling.scheduler.planning.rules import refused_options
+    from starling.scheduler.planning.sizes import has_default_overlap
 
     args, _ = parse([model, *serve_options])
     args.model = model
@@ -333,9 +333,9 @@ def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], engine: Any, 
         OptionError: the server would refuse the prompt.
     """
     from starling.config.star import parse_options
-    from starling.scheduler.star.counts import describe
-    from starling.scheduler.star.decide import decide
-    from starling.scheduler.star.facts import PromptFacts
+    from starling.scheduler.planning.counts import describe
+    from starling.scheduler.planning.decide import decide
+    from starling.scheduler.planning.facts import PromptFacts
 
     prompt, has_star = PromptFacts(num_tokens), not engine.refusals
     default = decide(star, None, prompt, engine)

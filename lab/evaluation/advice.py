@@ -19,7 +19,7 @@ from starling.lab.evaluation.prompt_options import PromptOptions
 from starling.lab.evaluation.prompts import Prompt, read_own_prompts
 from starling.lab.evaluation.report import percent, points
 from starling.lab.statistics import LOSSLESS_DRAWS, Interval, lower_bound, prompts_needed, upper_bound
-from starling.scheduler.star.sizes import DEFAULT_QUALITY
+from starling.scheduler.planning.sizes import DEFAULT_QUALITY
 
 LIMITS = {"careful": 2.0, "balanced": 5.0, "fast": 10.0}
 """Percent by which the tokens of the answers may become less probable, for each word of star_quality."""

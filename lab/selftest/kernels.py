@@ -22,7 +22,7 @@ from starling.attention_backends.star.step import StarStep, open_step
 from starling.lab.machine import has_gpu
 from starling.lab.selftest.masks import star_mask
 from starling.lab.selftest.result import Check, Result, Skip
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.plan import StarPlan
 from starling.vllm_compat.config import cpu_attention_isa
 
 PAGE_SIZE, KV_HEADS, GROUP, SIZE = 32, 2, 2, 64

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from starling.config.star import FIELD_OF
-from starling.scheduler.star.request_metadata import KEY
+from starling.scheduler.planning.request_metadata import KEY
 from tests.e2e.serving import MODEL, PAGE_SIZE
 
 NUMBERS = [-(2**63), -1, 0, 1, 2, 7, PAGE_SIZE, 2**31, 2**63, 2**64, 10**30]

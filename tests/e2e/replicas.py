@@ -9,7 +9,7 @@ from http.client import HTTPConnection
 import grpc
 import numpy as np
 
-from starling.scheduler.star.assignment import ReplicaState, assign_blocks
+from starling.scheduler.planning.assignment import ReplicaState, assign_blocks
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
 

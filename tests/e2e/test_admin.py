@@ -21,7 +21,7 @@ from starling.engine_ext.front.requests import RequestPlanner
 from starling.engine_ext.serving.errors import DrainingError
 from starling.engine_ext.serving.grpc import admin
 from starling.engine_ext.start import plugin
-from starling.scheduler.star.plan import StarPlan, blocks_done
+from starling.scheduler.planning.plan import StarPlan, blocks_done
 from starling.v1 import admin_pb2 as pb
 from starling.v1 import admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as inference

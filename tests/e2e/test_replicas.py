@@ -20,7 +20,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from benchmarks.random_llama import make_tiny_llama
 from examples.server import serving
-from starling.scheduler.star.assignment import ReplicaState
+from starling.scheduler.planning.assignment import ReplicaState
 from tests.dashboard import OF_COMPRESSED_CACHES, OF_LIBRARIES, QUERIES, metrics_of, samples_of
 from tests.e2e.replicas import (
     ENGINE_OPTIONS,

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.random_llama import make_tiny_llama
 from examples.server import serving
-from starling.scheduler.star.assignment import ReplicaState
+from starling.scheduler.planning.assignment import ReplicaState
 from tests.e2e.replicas import (
     ENGINE_OPTIONS,
     assert_same,

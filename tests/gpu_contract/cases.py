@@ -14,7 +14,7 @@ from starling.attention_backends.kernels.contract import Rotation
 from starling.attention_backends.kernels.reference import masked_attention
 from starling.attention_backends.star.rows import VirtualRows, split_rows
 from starling.lab.selftest.masks import head_masks, star_mask
-from starling.scheduler.star.plan import DenseHeads, StarPlan
+from starling.scheduler.planning.plan import DenseHeads, StarPlan
 
 HEAD_SIZE = 32
 SCALE = 1 / math.sqrt(HEAD_SIZE)

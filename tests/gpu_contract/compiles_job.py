@@ -19,7 +19,7 @@ from starling.attention_backends.kernels import contract  # noqa: E402
 from starling.attention_backends.kernels.triton import attention  # noqa: E402
 from starling.attention_backends.kernels.triton.attention import MAX_QUERIES_PER_DECODE_ROW  # noqa: E402
 from starling.attention_backends.star.gpu_impl import warm_up  # noqa: E402
-from starling.scheduler.star.plan import StarPlan  # noqa: E402
+from starling.scheduler.planning.plan import StarPlan  # noqa: E402
 from tests.gpu_contract import kernels  # noqa: E402
 from tests.gpu_contract.cases import Case, Request, numbers  # noqa: E402
 from tests.gpu_contract.engine import LayerGroup, make_config, run_case  # noqa: E402

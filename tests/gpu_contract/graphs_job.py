@@ -26,7 +26,7 @@ from starling.attention_backends.star import backend as star_backend  # noqa: E4
 from starling.attention_backends.star import range_attention  # noqa: E402
 from starling.attention_backends.star.document_step import DocumentStep  # noqa: E402
 from starling.attention_backends.star.step import StarStep, open_step, set_positions  # noqa: E402
-from starling.scheduler.star.plan import StarPlan  # noqa: E402
+from starling.scheduler.planning.plan import StarPlan  # noqa: E402
 from tests.gpu_contract import kernels  # noqa: E402
 from tests.gpu_contract.cases import HEAD_SIZE, Case, Request, expected, numbers  # noqa: E402
 from tests.gpu_contract.engine import LayerGroup, batch_fields, make_config  # noqa: E402

@@ -8,7 +8,7 @@ import torch
 
 from starling.attention_backends.star.metadata import virtual_metadata
 from starling.attention_backends.star.rows import split_rows
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.plan import StarPlan
 from tests.unit.attention_backends.test_rows import PAGE_SIZE, batch_metadata
 
 PLAN = StarPlan(8, 8, 0, 30, 40)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.random_llama import make_random_llama
-from starling.scheduler.star.request_metadata import ONE_HOST
+from starling.scheduler.planning.request_metadata import ONE_HOST
 from tests.parity.harness import TINY, run_engine, v2_env
 from tests.parity.released_pages import RELEASE_AND_NOTE
 

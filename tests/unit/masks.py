@@ -3,7 +3,7 @@
 import torch
 
 from starling.lab.selftest.masks import star_mask
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.plan import StarPlan
 
 
 def mask_of(plan: StarPlan, num_tokens: int) -> torch.Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from starling.config.star import StarOptions, parse_options
-from starling.scheduler.star.decide import decide
-from starling.scheduler.star.facts import ONE_REPLICA, EngineFacts, PromptFacts, ReplicaSet
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.decide import decide
+from starling.scheduler.planning.facts import ONE_REPLICA, EngineFacts, PromptFacts, ReplicaSet
+from starling.scheduler.planning.plan import StarPlan
 
 
 def make_plan(

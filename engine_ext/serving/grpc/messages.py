@@ -15,7 +15,7 @@ from starling.config.parsing import shown
 from starling.config.star import FIELD_OF, flat_name
 from starling.engine_ext.front.bounds import shortened
 from starling.engine_ext.serving.errors import grpc_code
-from starling.scheduler.star.rules import SEGMENTS
+from starling.scheduler.planning.rules import SEGMENTS
 from starling.v1 import inference_pb2 as pb
 
 logger = init_logger("vllm.starling")

@@ -17,7 +17,7 @@ from vllm.renderers.chat_utils import load_chat_template
 from vllm.utils.mistral import is_mistral_tokenizer
 
 from starling.engine_ext.front.requests import KNOWN_SEGMENTS
-from starling.scheduler.star.facts import KnownSegments
+from starling.scheduler.planning.facts import KnownSegments
 from starling.v1 import inference_pb2 as pb
 from starling.vllm_compat.server_socket import default_chat_template_kwargs
 

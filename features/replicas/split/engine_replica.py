@@ -16,9 +16,9 @@ from vllm.sampling_params import SamplingParams
 from starling.features.adapter.lora import adapter_fields
 from starling.features.replicas.replica_calls import OPEN_SHARD, PING, RELEASE, REPLICA_STATE
 from starling.features.replicas.split.split_state import ReplicaTimeout, Reservation, SplitState
-from starling.scheduler.star.decide import PLANNED
-from starling.scheduler.star.plan import StarPlan, block_range
-from starling.scheduler.star.request_metadata import KEY, PageSource, PromptPart, RequestMetadata
+from starling.scheduler.planning.decide import PLANNED
+from starling.scheduler.planning.plan import StarPlan, block_range
+from starling.scheduler.planning.request_metadata import KEY, PageSource, PromptPart, RequestMetadata
 from starling.vllm_compat.front import run_internal_request
 
 logger = init_logger("vllm.starling")

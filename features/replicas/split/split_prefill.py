@@ -38,9 +38,9 @@ from starling.features.replicas.split.engine_replica import (
     while_answering,
 )
 from starling.features.replicas.split.split_state import ReplicaUnavailable, SplitState, split_metrics
-from starling.scheduler.star.assignment import Assignment, KVDemand, ReplicaState, assign_blocks
-from starling.scheduler.star.plan import StarPlan, pad, work
-from starling.scheduler.star.request_metadata import KEY, LOST, PageFetch, RemoteShards, RequestMetadata, Shard
+from starling.scheduler.planning.assignment import Assignment, KVDemand, ReplicaState, assign_blocks
+from starling.scheduler.planning.plan import StarPlan, pad, work
+from starling.scheduler.planning.request_metadata import KEY, LOST, PageFetch, RemoteShards, RequestMetadata, Shard
 from starling.vllm_compat.admission_limits import Admission, RequestWithdrawn, admit, admitted_outputs, withdraw
 from starling.vllm_compat.front import abort_in_engine_cores, engine_request_ids, num_engine_cores, request_state
 

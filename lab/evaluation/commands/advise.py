@@ -58,7 +58,7 @@ from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.report import terminal_table, write_files
 from starling.lab.evaluation.runner import evaluate, key_of
 from starling.lab.evaluation.server_process import option_name
-from starling.scheduler.star.sizes import DEFAULT_QUALITY
+from starling.scheduler.planning.sizes import DEFAULT_QUALITY
 
 RUN = 32
 """Tokens that a text has at least: a page of the presets whose prompts have documents."""

@@ -18,7 +18,7 @@ from starling.attention_backends.kernels.xformers.attention import Facts, gather
 from starling.attention_backends.star.metadata import virtual_block_table
 from starling.attention_backends.star.rows import split_rows
 from starling.lab.selftest.masks import star_mask
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.plan import StarPlan
 from tests.kernels.cases import Case
 from tests.kernels.xformers.jobs import measure_xformers, start_xformers_worker
 

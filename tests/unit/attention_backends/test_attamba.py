@@ -30,7 +30,7 @@ from starling.attention_backends.kernels.cpu.attention import built_op
 from starling.attention_backends.star.step import StarStep, open_step
 from starling.engine_ext.models.attamba import MIXERS, load_checkpoint, refuse_features, target_shard
 from starling.engine_ext.models.configs import AttambaConfig
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.plan import StarPlan
 from tests.references import attamba as reference
 from tests.unit.attention_backends.test_rows import batch_metadata
 

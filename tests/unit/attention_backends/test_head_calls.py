@@ -14,7 +14,7 @@ from starling.attention_backends.star.backend import make_star_backend
 from starling.attention_backends.star.gpu_impl import make_gpu_impl
 from starling.attention_backends.star.head_step import HeadCall, HeadStep, unsupported_reason
 from starling.attention_backends.star.step import StarStep, open_step
-from starling.scheduler.star.plan import DenseHeads, StarPlan
+from starling.scheduler.planning.plan import DenseHeads, StarPlan
 from starling.vllm_compat.head_attention import impl_of_heads
 from tests.unit.attention_backends.test_rows import batch_metadata
 from tests.unit.attention_backends.test_step import SPEC, FakeBackend, FakeBuilder, make_builder

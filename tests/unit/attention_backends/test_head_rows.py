@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from starling.attention_backends.star.head_step import HeadStep, head_runs
 from starling.attention_backends.star.step import StarStep, open_step
 from starling.lab.selftest.masks import head_masks
-from starling.scheduler.star.plan import DenseHeads, StarPlan
+from starling.scheduler.planning.plan import DenseHeads, StarPlan
 from tests.unit.attention_backends.test_rows import batch_metadata
 from tests.unit.attention_backends.test_step import make_builder
 from tests.unit.masks import mask_of

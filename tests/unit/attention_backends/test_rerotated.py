@@ -22,8 +22,8 @@ from starling.attention_backends.star.metadata import virtual_metadata
 from starling.attention_backends.star.range_attention import make_range_attention, make_token_ranges
 from starling.attention_backends.star.rerotated_rows import make_rerotated_rows, ranges_as_rows
 from starling.attention_backends.star.rows import VirtualRows, split_rows
-from starling.scheduler.star.documents import lay_out
-from starling.scheduler.star.plan import StarPlan, client_index
+from starling.scheduler.planning.documents import lay_out
+from starling.scheduler.planning.plan import StarPlan, client_index
 from tests.unit.attention_backends.test_rows import batch_metadata
 from tests.unit.device_copies import AsyncCopies
 from tests.unit.masks import mask_of

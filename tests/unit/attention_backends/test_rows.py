@@ -13,7 +13,7 @@ from starling.attention_backends.kernels.reference import masked_attention
 from starling.attention_backends.star import metadata
 from starling.attention_backends.star.metadata import virtual_metadata
 from starling.attention_backends.star.rows import VirtualRows, _Pieces, split_rows
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.plan import StarPlan
 from tests.unit.device_copies import AsyncCopies
 from tests.unit.masks import mask_of
 

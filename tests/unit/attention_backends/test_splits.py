@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from starling.attention_backends.star.backend import make_star_backend
 from starling.attention_backends.star.head_step import HeadStep
 from starling.attention_backends.star.step import StarStep, open_step
-from starling.scheduler.star.plan import DenseHeads, StarPlan
+from starling.scheduler.planning.plan import DenseHeads, StarPlan
 from tests.unit.attention_backends.test_rows import batch_metadata
 
 MULTIPROCESSORS = 132  # of an H100

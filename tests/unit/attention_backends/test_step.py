@@ -22,8 +22,8 @@ from starling.attention_backends.star.remote_queries import RemoteStep
 from starling.attention_backends.star.rows import split_rows
 from starling.attention_backends.star.step import StarStep, current_step, open_step, set_positions
 from starling.engine_ext.worker.star_worker import StarRequests
-from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import KEY, RemoteShards, RequestMetadata, Shard
+from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.request_metadata import KEY, RemoteShards, RequestMetadata, Shard
 from tests.unit.attention_backends.test_rows import batch_metadata
 from tests.unit.device_copies import AsyncCopies
 

@@ -19,8 +19,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from starling.config.parsing import OptionError
 from starling.engine_ext import engine_core
 from starling.engine_ext.front.requests import RequestPlanner
-from starling.scheduler.star.facts import PromptFacts
-from starling.scheduler.star.request_metadata import KEY
+from starling.scheduler.planning.facts import PromptFacts
+from starling.scheduler.planning.request_metadata import KEY
 from tests.unit.engine_ext.front.simulation import HASH
 from tests.unit.engine_ext.front.test_requests import processed
 from tests.unit.engine_ext.start.test_activation import engine_config, model  # noqa: F401

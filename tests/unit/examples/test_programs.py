@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from starling.config.star import parse_options
-from starling.scheduler.star.facts import ONE_REPLICA
+from starling.scheduler.planning.facts import ONE_REPLICA
 from tests.unit.plans import make_plan
 
 ROOT = Path(__file__).parents[3]

@@ -22,7 +22,7 @@ from starling.attention_backends.star.backend import WRAPPED
 from starling.attention_backends.star.gpu_impl import attends_by_parts
 from starling.attention_backends.star.rows import is_split
 from starling.engine_ext.worker.star_worker import make_star_worker, unsplit_layers
-from starling.scheduler.star.plan import DenseHeads, StarPlan
+from starling.scheduler.planning.plan import DenseHeads, StarPlan
 from tests.unit.attention_backends.test_step import SPEC
 from tests.unit.engine_ext.configs import FULL, drafting, fake_config
 

@@ -22,8 +22,8 @@ from starling.features.replicas.connector_metadata import PageLoad, PageLoads, P
 from starling.features.replicas.page_transfer import TransferError, layout_mismatch
 from starling.features.replicas.replica_calls import replica_state
 from starling.features.replicas.worker_connector import WorkerConnector
-from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import (
+from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.request_metadata import (
     PageFetch,
     PageSource,
     PromptPart,

@@ -24,7 +24,7 @@ from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector
 
 from starling.features.replicas.connector import StarConnector
 from starling.features.replicas.page_transfer import PageReader, Transfer, TransferError
-from starling.scheduler.star.request_metadata import PromptPart, RequestMetadata
+from starling.scheduler.planning.request_metadata import PromptPart, RequestMetadata
 from tests.unit.replicas.test_connector import config, connected_scheduler  # noqa: F401
 from tests.unit.replicas.test_page_transfer import wait
 from tests.unit.scheduler.simulation import PAGE_SIZE, Engine, random_ids

@@ -24,9 +24,9 @@ from starling.features.replicas.notifications import FRAME_BYTES, FrameAssembler
 from starling.features.replicas.remote_attention_client import RemoteAttentionClient
 from starling.features.replicas.remote_attention_server import RemoteAttentionServer
 from starling.lab.selftest.masks import star_mask
-from starling.scheduler.star.documents import lay_out
-from starling.scheduler.star.plan import StarPlan, block_range
-from starling.scheduler.star.request_metadata import Shard
+from starling.scheduler.planning.documents import lay_out
+from starling.scheduler.planning.plan import StarPlan, block_range
+from starling.scheduler.planning.request_metadata import Shard
 from tests.unit.attention_backends.test_rows import HEADS, KV_HEADS, PAGE_SIZE, SIZE, batch_metadata
 
 REPLICAS = 3

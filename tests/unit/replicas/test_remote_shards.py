@@ -11,8 +11,8 @@ from starling.features.fairness.core import PrefillLimiter
 from starling.features.replicas.connector_metadata import WorkerReport
 from starling.features.replicas.core import SplitPrompts
 from starling.features.replicas.replica_calls import replica_state
-from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import (
+from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.request_metadata import (
     LOST,
     SHARDS,
     PromptPart,

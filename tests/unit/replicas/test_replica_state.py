@@ -17,7 +17,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from starling.features.replicas.replica_calls import REPLICA_STATE, add_replica_rpc, replica_state
 from starling.scheduler.cache_keys import independent_block_hasher
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.plan import StarPlan
 from starling.vllm_compat.prefix_cache import plain_request_hasher
 from tests.unit.replicas.test_connector import PLAN, scheduler, tokens  # noqa: F401
 from tests.unit.scheduler.simulation import HASH, PAGE_SIZE, make_request

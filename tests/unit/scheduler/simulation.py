@@ -29,8 +29,8 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from benchmarks.random_llama import make_random_llama
 from starling.engine_ext.start import plugin
-from starling.scheduler.star.plan import StarPlan, pad
-from starling.scheduler.star.request_metadata import KEY, RequestMetadata
+from starling.scheduler.planning.plan import StarPlan, pad
+from starling.scheduler.planning.request_metadata import KEY, RequestMetadata
 from starling.vllm_compat.scheduler_view import SchedulerView
 from tests.model_runners import HAS_V1, runner_output
 from tests.parity.harness import TINY

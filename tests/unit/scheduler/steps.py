@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from starling.engine_ext.engine_core import StarScheduler
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.plan import StarPlan
 from tests.unit.scheduler.simulation import Engine, make_config, make_scheduler, random_ids
 
 STEP, PAGE_SIZE, LONG = 256, 16, 7900

@@ -17,11 +17,11 @@ from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import init_none_hash
 
 from starling.scheduler.cache_keys import independent_block_hasher, page_keys
-from starling.scheduler.star.plan import StarPlan, pad
+from starling.scheduler.planning.plan import StarPlan, pad
 from starling.vllm_compat import prefix_cache
 from starling.vllm_compat.prefix_cache import add_page_keys, plain_request_hasher
 from tests.unit.masks import mask_of
-from tests.unit.scheduler.star.test_block_positions import PAD, PAGE_SIZE, QUERY, Layout
+from tests.unit.scheduler.planning.test_block_positions import PAD, PAGE_SIZE, QUERY, Layout
 from tests.unit.scheduler.test_cache_keys import fake_request
 
 HASH = get_hash_fn_by_name("sha256")

@@ -19,9 +19,9 @@ from vllm.v1.request import RequestStatus
 from starling.engine_ext.engine_core import AsyncStarScheduler, StarScheduler
 from starling.scheduler.cache_state import prefill_progress
 from starling.scheduler.padding import BlockPadding, count_client_tokens, with_padding, without_padding
-from starling.scheduler.star.documents import lay_out
-from starling.scheduler.star.plan import StarPlan, blocks_done, client_index, client_indexes, pad
-from starling.scheduler.star.request_metadata import KEY, RequestMetadata
+from starling.scheduler.planning.documents import lay_out
+from starling.scheduler.planning.plan import StarPlan, blocks_done, client_index, client_indexes, pad
+from starling.scheduler.planning.request_metadata import KEY, RequestMetadata
 from tests.unit.scheduler.simulation import PAGE_SIZE, Engine, answer, make_scheduler, random_ids
 from tests.unit.scheduler.test_star_scheduler import config
 

@@ -12,8 +12,8 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 
 from starling.scheduler.cache_keys import independent_block_hasher, page_keys, star_page_key
-from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import KEY, RequestMetadata
+from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.request_metadata import KEY, RequestMetadata
 from starling.vllm_compat.prefix_cache import add_page_keys
 from tests.unit.masks import mask_of
 

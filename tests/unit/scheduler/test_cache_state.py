@@ -12,8 +12,8 @@ from vllm.v1.request import RequestStatus
 from starling.engine_ext.engine_core import AsyncStarScheduler, StarScheduler
 from starling.scheduler import core_metrics
 from starling.scheduler.cache_state import cache_state, group_state, prefill_progress
-from starling.scheduler.star.plan import StarPlan, blocks_done
-from starling.scheduler.star.request_metadata import PromptPart, RequestMetadata
+from starling.scheduler.planning.plan import StarPlan, blocks_done
+from starling.scheduler.planning.request_metadata import PromptPart, RequestMetadata
 from starling.v1.admin_pb2 import EngineCache
 from starling.vllm_compat.kv_pages import CacheGroup
 from tests.unit.scheduler.simulation import PAGE_SIZE, answer, make_request, make_scheduler

@@ -8,8 +8,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest, core
 
 from starling.engine_ext.engine_core import StarScheduler
-from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import KEY, RequestMetadata
+from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.request_metadata import KEY, RequestMetadata
 from tests.unit.scheduler.simulation import HASH, PAGE_SIZE, make_config, make_scheduler, random_ids
 
 pytestmark = pytest.mark.skipif(not hasattr(core, "frontend_block_hashes"), reason="fronts hash since vLLM 0.34")

@@ -20,8 +20,8 @@ from starling.engine_ext.engine_core import AsyncStarScheduler, StarScheduler
 from starling.features.library import core
 from starling.features.library.core import PageLoads
 from starling.features.library.file_space import LATER_SECONDS
-from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import PageFetch, PageSource, PromptPart, RequestMetadata
+from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.request_metadata import PageFetch, PageSource, PromptPart, RequestMetadata
 from tests.stateful import CountingMachine, Length, run_machine
 from tests.unit.scheduler.library_engine import PAGE_SIZE, LibraryEngine, check_chunks, library_config, with_replicas
 from tests.unit.scheduler.simulation import random_ids

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from starling.engine_ext.engine_core import AsyncStarScheduler, StarScheduler
+from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.request_metadata import SOURCES
 from starling.scheduler.provenance import Provenance, document_sources, with_peers
-from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import SOURCES
 from tests.unit.scheduler.library_engine import PAGE_SIZE, LibraryEngine, library_config
 from tests.unit.scheduler.simulation import random_ids
 

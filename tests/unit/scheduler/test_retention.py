@@ -13,10 +13,10 @@ from starling.config.star import parse_options
 from starling.engine_ext.engine_core import AsyncStarScheduler, StarScheduler
 from starling.features.retention.core import MAX_SESSIONS, RetainedPages
 from starling.features.retention.front import Retention
-from starling.scheduler.star.decide import Decision, decide
-from starling.scheduler.star.facts import EngineFacts, PromptFacts
-from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import RequestMetadata
+from starling.scheduler.planning.decide import Decision, decide
+from starling.scheduler.planning.facts import EngineFacts, PromptFacts
+from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.request_metadata import RequestMetadata
 from tests.unit.scheduler.simulation import Engine, make_config, make_scheduler, random_ids
 
 PAGE, PAGES = 8, 40

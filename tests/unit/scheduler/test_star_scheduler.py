@@ -13,8 +13,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWind
 
 from starling.config.parsing import OptionError
 from starling.engine_ext.engine_core import AsyncStarScheduler, StarScheduler
-from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import PromptPart, RequestMetadata
+from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.request_metadata import PromptPart, RequestMetadata
 from tests.unit.scheduler.simulation import (
     PAGE_SIZE,
     SHAPE,

@@ -31,7 +31,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from starling.engine_ext.engine_core import StarScheduler
 from starling.features.replicas.connector_metadata import WorkerAddress, WorkerReport
 from starling.features.replicas.worker import close_shards, open_shard
-from starling.scheduler.star.request_metadata import metadata_of
+from starling.scheduler.planning.request_metadata import metadata_of
 from tests.unit.engine_ext.front.virtual_time import now, until
 from tests.unit.scheduler.simulation import HASH, PAGE_SIZE, Engine, answer, make_scheduler, random_ids
 

@@ -13,7 +13,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import BeamSearchParams
 
 from starling.engine_ext.front.call import Call, current_call
-from starling.scheduler.star.request_metadata import metadata_of
+from starling.scheduler.planning.request_metadata import metadata_of
 from tests.unit.engine_ext.front.simulation import PAGE_SIZE, Server
 from tests.unit.scheduler.simulation import random_ids
 

@@ -32,7 +32,7 @@ from starling.engine_ext.front.chat_segments import (
     wants_segments,
 )
 from starling.engine_ext.front.requests import KNOWN_SEGMENTS
-from starling.scheduler.star.facts import KnownSegments
+from starling.scheduler.planning.facts import KnownSegments
 
 CHATML = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"

@@ -12,7 +12,7 @@ from vllm.sampling_params import SamplingParams
 
 from starling.engine_ext.front.requests import RequestPlanner
 from starling.engine_ext.serving.grpc.inference import Inference
-from starling.scheduler.star.request_metadata import metadata_of
+from starling.scheduler.planning.request_metadata import metadata_of
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.front.simulation import Server
 from tests.unit.scheduler.simulation import random_ids

@@ -9,8 +9,8 @@ from vllm.sampling_params import SamplingParams
 
 from starling.features.front_request import FrontRequest
 from starling.features.replicas.split.split_prefill import is_split
-from starling.scheduler.star.decide import PLANNED, Decision, decision_of
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.decide import PLANNED, Decision, decision_of
+from starling.scheduler.planning.plan import StarPlan
 from tests.unit.engine_ext.front.simulation import (
     TOKENS,
 )

@@ -22,10 +22,10 @@ from starling.engine_ext.front.requests import (
 )
 from starling.engine_ext.models.configs import AttambaConfig
 from starling.engine_ext.serving.grpc.outputs import final
-from starling.scheduler.star.decide import Decision
-from starling.scheduler.star.facts import PromptFacts
-from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import (
+from starling.scheduler.planning.decide import Decision
+from starling.scheduler.planning.facts import PromptFacts
+from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.request_metadata import (
     KEY,
     SHARDS,
     PageFetch,

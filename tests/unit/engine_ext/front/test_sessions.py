@@ -11,7 +11,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from starling.engine_ext.front.observability import front_metrics
-from starling.scheduler.star.request_metadata import KEY
+from starling.scheduler.planning.request_metadata import KEY
 from tests.unit.engine_ext.front.simulation import Server
 from tests.unit.scheduler.simulation import random_ids
 

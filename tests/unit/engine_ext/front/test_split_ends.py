@@ -11,7 +11,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from starling.engine_ext.front.front_state import front_state
 from starling.features.replicas.replica_calls import RELEASE
 from starling.features.replicas.split.split_state import ReplicaTimeout
-from starling.scheduler.star.request_metadata import metadata_of
+from starling.scheduler.planning.request_metadata import metadata_of
 from tests.unit.engine_ext.front.simulation import (
     SHARDS,
     STAR,

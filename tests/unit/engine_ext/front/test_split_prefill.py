@@ -19,8 +19,8 @@ from starling.engine_ext.front.front_state import front_state
 from starling.features.replicas.replica_calls import REPLICA_STATE
 from starling.features.replicas.split import engine_replica, split_prefill
 from starling.features.replicas.split.split_state import split_metrics
-from starling.scheduler.star.plan import StarPlan, pad
-from starling.scheduler.star.request_metadata import metadata_of
+from starling.scheduler.planning.plan import StarPlan, pad
+from starling.scheduler.planning.request_metadata import metadata_of
 from tests.unit.engine_ext.front.simulation import (
     PAGE_SIZE,
     SHARDS,

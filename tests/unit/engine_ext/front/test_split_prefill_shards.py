@@ -10,7 +10,7 @@ from starling.engine_ext.front.front_state import front_state
 from starling.features.replicas.replica_calls import OPEN_SHARD, RELEASE
 from starling.features.replicas.split.split_prefill import ShardLost
 from starling.features.replicas.split.split_state import ReplicaTimeout, split_metrics
-from starling.scheduler.star.request_metadata import metadata_of
+from starling.scheduler.planning.request_metadata import metadata_of
 from tests.unit.engine_ext.front.simulation import SHARDS, TOKENS, both_parts_run, whole_requests
 from tests.unit.engine_ext.front.virtual_time import now, until
 from tests.unit.scheduler.simulation import random_ids

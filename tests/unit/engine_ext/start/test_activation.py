@@ -33,7 +33,7 @@ from starling.engine_ext.start.activation import (
     star_class,
 )
 from starling.features.reuse.core import reuse_refusal
-from starling.scheduler.star.request_metadata import ONE_HOST, default_num_shards
+from starling.scheduler.planning.request_metadata import ONE_HOST, default_num_shards
 from starling.scheduler.star_scheduler import StarMixin
 from tests.parity.harness import TINY
 from tests.unit.engine_ext.configs import fake_config

@@ -13,7 +13,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 
-from starling.scheduler.star.request_metadata import RequestMetadata, metadata_of
+from starling.scheduler.planning.request_metadata import RequestMetadata, metadata_of
 from tests.stateful import CountingMachine
 from tests.unit.scheduler.stateful.cases import Case, make_case
 from tests.unit.scheduler.stateful.checks import PageKeys, check_empty, check_pages, check_queues

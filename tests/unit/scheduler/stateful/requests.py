@@ -7,8 +7,8 @@ from itertools import pairwise
 
 from hypothesis import strategies as st
 
-from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import PageFetch, PageSource, PromptPart, RequestMetadata
+from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.request_metadata import PageFetch, PageSource, PromptPart, RequestMetadata
 from tests.unit.scheduler.simulation import random_ids
 from tests.unit.scheduler.stateful.cases import STOP
 from tests.unit.scheduler.stateful.setup import MAX_TOKENS, PAGE_SIZE

@@ -14,7 +14,7 @@ from starling.engine_ext.front.bounds import NO_GRAMMAR
 from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.requests import PLANNED
 from starling.engine_ext.serving.grpc.server_options import MAX_REQUEST_BYTES
-from starling.scheduler.star.facts import EngineFacts
+from starling.scheduler.planning.facts import EngineFacts
 from starling.v1 import inference_pb2 as pb
 from starling.vllm_compat.versions import vllm_version
 from tests.unit.engine_ext.serving.grpc.fakes import PROMPT_TOKENS, FakeEngine, front_of, merged, output, result

@@ -8,7 +8,7 @@ from vllm.renderers import ChatParams, TokenizeParams
 
 from starling.engine_ext.front.requests import KNOWN_SEGMENTS
 from starling.engine_ext.serving.grpc import prompt_inputs
-from starling.scheduler.star.facts import KnownSegments
+from starling.scheduler.planning.facts import KnownSegments
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine
 

@@ -14,8 +14,8 @@ from starling.config.star import parse_options
 from starling.engine_ext.front.call import current_call
 from starling.engine_ext.serving.errors import DrainingError
 from starling.features.front_request import empty_output
-from starling.scheduler.star.facts import EngineFacts
-from starling.scheduler.star.request_metadata import LIBRARY_CONNECTOR
+from starling.scheduler.planning.facts import EngineFacts
+from starling.scheduler.planning.request_metadata import LIBRARY_CONNECTOR
 from tests.unit.engine_ext.serving.grpc.fakes import PROMPT_TOKENS, FakeEngine, front_of, until
 
 TEN = PROMPT_TOKENS  # of each text

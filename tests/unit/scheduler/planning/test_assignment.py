@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starling.scheduler.star.assignment import (
+from starling.scheduler.planning.assignment import (
     Assignment,
     ReplicaState,
     assign_blocks,

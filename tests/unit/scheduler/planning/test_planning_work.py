@@ -6,10 +6,10 @@ import pytest
 
 from starling.attention_backends.attamba.chunks import prompt_keys
 from starling.config.star import StarOptions, parse_options
-from starling.scheduler.star.assignment import ReplicaState, assign_blocks
-from starling.scheduler.star.counts import summary
-from starling.scheduler.star.facts import ReplicaSet
-from starling.scheduler.star.plan import work
+from starling.scheduler.planning.assignment import ReplicaState, assign_blocks
+from starling.scheduler.planning.counts import summary
+from starling.scheduler.planning.facts import ReplicaSet
+from starling.scheduler.planning.plan import work
 from tests.unit.lines_run import lines_run
 from tests.unit.plans import make_plan
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from starling.config.parsing import OptionError
 from starling.config.star import StarOptions, flat_name, merge, parse_options
-from starling.scheduler.star.counts import dense_keys, keys_attended, summary
-from starling.scheduler.star.facts import ONE_REPLICA, EngineFacts, ReplicaSet
-from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import (
+from starling.scheduler.planning.counts import dense_keys, keys_attended, summary
+from starling.scheduler.planning.facts import ONE_REPLICA, EngineFacts, ReplicaSet
+from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.request_metadata import (
     KEY,
     PageFetch,
     PageSource,
@@ -25,8 +25,8 @@ from starling.scheduler.star.request_metadata import (
     Shard,
     metadata_of,
 )
-from starling.scheduler.star.rules import check_defaults, check_sizes
-from starling.scheduler.star.sizes import default_anchor_size, default_block_size
+from starling.scheduler.planning.rules import check_defaults, check_sizes
+from starling.scheduler.planning.sizes import default_anchor_size, default_block_size
 from tests.unit.masks import mask_of
 from tests.unit.plans import make_plan
 

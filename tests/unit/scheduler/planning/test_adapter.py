@@ -8,10 +8,10 @@ import pytest
 from starling.config.adapter import Distilled, StarAdapter
 from starling.config.star import parse_options
 from starling.features.adapter.front import Adapter
-from starling.scheduler.star.counts import describe
-from starling.scheduler.star.decide import decide
-from starling.scheduler.star.facts import EngineFacts, PromptFacts
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.counts import describe
+from starling.scheduler.planning.decide import decide
+from starling.scheduler.planning.facts import EngineFacts, PromptFacts
+from starling.scheduler.planning.plan import StarPlan
 
 IDS = [*[7] * 40, *[8] * 60, *[9] * 20]
 DOCUMENTS = {"star": "on", "star_segments": [20, 60, 100]}

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from starling.config.parsing import OptionError
 from starling.config.star import parse_options
-from starling.scheduler.star.counts import num_client_tokens
-from starling.scheduler.star.decide import Decision, decide
-from starling.scheduler.star.documents import (
+from starling.scheduler.planning.counts import num_client_tokens
+from starling.scheduler.planning.decide import Decision, decide
+from starling.scheduler.planning.documents import (
     NO_CHAT,
     NOT_TEXT,
     TooLong,
@@ -22,8 +22,8 @@ from starling.scheduler.star.documents import (
     positions_of,
     refuse_many_offsets,
 )
-from starling.scheduler.star.facts import EngineFacts, KnownSegments, PromptFacts, ReplicaSet
-from starling.scheduler.star.plan import StarPlan, client_indexes, pad
+from starling.scheduler.planning.facts import EngineFacts, KnownSegments, PromptFacts, ReplicaSet
+from starling.scheduler.planning.plan import StarPlan, client_indexes, pad
 from tests.unit.lines_run import lines_run
 
 MARK, PAGE_SIZE, BLOCK, QUERY = 0, 4, 8, 3

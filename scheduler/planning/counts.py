@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from starling.scheduler.star.plan import StarPlan, count_pairs
+from starling.scheduler.planning.plan import StarPlan, count_pairs
 
 
 def num_context_tokens(plan: StarPlan) -> int:

@@ -12,8 +12,8 @@ from typing import Any
 
 from starling.config.parsing import OptionError
 from starling.config.star import FIELD_OF, STAR_RETENTION, StarOptions, flat_name, merge
-from starling.scheduler.star.assignment import best_num_replicas, best_num_replicas_of, with_enough_replicas
-from starling.scheduler.star.documents import (
+from starling.scheduler.planning.assignment import best_num_replicas, best_num_replicas_of, with_enough_replicas
+from starling.scheduler.planning.documents import (
     NO_DOCUMENTS,
     Documents,
     TooLong,
@@ -23,10 +23,10 @@ from starling.scheduler.star.documents import (
     lay_out,
     refuse_too_long,
 )
-from starling.scheduler.star.facts import EngineFacts, PromptFacts
-from starling.scheduler.star.plan import DenseHeads, StarPlan, work
-from starling.scheduler.star.rules import ENGINE_RULES, OPTION_RULES, PROMPT_RULES, SIZE_RULES, Case, check
-from starling.scheduler.star.sizes import find_anchor_and_overlap, find_block_size
+from starling.scheduler.planning.facts import EngineFacts, PromptFacts
+from starling.scheduler.planning.plan import DenseHeads, StarPlan, work
+from starling.scheduler.planning.rules import ENGINE_RULES, OPTION_RULES, PROMPT_RULES, SIZE_RULES, Case, check
+from starling.scheduler.planning.sizes import find_anchor_and_overlap, find_block_size
 
 DEFAULT_QUERY_TOKENS = 512
 DEFAULT_DENSE_HEADS = 0.1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from starling.config.star import StarOptions
-from starling.scheduler.star.facts import EngineFacts, ReplicaSet
-from starling.scheduler.star.rules import refused_options
+from starling.scheduler.planning.facts import EngineFacts, ReplicaSet
+from starling.scheduler.planning.rules import refused_options
 
 ONE = EngineFacts(128)
 SEVERAL = EngineFacts(128, replicas=ReplicaSet(2))

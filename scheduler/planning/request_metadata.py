@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.plan import StarPlan
 
 KEY = "starling"
 """The key in ``extra_args``."""

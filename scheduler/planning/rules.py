@@ -8,8 +8,8 @@ from typing import Any
 
 from starling.config.parsing import OptionError
 from starling.config.star import StarOptions, flat_name, num_blocks
-from starling.scheduler.star.facts import EngineFacts, PromptFacts
-from starling.scheduler.star.sizes import DEFAULT_QUALITY, measured_number
+from starling.scheduler.planning.facts import EngineFacts, PromptFacts
+from starling.scheduler.planning.sizes import DEFAULT_QUALITY, measured_number
 
 FLAT = ("dense_heads", "overlap_size", "replicas", "segments", "shards")
 HEADS, OVERLAP, REPLICAS, SEGMENTS, SHARDS = map(flat_name, FLAT)

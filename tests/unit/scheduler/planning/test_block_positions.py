@@ -11,10 +11,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starling.scheduler.star.counts import context_pairs, keys_attended, num_client_tokens, summary
-from starling.scheduler.star.documents import lay_out
-from starling.scheduler.star.plan import StarPlan, blocks_done, client_index, client_indexes, pad
-from starling.scheduler.star.request_metadata import RequestMetadata
+from starling.scheduler.planning.counts import context_pairs, keys_attended, num_client_tokens, summary
+from starling.scheduler.planning.documents import lay_out
+from starling.scheduler.planning.plan import StarPlan, blocks_done, client_index, client_indexes, pad
+from starling.scheduler.planning.request_metadata import RequestMetadata
 
 PAGE_SIZE, PAD, QUERY = 4, 9, -1
 

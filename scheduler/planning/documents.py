@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from starling.config.parsing import OptionError
-from starling.scheduler.star.rules import SEGMENTS, Case
+from starling.scheduler.planning.rules import SEGMENTS, Case
 
 NO_CHAT = "the prompt is not a chat that this server has rendered, so that it has no messages"
 NOT_ONE_TOKEN = "it is not one token of the model's tokenizer"

@@ -7,9 +7,9 @@ import pytest
 from starling.config.parsing import OptionError
 from starling.config.quality import parse_quality_sizes
 from starling.config.star import merge, parse_options
-from starling.scheduler.star.decide import decide
-from starling.scheduler.star.facts import EngineFacts, KnownSegments, PromptFacts
-from starling.scheduler.star.rules import check_defaults
+from starling.scheduler.planning.decide import decide
+from starling.scheduler.planning.facts import EngineFacts, KnownSegments, PromptFacts
+from starling.scheduler.planning.rules import check_defaults
 
 PAGE, TOKENS = 16, 40_000
 ENGINE = EngineFacts(PAGE)

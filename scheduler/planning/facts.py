@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from starling.config.head_scores import HeadScores
 from starling.config.star import StarOptions
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.plan import StarPlan
 
 
 @dataclass(frozen=True)

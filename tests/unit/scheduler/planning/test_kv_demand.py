@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from starling.config.parsing import OptionError
-from starling.scheduler.star.assignment import Assignment, KVDemand, with_enough_replicas
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.planning.assignment import Assignment, KVDemand, with_enough_replicas
+from starling.scheduler.planning.plan import StarPlan
 
 PAGE_SIZE = 32
 PLAN = StarPlan(64, 64, 0, 500, 520, 2)

@@ -18,7 +18,7 @@ import numpy as np
 
 from starling.config.parsing import OptionError
 from starling.config.star import flat_name
-from starling.scheduler.star.plan import StarPlan, block_range, work
+from starling.scheduler.planning.plan import StarPlan, block_range, work
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import pytest
 
 from starling.engine_ext.models.configs import AttambaConfig, BaichuanM1Config, KVShiftLlamaConfig
 from starling.features.reuse.core import reuse_refusal
-from starling.scheduler.star.facts import dependence
-from starling.scheduler.star.request_metadata import CONNECTOR
+from starling.scheduler.planning.facts import dependence
+from starling.scheduler.planning.request_metadata import CONNECTOR
 
 
 def model(window: int | None = None, hybrid: bool = False, **text) -> SimpleNamespace:

@@ -14,7 +14,7 @@ import threading
 from argparse import Namespace
 from collections.abc import MutableMapping, Sequence
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import uvloop
@@ -40,14 +40,14 @@ from starling.engine_ext.serving.cli.cpu_host import (
     physical_cores,
 )
 from starling.engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
-from starling.engine_ext.serving.grpc.auth import server_credentials
-from starling.engine_ext.serving.grpc.prompt_inputs import chat_params
-from starling.engine_ext.serving.grpc.server import GRACE_SECONDS, Front
-from starling.engine_ext.serving.grpc.server_options import LOOPBACK, AdminOptions, join_address
+from starling.engine_ext.serving.grpc.server_options import GRACE_SECONDS, LOOPBACK, AdminOptions, join_address
 from starling.vllm_compat.config import is_of_configuration, plain_message
 from starling.vllm_compat.core_process import engine_reports
 from starling.vllm_compat.front import around_shutdown, is_hooked, num_engine_cores
 from starling.vllm_compat.server_socket import on_server_socket, set_up_environment, validate_serve_args
+
+if TYPE_CHECKING:
+    from starling.engine_ext.serving.grpc.server import Front
 
 logger = init_logger("vllm.starling")
 
@@ -80,6 +80,8 @@ def run(argv: Sequence[str]) -> int:
         if not (args.headless or args.grpc or args.uds or args.data_parallel_multi_port_external_lb):
             refuse_taken_port("--port", args.host or "", args.port)
         if grpc_port is not None:
+            from starling.engine_ext.serving.grpc.auth import server_credentials  # imports grpc
+
             server_credentials(args)
             refuse_taken_port("--grpc-port", args.host or LOOPBACK, grpc_port)
             if admin.port is not None:
@@ -269,6 +271,10 @@ async def start_front(engine: Any, args: Namespace, port: int, admin: AdminOptio
         ValueError, OSError: the TLS options can't be used, see ``server_credentials``.
         RuntimeError: the server can't listen there.
     """
+    from starling.engine_ext.serving.grpc.auth import server_credentials
+    from starling.engine_ext.serving.grpc.prompt_inputs import chat_params
+    from starling.engine_ext.serving.grpc.server import Front
+
     host = args.host or LOOPBACK
     credentials = server_credentials(args)
     show_cached = args.enable_prompt_tokens_details

@@ -17,6 +17,7 @@ from starling.engine_ext.serving.grpc.arrivals import ArrivalInterceptor
 from starling.engine_ext.serving.grpc.auth import AuthInterceptor, NoteClient, add_port
 from starling.engine_ext.serving.grpc.inference import SERVICE, Inference
 from starling.engine_ext.serving.grpc.server_options import (
+    GRACE_SECONDS,
     MAX_REQUEST_BYTES,
     NO_ADMIN,
     AdminOptions,
@@ -28,7 +29,6 @@ from starling.v1 import admin_pb2_grpc, inference_pb2_grpc
 logger = init_logger("vllm.starling")
 
 GATEWAY_EXTRA = "pip install 'vllm-starling[smg]'"
-GRACE_SECONDS = 5.0
 HEALTH_CHECK_SECONDS = 0.5
 
 

@@ -10,6 +10,8 @@ MAX_ADMIN_BYTES = 256 * 2**10  # of a message to AdminService's own port
 
 MAX_STREAMS = 1024  # calls of one connection at once
 
+GRACE_SECONDS = 5.0  # for running calls, when the server stops
+
 SERVER_OPTIONS = (
     # Without this, a second server could listen on the same port without an error and get half of the calls.
     ("grpc.so_reuseport", 0),

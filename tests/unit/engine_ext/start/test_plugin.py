@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -82,3 +84,26 @@ def test_a_server_gets_the_middleware_and_a_benchmark_has_none(monkeypatch):
     server_args(server)
     assert server.middleware
     server_args(SimpleNamespace(additional_config={"starling": {}}))
+
+
+WITHOUT_GRPC = """
+import sys
+from importlib import import_module
+
+sys.modules["grpc"] = None
+for name in sys.argv[1:]:
+    import_module(f"starling.engine_ext.{name}")
+try:
+    import_module("starling.engine_ext.serving.grpc.server")
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_processes_without_a_grpc_port_import_no_grpc():
+    """All of a server's modules but those of the gRPC service load where grpc can't be imported."""
+    modules = ["start.plugin", "start.activation", "serving.http.middleware", "serving.http.live_page"]
+    modules += ["front.requests", "front.llm", "engine_core", "worker.star_worker", "serving.cli.serve"]
+    command = [sys.executable, "-c", WITHOUT_GRPC, *modules]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert found.stdout.strip().endswith("import of grpc halted; None in sys.modules")

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.report import markdown_table, write_json
 from starling.lab.evaluation.comparison import ALL
-from starling.lab.evaluation.plans import DENSE, parse_plan
+from starling.lab.evaluation.prompt_options import DENSE, parse_plan
 from starling.lab.evaluation.store import RESULTS, Answer, read_answers
 from starling.lab.statistics import kl_divergence, mean_ratio
 from starling.scheduler.planning.sizes import default_anchor_size

@@ -21,7 +21,7 @@ from benchmarks.accuracy import run_eval
 from benchmarks.report import saved_figure, write_row
 from examples.server import serving
 from starling.lab.evaluation.client import Client
-from starling.lab.evaluation.plans import DENSE, parse_plan
+from starling.lab.evaluation.prompt_options import DENSE, parse_plan
 from starling.lab.evaluation.prompts import task_prompts
 from starling.lab.evaluation.tasks import choose_tasks
 from starling.lab.statistics import median_ratio

@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.accuracy import ENGINE, QUERY_TOKENS, TASKS, evaluation, loss_ratios, plans, run_eval
 from benchmarks.report import markdown_table, saved_figure, write_json
 from starling.lab.evaluation.comparison import ALL
-from starling.lab.evaluation.plans import DENSE
+from starling.lab.evaluation.prompt_options import DENSE
 
 FOLDER = Path(__file__).resolve().parent / "out" / "dense_heads"
 PARTS = (8, 16)

@@ -28,7 +28,7 @@ from benchmarks.rag_prompts import CHARACTERS, LONG, MARK, prompt_of, retrieval_
 from benchmarks.report import markdown_table, write_json
 from benchmarks.soak.target import series_sum
 from examples.stdlib_documents import Index, make_documents
-from starling.lab.evaluation.plans import DENSE, Plan, parse_plan, with_dense
+from starling.lab.evaluation.prompt_options import DENSE, Plan, parse_plan, with_dense
 from starling.lab.evaluation.server_process import served
 from starling.lab.statistics import bootstrap
 

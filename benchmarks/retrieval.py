@@ -31,7 +31,7 @@ from benchmarks.engine import ROOT
 from benchmarks.random_llama import byte_tokenizer
 from benchmarks.report import markdown_table, write_json
 from starling.lab.evaluation.client import Client
-from starling.lab.evaluation.plans import DENSE, Plan
+from starling.lab.evaluation.prompt_options import DENSE, Plan
 from starling.lab.evaluation.server_process import served
 
 HEAD, PAIRS = 128, 64

@@ -23,9 +23,9 @@ from starling.attention_backends.star.model_heads import KNOWN
 from starling.config.head_scores import HeadScores
 from starling.config.star import StarOptions, parse_options
 from starling.lab.statistics import median_ratio
-from starling.scheduler.planning.counts import dense_keys, keys_attended
 from starling.scheduler.planning.decide import decide
 from starling.scheduler.planning.facts import EngineFacts, PromptFacts
+from starling.scheduler.planning.plan import dense_keys, keys_attended
 
 QUERY_TOKENS = 32
 PAGE_SIZE = 128  # vLLM's default on CPU

@@ -1,4 +1,4 @@
-"""The `starling` entry of vLLM's additional_config: all options of a server, parsed once."""
+"""The `starling` entry of vLLM's additional_config: all options of a server, parsed once, and their presets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 from starling.config.library import LibraryOptions, parse_library
 from starling.config.parsing import OptionError, meant
-from starling.config.presets import PRESET, with_preset
 from starling.config.quality import parse_quality_sizes
 from starling.config.scheduling import (
     REPLICAS,
@@ -29,6 +28,68 @@ from starling.config.star import (
     StarOptions,
     parse_options,
 )
+
+PRESET = "preset"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A set of options; a user's other options replace single ones.
+
+    Attributes:
+        meaning: description for the help.
+        entry: values of the `starling` entry.
+        cpu_page: vLLM's --block-size on CPUs, where its default of 128 tokens is too large, or None for vLLM's default.
+    """
+
+    meaning: str
+    entry: Mapping[str, Any]
+    cpu_page: int | None = None
+
+
+PRESETS = {
+    "long": Preset(
+        "long prompts of any kind: star blocks from 16,384 tokens on",
+        {"star": "auto", "star_min_tokens": 16384},
+    ),
+    "rag": Preset(
+        "prompts of many documents, each a message of a chat: their cached KV is used in any order",
+        {"star": "auto", "star_min_tokens": 1024, "star_segments": "auto"},
+        cpu_page=32,
+    ),
+    "agents": Preset(
+        "long sessions whose files and tool results change, beside short chats: cached messages are used behind an "
+        "edit, and long prompts leave room for others",
+        {"star": "auto", "star_min_tokens": 4096, "star_segments": "auto"},
+        cpu_page=32,
+    ),
+}
+
+
+def preset_of(entry: Mapping[str, Any], name: str) -> Preset | None:
+    """Return the preset that an entry names, or None if it names none.
+
+    Args:
+        name: name of the option, for messages.
+
+    Raises:
+        OptionError: there is no such preset.
+    """
+    value = entry.get(PRESET)
+    if value is None:
+        return None
+    if not isinstance(value, str) or value not in PRESETS:
+        hint = meant(value, PRESETS) if isinstance(value, str) else ""
+        raise OptionError(name, value, f"there is no such preset{hint}", ", ".join(PRESETS))
+    return PRESETS[value]
+
+
+def with_preset(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return an entry with the options of its preset below its own (raises OptionError: there is no such preset)."""
+    preset = preset_of(entry, name)
+    own = {key: value for key, value in entry.items() if key != PRESET}
+    return {**({} if preset is None else preset.entry), **own}
+
 
 ENTRY = "starling"
 CPU_ATTENTION, GPU_ATTENTION, CACHE_SALT, LIVE_PAGE = "cpu_attention", "gpu_attention", "cache_salt", "live_page"
@@ -174,3 +235,27 @@ def _parse(entry: Any) -> StarlingConfig:
         replicas=parse_replicas(entry.get(REPLICAS, {}), f"{ENTRY}.{REPLICAS}."),
         **chosen,
     )
+
+
+ADMIN_KEY_ENV = "STARLING_ADMIN_KEY"
+"""Name of the environment variable that holds the operator's key."""
+
+PLUGINS = "VLLM_PLUGINS"
+RUST_FRONT = "VLLM_USE_RUST_FRONTEND"
+
+
+def refuse_missing_plugin(environ: Mapping[str, str]) -> None:
+    """Refuse an environment that keeps Starling out of vLLM's processes (raises OptionError)."""
+    plugins = environ.get(PLUGINS)
+    if plugins is not None and ENTRY not in plugins.split(","):
+        reason = "it keeps Starling out of vLLM's processes"
+        raise OptionError(PLUGINS, plugins, reason, f"a list with `{ENTRY}`, or unset")
+
+
+def refuse_rust_front(environ: Mapping[str, str]) -> None:
+    """Refuse vLLM's Rust front, which would not call Starling (raises OptionError)."""
+    if (value := environ.get(RUST_FRONT, "0")) not in ("", "0"):
+        raise OptionError(RUST_FRONT, value, "the Rust front reads no star options", "0, or unset")
+
+
+LIVE_PATH, LIVE_DATA = "/starling/live", "/starling/live.json"

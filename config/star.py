@@ -63,7 +63,7 @@ SERVER_ONLY = (QUALITY_SIZES, STAR_HEADS, STAR_LIBRARY)
 class StarOptions(BaseModel):
     """Star Attention as the user asks for it; sizes are in tokens unless they say otherwise.
 
-    What a value of None stands for depends on the prompt: scheduler/planning/sizes.py, scheduler/planning/decide.py.
+    What a value of None stands for depends on the prompt: scheduler/planning/decide.py, scheduler/planning/decide.py.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

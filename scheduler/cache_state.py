@@ -14,11 +14,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec, get_kv_cache_spec_kind
 from vllm.v1.request import RequestStatus
 
 from starling.config.entry import StarlingConfig
-from starling.scheduler.core_metrics import cache_metrics
 from starling.scheduler.part import CorePart
-from starling.scheduler.planning.counts import num_client_tokens
-from starling.scheduler.planning.plan import blocks_done, client_index
+from starling.scheduler.planning.plan import blocks_done, client_index, num_client_tokens
 from starling.scheduler.planning.request_metadata import metadata_of
+from starling.scheduler.provenance import cache_metrics
 from starling.vllm_compat.core_process import add_core_utility
 from starling.vllm_compat.kv_pages import CacheGroup
 from starling.vllm_compat.scheduler_view import SchedulerView

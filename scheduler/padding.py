@@ -12,8 +12,7 @@ import torch
 
 from starling.config.entry import StarlingConfig
 from starling.scheduler.part import CorePart
-from starling.scheduler.planning.counts import num_client_tokens
-from starling.scheduler.planning.plan import StarPlan, client_indexes, pad
+from starling.scheduler.planning.plan import StarPlan, client_indexes, num_client_tokens, pad
 from starling.scheduler.planning.request_metadata import metadata_of
 from starling.vllm_compat.core_process import amend_requests
 

@@ -15,8 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from starling.scheduler.planning.counts import mean_pairs
-from starling.scheduler.planning.plan import DocumentKeys, KeyRanges, StarPlan, count_pairs
+from starling.scheduler.planning.plan import DocumentKeys, KeyRanges, StarPlan, count_pairs, mean_pairs
 
 
 @dataclass(frozen=True, eq=False)

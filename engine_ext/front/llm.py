@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 import vllm
 from vllm import RequestOutput, SamplingParams
 
-from starling.config.entry import ENTRY
+from starling.config.entry import ENTRY, refuse_missing_plugin
 from starling.config.parsing import OptionError
 from starling.config.star import Star, flat_options, parse_options
-from starling.engine_ext.environment import refuse_missing_plugin
 from starling.vllm_compat.versions import problem
 
 if TYPE_CHECKING:

@@ -7,9 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from starling.config.entry import CACHE_SALT, ENTRY
+from starling.config.entry import CACHE_SALT, ENTRY, PRESET, PRESETS
 from starling.config.parsing import OptionError
-from starling.config.presets import PRESET, PRESETS
 from starling.config.star import (
     ALLOWED,
     FIELD_OF,

@@ -26,10 +26,10 @@ from starling.engine_ext.front.bounds import shortened
 from starling.engine_ext.front.misplaced import nearly, refuse_among_options
 from starling.engine_ext.front.observability import front_metrics
 from starling.features import make_features
-from starling.scheduler.planning.counts import describe, model_keys
 from starling.scheduler.planning.decide import Decision, decide
 from starling.scheduler.planning.documents import NOT_ONE_TOKEN, refuse_many_offsets
 from starling.scheduler.planning.facts import ONE_REPLICA, EngineFacts, PromptFacts
+from starling.scheduler.planning.plan import describe, model_keys
 from starling.scheduler.planning.rules import SEGMENTS
 from starling.vllm_compat.config import page_size_before_start
 

@@ -18,10 +18,9 @@ from starling.engine_ext.front.call import current_call
 from starling.engine_ext.front.misplaced import refuse_at_top_level, refuse_misspelled
 from starling.engine_ext.front.observability import front_metrics
 from starling.engine_ext.front.planning import PromptPlanner, rejection
-from starling.scheduler.planning.counts import describe
 from starling.scheduler.planning.decide import PLANNED, Decision, decision_of
 from starling.scheduler.planning.facts import PromptFacts
-from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.plan import StarPlan, describe
 from starling.scheduler.planning.request_metadata import KEY, NO_METADATA, RequestMetadata
 from starling.vllm_compat.front import IS_BEAM
 

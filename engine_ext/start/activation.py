@@ -19,20 +19,25 @@ from starling.attention_backends.paged import CLASSES, NAME
 from starling.attention_backends.star.model_heads import scores_of
 from starling.attention_backends.star.refusals import has_dense_heads
 from starling.config.entry import (
+    ADMIN_KEY_ENV,
     CACHE_SALT,
     ENTRY,
     GPU_ATTENTION,
+    LIVE_DATA,
     LIVE_PAGE,
+    LIVE_PATH,
+    PRESET,
     STAR_HEADS,
     Entries,
     StarlingConfig,
     config_of,
     parse_config,
+    preset_of,
+    refuse_rust_front,
+    with_preset,
 )
 from starling.config.parsing import OptionError
-from starling.config.presets import PRESET, preset_of, with_preset
 from starling.config.star import StarOptions, summary
-from starling.engine_ext.environment import ADMIN_KEY_ENV, LIVE_DATA, LIVE_PATH, refuse_rust_front
 from starling.engine_ext.front.cache_salt import api_keys
 from starling.engine_ext.front.observability import front_metrics
 from starling.engine_ext.front.planning import engine_facts, refuse_segment_text, star_page_size

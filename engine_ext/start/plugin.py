@@ -14,11 +14,11 @@ from typing import Any
 
 from starling.engine_ext.models.configs import register_model_families
 from starling.vllm_compat.bench_commands import add_bench_backend, is_bench
-from starling.vllm_compat.chat import before_tokenizing, on_rendered_chat
 from starling.vllm_compat.config import is_async_engine, on_engine_config, on_server_args
 from starling.vllm_compat.core_process import divide_kv_memory_check
 from starling.vllm_compat.front import (
     abort_unsent_requests,
+    before_tokenizing,
     on_abort,
     on_beam_search,
     on_encode,
@@ -26,6 +26,7 @@ from starling.vllm_compat.front import (
     on_generate,
     on_openai_request,
     on_processed_request,
+    on_rendered_chat,
     on_request_output,
 )
 from starling.vllm_compat.versions import problem

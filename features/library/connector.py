@@ -16,9 +16,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import Of
 from vllm.logger import init_logger
 
 from starling.features.library.core import PATIENCE_SECONDS, PageLoads
-from starling.features.library.file_space import LATER_SECONDS
 from starling.features.library.identity import described, identity_of, layouts_of
-from starling.features.library.tier import LibraryTier
+from starling.features.library.tier import LATER_SECONDS, LibraryTier
 from starling.features.library.worker import loaded_digest, may_change_weights, name_of
 from starling.features.retention.core import ranges_with
 from starling.scheduler.cache_keys import adapter_keys

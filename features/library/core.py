@@ -13,10 +13,9 @@ from vllm.v1.kv_offload.base import LookupResult
 from starling.config.entry import StarlingConfig
 from starling.features.reuse.core import BlockReuse
 from starling.scheduler.cache_keys import independent_plan
-from starling.scheduler.core_metrics import MEMORY
 from starling.scheduler.part import CorePart
 from starling.scheduler.planning.request_metadata import metadata_of
-from starling.scheduler.provenance import Provenance
+from starling.scheduler.provenance import MEMORY, Provenance
 from starling.vllm_compat.kv_pages import CacheGroup, Page
 from starling.vllm_compat.offloading import PageLoad, PageOffloading
 from starling.vllm_compat.scheduler_view import SchedulerView

@@ -14,7 +14,7 @@ from typing import Any
 from starling.config.entry import StarlingConfig
 from starling.scheduler.cache_state import LIVE_REQUESTS, progress_of
 from starling.scheduler.part import CorePart
-from starling.scheduler.planning.counts import describe
+from starling.scheduler.planning.plan import describe
 from starling.scheduler.planning.request_metadata import SOURCES, metadata_of
 from starling.vllm_compat.core_process import add_core_utility
 from starling.vllm_compat.scheduler_view import SchedulerView

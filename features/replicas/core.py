@@ -17,9 +17,9 @@ from vllm.v1.request import RequestStatus
 
 from starling.config.entry import StarlingConfig
 from starling.features.replicas.connector_metadata import WorkerReport, worker_report
-from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.part import CorePart
 from starling.scheduler.planning.request_metadata import LOST, default_num_shards, metadata_of
+from starling.scheduler.provenance import scheduler_metrics
 from starling.vllm_compat.kv_pages import Page
 from starling.vllm_compat.prefix_cache import leave_out_of_hit_rate
 from starling.vllm_compat.scheduler_view import SchedulerView

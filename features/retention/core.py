@@ -9,10 +9,10 @@ from typing import Any
 from vllm.logger import init_logger
 
 from starling.config.entry import StarlingConfig
-from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.part import CorePart
 from starling.scheduler.planning.plan import StarPlan
 from starling.scheduler.planning.request_metadata import metadata_of
+from starling.scheduler.provenance import scheduler_metrics
 from starling.vllm_compat.free_pages import FreePages, Retention
 from starling.vllm_compat.kv_pages import CacheGroup, Page
 from starling.vllm_compat.scheduler_view import SchedulerView

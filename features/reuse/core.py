@@ -17,12 +17,11 @@ from starling.config.scheduling import MIN_CHUNK
 from starling.features.retention.core import RetainedPages
 from starling.scheduler.cache_keys import chain_restarts, independent_block_hasher, independent_plan
 from starling.scheduler.cache_state import CACHED_TOKENS
-from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.part import CorePart
 from starling.scheduler.planning.facts import dependence
 from starling.scheduler.planning.plan import StarPlan, pad
 from starling.scheduler.planning.request_metadata import KEY, OWN_CONNECTORS, RequestMetadata, metadata_of
-from starling.scheduler.provenance import Provenance
+from starling.scheduler.provenance import Provenance, scheduler_metrics
 from starling.vllm_compat.core_process import add_core_utility
 from starling.vllm_compat.kv_pages import CacheGroup, Page
 from starling.vllm_compat.prefix_cache import count_cached_tokens, use_request_hasher

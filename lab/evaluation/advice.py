@@ -14,8 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from starling.config.quality import size_text, size_texts
 from starling.config.star import PREFIX, QUALITY_SIZES, flat_name
-from starling.lab.evaluation.plans import Plan, parse_plan
-from starling.lab.evaluation.prompt_options import PromptOptions
+from starling.lab.evaluation.prompt_options import Plan, PromptOptions, parse_plan
 from starling.lab.evaluation.prompts import Prompt, read_own_prompts
 from starling.lab.evaluation.report import percent, points
 from starling.lab.statistics import LOSSLESS_DRAWS, Interval, lower_bound, prompts_needed, upper_bound

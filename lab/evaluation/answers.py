@@ -13,7 +13,7 @@ import httpx
 
 from starling.config.parsing import plain, plain_json
 from starling.lab.command_line import CommandFailed
-from starling.lab.evaluation.plans import Plan
+from starling.lab.evaluation.prompt_options import Plan
 from starling.lab.evaluation.store import TokenScore
 
 MAX_ANSWER_BYTES = 16 * 2**20

@@ -30,7 +30,7 @@ from starling.lab.evaluation.answers import (
     retry_after,
     understood,
 )
-from starling.lab.evaluation.plans import Plan
+from starling.lab.evaluation.prompt_options import Plan
 from starling.lab.evaluation.prompts import NO_TEMPLATE, Tokenizer
 from starling.lab.evaluation.store import TokenScore
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from starling.lab.evaluation.plans import DENSE
+from starling.lab.evaluation.prompt_options import DENSE
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.store import Answer, TokenScore
 from starling.lab.evaluation.tasks import Match

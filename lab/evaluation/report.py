@@ -22,7 +22,7 @@ from starling.lab.evaluation.comparison import ALL, Cell, Pair
 from starling.lab.statistics import Interval
 
 WORDS = {"B": "blocks of", "A": "anchor", "O": "overlap", "H": "dense heads", "Q": "query", "S": "documents at"}
-"""Parts of a plan's name (lab/evaluation/plans.py), in words."""
+"""Parts of a plan's name (lab/evaluation/prompt_options.py), in words."""
 VERSION = 1
 NUM_EXAMPLES = 10
 TOO_HARD = 0.1  # a score of dense below which the summary warns

@@ -8,7 +8,7 @@ from typing import Any
 
 from starling.lab.evaluation.answers import Completion, ServerError, naming
 from starling.lab.evaluation.client import Client
-from starling.lab.evaluation.plans import DENSE, Plan, with_dense
+from starling.lab.evaluation.prompt_options import DENSE, Plan, with_dense
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.store import Answer, Store, answer_key
 

@@ -31,7 +31,7 @@ from starling.lab.selftest.engine_checks import (
     settings,
     steady_checks,
 )
-from starling.lab.selftest.kernels import kernel_checks, row_checks
+from starling.lab.selftest.kernels import kernel_checks, row_checks, tile_checks
 from starling.lab.selftest.model import TINY, make_config, make_model, max_length, timed_shape, vocabulary
 from starling.lab.selftest.result import (
     NO_GPU,
@@ -49,7 +49,6 @@ from starling.lab.selftest.result import (
 )
 from starling.lab.selftest.served import MEMORY, served, served_checks
 from starling.lab.selftest.speed import speed_checks
-from starling.lab.selftest.tiles import tile_checks
 
 if TYPE_CHECKING:
     from starling.lab.selftest.engine_checks import Engines

@@ -8,11 +8,21 @@ from starling.config.star import StarOptions, num_blocks
 
 BLOCKS_OF_PROMPT = {"fast": 16, "balanced": 8, "careful": 4}
 """Into how many blocks a prompt of each quality is cut at most (docs/dense-heads.md has what they lose)."""
+
+
 DEFAULT_QUALITY = "balanced"
+
+
 MIN_BLOCK_SIZE = 1024
+
+
 DOCUMENT_BLOCK_SIZE = 8192
 """B by default where blocks are documents, so that it does not depend on the prompt."""
+
+
 ANCHOR_TOKENS = 128
+
+
 ANCHORS_OF_BLOCK = 8
 
 

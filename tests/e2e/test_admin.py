@@ -18,8 +18,8 @@ from examples.server import ENVIRONMENT
 from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.progress import ProgressPoller
 from starling.engine_ext.front.requests import RequestPlanner
-from starling.engine_ext.serving.errors import DrainingError
 from starling.engine_ext.serving.grpc import admin
+from starling.engine_ext.serving.grpc.messages import DrainingError
 from starling.engine_ext.start import plugin
 from starling.scheduler.planning.plan import StarPlan, blocks_done
 from starling.v1 import admin_pb2 as pb

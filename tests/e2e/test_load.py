@@ -29,7 +29,7 @@ from benchmarks.soak.server import scores_options
 from benchmarks.soak.target import Clients, Target
 from examples.server import serving
 from starling.client import AsyncClient, StarlingError
-from starling.engine_ext.serving.errors import GRPC_CODES
+from starling.engine_ext.serving.grpc.messages import GRPC_CODES
 from starling.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as pb
 from tests.e2e.fuzz import messages, mutated

@@ -172,8 +172,8 @@ def interpret() -> None:
 
 def time_tiles() -> None:
     """`starling selftest` compares the results of all tiles, and names the fastest."""
-    from starling.lab.selftest.tiles import Call, Shape
-    from starling.lab.selftest.tiles import time_tiles as compare
+    from starling.lab.selftest.kernels import Call, Shape
+    from starling.lab.selftest.kernels import time_tiles as compare
 
     shape = Shape(rows=1, documents=2, document_tokens=80, kv_heads=1, group=2, size=16)
     for queries in (1, 9):

@@ -25,8 +25,7 @@ from vllm.logger import configure_logging_from_args, init_logger
 from vllm.platforms import current_platform
 from vllm.utils.system_utils import decorate_logs
 
-from starling.config.entry import ENTRY
-from starling.engine_ext.environment import ADMIN_KEY_ENV
+from starling.config.entry import ADMIN_KEY_ENV, ENTRY
 from starling.engine_ext.front.bounds import MAX_CHOICES, MAX_CHOICES_ENV
 from starling.engine_ext.front.cache_salt import api_keys
 from starling.engine_ext.front.front_state import front_state

@@ -11,26 +11,25 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from starling.config.entry import (
+    ADMIN_KEY_ENV,
     CACHE_SALT,
     CHOICES,
     ENTRY,
     LIVE_PAGE,
+    PRESET,
+    PRESETS,
     SCHEDULING,
     STAR_ADAPTER,
     STAR_HEADS,
     STAR_LIBRARY,
     parse_config,
-)
-from starling.config.library import FORM
-from starling.config.parsing import OptionError, meant
-from starling.config.presets import PRESET, PRESETS
-from starling.config.scheduling import SchedulingOptions
-from starling.config.star import QUALITY_SIZES, SHARED, StarOptions, flat_name, parse_options
-from starling.engine_ext.environment import (
-    ADMIN_KEY_ENV,
     refuse_missing_plugin,
     refuse_rust_front,
 )
+from starling.config.library import FORM
+from starling.config.parsing import OptionError, meant
+from starling.config.scheduling import SchedulingOptions
+from starling.config.star import QUALITY_SIZES, SHARED, StarOptions, flat_name, parse_options
 from starling.engine_ext.serving.grpc.server_options import LOOPBACK, AdminOptions, is_loopback
 from starling.vllm_compat.config import move_option
 

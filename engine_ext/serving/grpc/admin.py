@@ -21,7 +21,6 @@ from starling.attention_backends.star.refusals import star_refusals
 from starling.config.star import StarOptions
 from starling.engine_ext.front.cache_salt import digest, has_valid_key
 from starling.engine_ext.front.front_state import front_state
-from starling.engine_ext.serving.errors import DrainingError
 from starling.engine_ext.serving.grpc.arrivals import ArrivalInterceptor
 from starling.engine_ext.serving.grpc.auth import (
     ADMIN_METHODS,
@@ -34,7 +33,7 @@ from starling.engine_ext.serving.grpc.auth import (
     host_of,
     refusal_handler,
 )
-from starling.engine_ext.serving.grpc.messages import MODES, abort
+from starling.engine_ext.serving.grpc.messages import MODES, DrainingError, abort
 from starling.engine_ext.serving.grpc.server_options import MAX_ADMIN_BYTES, server_options
 from starling.scheduler.cache_state import ATTENTION_BACKENDS, CACHE_STATE
 from starling.v1 import admin_pb2 as pb

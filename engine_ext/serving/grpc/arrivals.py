@@ -21,9 +21,8 @@ from google.protobuf.message import DecodeError
 from vllm.exceptions import VLLMValidationError
 
 from starling.engine_ext.front.bounds import FIELDS
-from starling.engine_ext.serving.errors import SlowMessageError
 from starling.engine_ext.serving.grpc.auth import HEALTH_PREFIX, METHOD_HANDLERS, Continuation, host_of
-from starling.engine_ext.serving.grpc.messages import abort
+from starling.engine_ext.serving.grpc.messages import SlowMessageError, abort
 from starling.features.replicas.split.split_state import retrieve_error
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5

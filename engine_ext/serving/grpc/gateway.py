@@ -21,9 +21,8 @@ from vllm.exceptions import VLLMValidationError
 
 from starling.engine_ext.front.bounds import KV_TRANSFER, REQUEST_ID, SAMPLING, shortened
 from starling.engine_ext.front.call import this_call
-from starling.engine_ext.serving.errors import DuplicateRequestError
 from starling.engine_ext.serving.grpc.inference import Inference
-from starling.engine_ext.serving.grpc.messages import given
+from starling.engine_ext.serving.grpc.messages import DuplicateRequestError, given
 from starling.engine_ext.serving.http.middleware import HEADER, header_value
 from starling.v1 import inference_pb2
 

@@ -36,10 +36,16 @@ from starling.engine_ext.front.call import note_star
 from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.observability import headers_of_call
 from starling.engine_ext.front.requests import shown_plan
-from starling.engine_ext.serving.errors import DuplicateRequestError, TokenizeMemoryError, root_cause
 from starling.engine_ext.serving.grpc.admin import star_message
 from starling.engine_ext.serving.grpc.arrivals import ClientOf
-from starling.engine_ext.serving.grpc.messages import abort, given, star_args
+from starling.engine_ext.serving.grpc.messages import (
+    DuplicateRequestError,
+    TokenizeMemoryError,
+    abort,
+    given,
+    root_cause,
+    star_args,
+)
 from starling.engine_ext.serving.grpc.outputs import deltas, final, prompt_logprobs, with_progress
 from starling.engine_ext.serving.grpc.prompt_inputs import (
     GenerateRequest,

@@ -11,8 +11,8 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 
 from starling.engine_ext.front.bounds import UPLOAD
-from starling.engine_ext.serving.errors import UploadMemoryError
 from starling.engine_ext.serving.grpc.arrivals import SlowMessageError, arriving
+from starling.engine_ext.serving.grpc.messages import UploadMemoryError
 from starling.engine_ext.serving.grpc.prompt_inputs import PromptLimit
 from starling.engine_ext.serving.grpc.server_options import MAX_REQUEST_BYTES
 from starling.v1 import inference_pb2 as pb

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from vllm.exceptions import RetryableRequestError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from starling.engine_ext.environment import ADMIN_KEY_ENV, LIVE_DATA, LIVE_PATH
+from starling.config.entry import ADMIN_KEY_ENV, LIVE_DATA, LIVE_PATH
 from starling.engine_ext.front.cache_salt import api_keys, authorization_of, digest, has_valid_key, path_of
 from starling.engine_ext.front.live import LiveView
 

@@ -1,4 +1,4 @@
-"""ASGI middleware: API keys, the Call, the plan in a header, look-ups, the OpenAPI document, and the end of the server.
+"""ASGI middleware: keys, the Call, plan header, progress events, look-ups, OpenAPI document, and the server's end.
 
 The outermost one makes the Call, in which the others note what they learn of the request. When the application starts,
 it notes the application's list of models, which alone knows LoRA adapters by name, and
@@ -13,19 +13,20 @@ import contextlib
 import json
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
+from dataclasses import asdict
 from typing import Any
 
 from starlette.responses import JSONResponse
 from vllm.logger import init_logger
 
-from starling.engine_ext.environment import ADMIN_KEY_ENV
+from starling.config.entry import ADMIN_KEY_ENV
 from starling.engine_ext.front.bounds import HEAD
 from starling.engine_ext.front.cache_salt import api_keys, authorization_of, bearer_key, digest, has_valid_key, path_of
 from starling.engine_ext.front.call import Call, current_call, this_call
 from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.loop_watch import watch_loop
-from starling.engine_ext.serving.http.progress_events import is_event_stream
+from starling.engine_ext.front.progress import Progress
 from starling.vllm_compat.front import around_shutdown, is_hooked
 from starling.vllm_compat.server_socket import bound_request_heads, close_connections
 
@@ -326,3 +327,66 @@ class EndWithEngine:
                 raise
         finally:
             self.running.discard(task)
+
+
+PROGRESS_HEADER = b"x-starling-progress"
+PROGRESS_PATHS = ("/v1/completions", "/v1/chat/completions")
+
+
+def wants_progress(scope: Any) -> bool:
+    """Return whether a request has the header, and a path that supports it."""
+    if scope["type"] != "http" or not scope["path"].endswith(PROGRESS_PATHS):
+        return False
+    return any(name.lower() == PROGRESS_HEADER and value.strip().lower() == b"true" for name, value in scope["headers"])
+
+
+def comment(prompt_index: int, progress: Progress) -> bytes:
+    """Return a comment of the event stream; ``prompt_index`` counts the prompts of a request that has several."""
+    numbers = {name: value for name, value in asdict(progress).items() if value is not None}
+    return f": starling-progress {json.dumps({'prompt_index': prompt_index} | numbers)}\n\n".encode()
+
+
+class HttpProgress:
+    """Middleware around ``app`` that adds the progress."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if not wants_progress(scope):
+            await self.app(scope, receive, send)
+            return
+        request_ids = this_call().request_ids
+        watchers: list[asyncio.Task] = []
+
+        async def send_progress(prompt_index: int, request_id: str) -> None:
+            engine = scope["app"].state.engine_client
+            async with aclosing(front_state(engine).poller.watch(engine, request_id)) as updates:
+                async for progress in updates:
+                    body = comment(prompt_index, progress)
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+
+        async def stop() -> None:
+            for watcher in watchers:
+                watcher.cancel()
+            # A watcher fails where the connection is lost, and then the response fails too.
+            await asyncio.gather(*watchers, return_exceptions=True)
+            watchers.clear()
+
+        async def send_after_progress(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                await stop()
+            await send(message)
+            if message["type"] == "http.response.start" and is_event_stream(message):
+                watchers.extend(asyncio.create_task(send_progress(*item)) for item in enumerate(request_ids))
+
+        try:
+            await self.app(scope, receive, send_after_progress)
+        finally:
+            await stop()
+
+
+def is_event_stream(start: Any) -> bool:
+    """Return whether the response that this ASGI message starts is an event stream."""
+    headers = {name.lower(): value for name, value in start.get("headers", [])}
+    return headers.get(b"content-type", b"").startswith(b"text/event-stream")

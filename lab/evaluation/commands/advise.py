@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import TaskID
 
-from starling.config.entry import ENTRY, STAR_ADAPTER, STAR_HEADS
-from starling.config.presets import PRESET
+from starling.config.entry import ENTRY, PRESET, STAR_ADAPTER, STAR_HEADS
 from starling.config.quality import size_text
 from starling.config.star import FIELD_OF, FIELDS, QUALITY_SIZES, flat_name
 from starling.lab.evaluation.advice import (
@@ -52,8 +51,7 @@ from starling.lab.evaluation.commands.measuring import (
     run_measurement,
 )
 from starling.lab.evaluation.comparison import key_share, logprob_difference, make_pairs
-from starling.lab.evaluation.plans import DENSE, Plan
-from starling.lab.evaluation.prompt_options import parse_options, without_secrets
+from starling.lab.evaluation.prompt_options import DENSE, Plan, parse_options, without_secrets
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.report import terminal_table, write_files
 from starling.lab.evaluation.runner import evaluate, key_of

@@ -20,7 +20,7 @@ from starling.lab.evaluation.commands.measuring import (
     run_measurement,
 )
 from starling.lab.evaluation.comparison import compare, compare_depths, make_pairs
-from starling.lab.evaluation.plans import ALLOWED as ALLOWED_PLANS
+from starling.lab.evaluation.prompt_options import ALLOWED as ALLOWED_PLANS
 from starling.lab.evaluation.prompt_options import EvalOptions, parse_options
 from starling.lab.evaluation.report import Report, figure_png, html_report, summary, terminal_tables, worst, write_files
 from starling.lab.evaluation.runner import evaluate, key_of

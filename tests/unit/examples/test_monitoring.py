@@ -13,7 +13,7 @@ import starling.engine_ext.worker.star_worker
 import starling.features.library.tier
 import starling.features.replicas.page_transfer
 import starling.features.replicas.split.split_state
-import starling.scheduler.core_metrics
+import starling.scheduler.provenance
 from starling.vllm_compat.metrics import DIRECTORY_ENV
 from tests.dashboard import (
     DASHBOARD,
@@ -65,7 +65,7 @@ def exported(tmp_path_factory):
             starling.features.library.tier,
             starling.features.replicas.split.split_state,
             starling.features.replicas.page_transfer,
-            starling.scheduler.core_metrics,
+            starling.scheduler.provenance,
         )
         for module in modules:
             for kind in (Counter, Gauge):
@@ -78,8 +78,8 @@ def exported(tmp_path_factory):
             starling.features.library.tier.LibraryMetrics,
             starling.features.replicas.split.split_state.SplitMetrics,
             starling.features.replicas.page_transfer.ReplicaMetrics,
-            starling.scheduler.core_metrics.CacheMetrics,
-            starling.scheduler.core_metrics.SchedulerMetrics,
+            starling.scheduler.provenance.CacheMetrics,
+            starling.scheduler.provenance.SchedulerMetrics,
         ):
             metrics()
     return labels

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from starling.features.library import file_space
-from starling.features.library.file_space import (
+from starling.features.library import tier
+from starling.features.library.tier import (
     ABANDONED_SECONDS,
     COUNT_FILE,
     LATER_SECONDS,
@@ -161,7 +161,7 @@ def test_a_file_that_gets_its_name_while_files_are_looked_at_counts(
     """Another thread's file is written and named behind the look at its folder, which has not seen its new name."""
     space = FileSpace(tmp_path, 10 * SIZE)
     fill(space, 9)
-    listed, look = threading.Event(), file_space.stored_files
+    listed, look = threading.Event(), tier.stored_files
 
     def write_other() -> None:
         with space.room_for(SIZE):
@@ -169,7 +169,7 @@ def test_a_file_that_gets_its_name_while_files_are_looked_at_counts(
             listed.wait()
             write(tmp_path, page("d"))
 
-    def look_slowly(folder: Path) -> Iterator[file_space.StoredFile]:
+    def look_slowly(folder: Path) -> Iterator[tier.StoredFile]:
         found = list(look(folder))
         listed.set()
         other.join()
@@ -178,7 +178,7 @@ def test_a_file_that_gets_its_name_while_files_are_looked_at_counts(
     writing, other = threading.Event(), threading.Thread(target=write_other)
     other.start()
     assert writing.wait(60)
-    monkeypatch.setattr(file_space, "stored_files", look_slowly)
+    monkeypatch.setattr(tier, "stored_files", look_slowly)
     take(space)
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.bin")) <= 10 * SIZE
 
@@ -193,14 +193,14 @@ def test_a_damaged_count_is_counted_anew(tmp_path: Path, content: str) -> None:
 
 def test_servers_with_one_folder_share_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each reads the count and writes it behind a switch of threads: without the lock one of them would be lost."""
-    read = file_space.Count.read
+    read = tier.Count.read
 
-    def slow(count: file_space.Count) -> int | None:
+    def slow(count: tier.Count) -> int | None:
         total = read(count)
         time.sleep(0.002)
         return total
 
-    monkeypatch.setattr(file_space.Count, "read", slow)
+    monkeypatch.setattr(tier.Count, "read", slow)
     spaces = [FileSpace(tmp_path, 1000 * SIZE) for _ in range(4)]
 
     def write_ten(space: FileSpace) -> None:

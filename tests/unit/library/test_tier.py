@@ -21,9 +21,8 @@ from vllm.v1.kv_offload.tiering.base import TransferJob
 from starling.config.parsing import OptionError
 from starling.features.library import tier as tier_module
 from starling.features.library.connector import close_after_change
-from starling.features.library.file_space import COUNT_FILE, MODEL_FOLDER, stored_files
 from starling.features.library.identity import STAMP_BYTES, has_stamp, identity_of, write_stamp
-from starling.features.library.tier import LibraryTier
+from starling.features.library.tier import COUNT_FILE, MODEL_FOLDER, LibraryTier, stored_files
 from starling.vllm_compat import core_process
 from starling.vllm_compat.core_process import on_worker_call
 

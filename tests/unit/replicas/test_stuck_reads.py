@@ -15,8 +15,8 @@ from starling.features.replicas.connector import StarConnector
 from starling.features.replicas.connector_metadata import WorkerReport
 from starling.features.replicas.core import SplitPrompts
 from starling.features.replicas.page_transfer import PageReader
-from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.planning.request_metadata import LOST, PageFetch, PageSource, RequestMetadata
+from starling.scheduler.provenance import scheduler_metrics
 from tests.unit.replicas.test_connector import (
     PLAN,
     config,  # noqa: F401

@@ -11,8 +11,8 @@ from vllm.v1.request import RequestStatus
 
 from starling.engine_ext.engine_core import AsyncStarScheduler, StarScheduler
 from starling.features.reuse.core import BlockReuse
-from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.provenance import scheduler_metrics
 from tests.unit.scheduler.simulation import Engine, make_config, make_scheduler, random_ids
 
 PAGE_SIZE, BLOCK, BLOCKS, QUERY, NEW = 8, 32, 6, 13, 3

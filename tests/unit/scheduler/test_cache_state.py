@@ -10,7 +10,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWind
 from vllm.v1.request import RequestStatus
 
 from starling.engine_ext.engine_core import AsyncStarScheduler, StarScheduler
-from starling.scheduler import core_metrics
+from starling.scheduler import provenance
 from starling.scheduler.cache_state import cache_state, group_state, prefill_progress
 from starling.scheduler.planning.plan import StarPlan, blocks_done
 from starling.scheduler.planning.request_metadata import PromptPart, RequestMetadata
@@ -104,7 +104,7 @@ def test_the_state_and_the_metrics_of_a_compressed_cache(config, monkeypatch):
     """With eight tokens a state, 165 tokens are 20 states. The metric counts them until the request ends."""
     monkeypatch.setattr(config.cache_config, "kv_cache_size_tokens", 9000)
     scheduler = make_scheduler(config, StarScheduler, page_size=128, tokens_per_state=8)
-    gauges = core_metrics.cache_metrics()
+    gauges = provenance.cache_metrics()
     row = 2 * 32 * 4
     sizes = {"capacity_tokens": 9000, "uncompressed_capacity_tokens": TOTAL * 16}
     assert {name: cache_state(scheduler, per_request=False)[name] for name in sizes} == sizes

@@ -9,7 +9,7 @@ from vllm.v1.request import RequestStatus
 from starling.engine_ext.engine_core import AsyncStarScheduler, StarScheduler
 from starling.features.live import core as live_requests
 from starling.features.live.core import LISTED, MAX_ID, LiveRequests, shortened
-from starling.scheduler.planning.counts import summary
+from starling.scheduler.planning.plan import summary
 from starling.scheduler.planning.request_metadata import PromptPart, RequestMetadata
 from tests.unit.scheduler.simulation import make_request, make_scheduler
 from tests.unit.scheduler.test_cache_state import step

@@ -19,7 +19,7 @@ from vllm.v1.request import RequestStatus
 from starling.engine_ext.engine_core import AsyncStarScheduler, StarScheduler
 from starling.features.library import core
 from starling.features.library.core import PageLoads
-from starling.features.library.file_space import LATER_SECONDS
+from starling.features.library.tier import LATER_SECONDS
 from starling.scheduler.planning.plan import StarPlan
 from starling.scheduler.planning.request_metadata import PageFetch, PageSource, PromptPart, RequestMetadata
 from tests.stateful import CountingMachine, Length, run_machine

@@ -18,8 +18,8 @@ from starling.config.scheduling import SchedulingOptions, parse_scheduling
 from starling.engine_ext.engine_core import StarScheduler
 from starling.features.fairness.core import PrefillLimiter
 from starling.features.fairness.step_budget import Limits, LongPrompt, attended, chunk_within, divide_step, make_limits
-from starling.scheduler.core_metrics import scheduler_metrics
 from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.provenance import scheduler_metrics
 from tests.unit.scheduler.simulation import SHAPE, Engine, make_scheduler, random_ids
 from tests.unit.scheduler.steps import LONG, PAGE_SIZE, STEP, add_long, make_engine, make_step_config, throttle
 

@@ -11,7 +11,7 @@ from vllm.renderers import TokenizeParams
 from vllm.renderers.base import BaseRenderer
 from vllm.renderers.hf import HfRenderer
 
-from starling.vllm_compat import chat
+from starling.vllm_compat import front
 
 OWN, DEFAULT = TokenizeParams(max_total_tokens=9), TokenizeParams(max_total_tokens=7)
 
@@ -44,7 +44,7 @@ def test_engine_inputs_are_added_to_where_that_is_wanted(monkeypatch, wanted, gi
 
     monkeypatch.setattr(BaseRenderer, "render_chat_async", render_chat_async)
     for _ in range(2):
-        chat.on_rendered_chat(lambda renderer: wanted, add)
+        front.on_rendered_chat(lambda renderer: wanted, add)
     renderer = SimpleNamespace(default_chat_tok_params=DEFAULT)
     made = asyncio.run(BaseRenderer.render_chat_async(renderer, [["a"], ["b"]], "params", *given, prompt_extras={}))
     expected = [{"number": 0}, {"number": 1}]
@@ -67,7 +67,7 @@ def test_offsets_that_the_request_asks_for_stay(monkeypatch):
         pass
 
     monkeypatch.setattr(BaseRenderer, "render_chat_async", render_chat_async)
-    chat.on_rendered_chat(lambda renderer: True, add)
+    front.on_rendered_chat(lambda renderer: True, add)
     for asked in (True, False):
         tok_params = TokenizeParams(max_total_tokens=9, return_token_offsets=asked)
         _, (made,) = asyncio.run(BaseRenderer.render_chat_async(SimpleNamespace(), [["a"]], "params", tok_params))

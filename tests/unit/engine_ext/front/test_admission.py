@@ -10,8 +10,8 @@ from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, RetryableR
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from starling.engine_ext.front.front_state import front_state
-from starling.engine_ext.serving.errors import DrainingError
 from starling.engine_ext.serving.grpc.admin import AdminServicer
+from starling.engine_ext.serving.grpc.messages import DrainingError
 from starling.features.replicas.replica_calls import OPEN_SHARD
 from starling.v1 import admin_pb2 as pb
 from tests.unit.engine_ext.front.simulation import SHARDS, STAR, TOKENS, both_parts_run, whole_requests

@@ -28,11 +28,10 @@ from starling.engine_ext.front.call import Call
 from starling.engine_ext.front.planning import rejection
 from starling.engine_ext.front.requests import RequestPlanner, check_openai_request
 from starling.engine_ext.serving.cli import serve
-from starling.engine_ext.serving.errors import grpc_code
 from starling.engine_ext.serving.grpc import inference
-from starling.engine_ext.serving.grpc.messages import error_status
+from starling.engine_ext.serving.grpc.messages import error_status, grpc_code
 from starling.v1 import inference_pb2 as pb
-from starling.vllm_compat.chat import before_tokenizing
+from starling.vllm_compat.front import before_tokenizing
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine, front_of
 
 DOCS = Path(__file__).parents[4] / "docs" / "security.md"

@@ -16,10 +16,10 @@ from starling.client.requests import generate_request
 from starling.engine_ext.front.requests import KNOWN_SEGMENTS, PLANNED, RequestPlanner
 from starling.engine_ext.serving.grpc.messages import star_args
 from starling.engine_ext.serving.grpc.outputs import plan_message
-from starling.scheduler.planning.counts import num_client_tokens
 from starling.scheduler.planning.decide import Decision
 from starling.scheduler.planning.documents import NO_CHAT
 from starling.scheduler.planning.facts import KnownSegments, PromptFacts
+from starling.scheduler.planning.plan import num_client_tokens
 from starling.scheduler.planning.request_metadata import KEY, RequestMetadata
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.configs import CPU, drafting, fake_config

@@ -16,14 +16,14 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from starling.vllm_compat.metrics import DIRECTORY_ENV, MULTIPROCESS_ENV, DirectoryCollector, collect_from_children
 
 COUNT_HITS = (
-    "from starling.scheduler.core_metrics import scheduler_metrics as m; "
+    "from starling.scheduler.provenance import scheduler_metrics as m; "
     "m().count_hit('block', 64); m().count_hit('block', 0)"
 )
 COUNT_TOKENS = (
     "from starling.engine_ext.worker.star_worker import worker_metrics; worker_metrics().context_tokens.inc(7)"
 )
 SET_SIZES = """
-from starling.scheduler.core_metrics import cache_metrics
+from starling.scheduler.provenance import cache_metrics
 cache_metrics().states.set(20)
 cache_metrics().bytes_per_token.labels("0", "full_attention").set(34)
 """

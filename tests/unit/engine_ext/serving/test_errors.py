@@ -8,15 +8,16 @@ from vllm import exceptions
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from starling.engine_ext.serving.errors import (
+from starling.engine_ext.serving.grpc.messages import (
     GRPC_CODES,
     DuplicateRequestError,
     TokenizeMemoryError,
     UploadMemoryError,
+    error_status,
+    field_path,
     grpc_code,
     root_cause,
 )
-from starling.engine_ext.serving.grpc.messages import error_status, field_path
 from starling.v1 import inference_pb2 as pb
 
 MADE_BY_HAND = {

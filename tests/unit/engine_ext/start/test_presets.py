@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-from starling.config.entry import parse_config
+from starling.config.entry import PRESETS, parse_config
 from starling.config.parsing import OptionError
-from starling.config.presets import PRESETS
 from starling.engine_ext.start import activation
 from starling.engine_ext.start.activation import before_engine_config
 

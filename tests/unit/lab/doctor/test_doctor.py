@@ -17,9 +17,8 @@ from benchmarks.random_llama import make_random_llama
 from starling.config.star import StarOptions
 from starling.engine_ext.start import plugin
 from starling.lab.doctor import command as doctor
-from starling.scheduler.planning.counts import dense_keys, keys_attended, summary
 from starling.scheduler.planning.facts import EngineFacts
-from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.plan import StarPlan, dense_keys, keys_attended, summary
 from starling.vllm_compat.versions import vllm_version
 from tests.forks import FORK_SHIM, path_with, run_in_fork
 from tests.parity.harness import TINY

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from starling.config.head_scores import HeadScores
 from starling.config.parsing import OptionError
 from starling.lab.evaluation.answers import STAR_NUMBERS
-from starling.scheduler.planning.counts import summary
+from starling.scheduler.planning.plan import summary
 from tests.unit.plans import make_plan
 
 MAX_MODEL_LEN = 100_000

@@ -29,7 +29,7 @@ from starling.lab.evaluation.advice import (
     halves,
 )
 from starling.lab.evaluation.commands.advise import make_parser, measured_speed, run
-from starling.lab.evaluation.plans import parse_plan
+from starling.lab.evaluation.prompt_options import parse_plan
 from starling.lab.evaluation.prompts import Prompt
 from tests.unit.lab.evaluation.fake_server import served
 

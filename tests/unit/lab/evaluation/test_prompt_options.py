@@ -11,8 +11,16 @@ from pathlib import Path
 import pytest
 
 from starling.lab.evaluation.commands.eval import make_parser
-from starling.lab.evaluation.plans import DENSE, LETTERS, Plan, parse_plan, with_dense
-from starling.lab.evaluation.prompt_options import EvalOptions, parse_options, without_secrets
+from starling.lab.evaluation.prompt_options import (
+    DENSE,
+    LETTERS,
+    EvalOptions,
+    Plan,
+    parse_options,
+    parse_plan,
+    with_dense,
+    without_secrets,
+)
 from starling.lab.evaluation.prompts import read_own_prompts
 from starling.lab.evaluation.store import Answer, Store, locked
 from starling.lab.evaluation.tasks import GROUPS, TASKS

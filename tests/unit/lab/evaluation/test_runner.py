@@ -9,7 +9,7 @@ import pytest
 from starling.lab.evaluation import client as client_module
 from starling.lab.evaluation.answers import ServerError
 from starling.lab.evaluation.client import Client
-from starling.lab.evaluation.plans import DENSE, parse_plan
+from starling.lab.evaluation.prompt_options import DENSE, parse_plan
 from starling.lab.evaluation.prompts import Prompt
 from starling.lab.evaluation.runner import Memory, check_same_plan, evaluate
 from tests.unit.lab.evaluation.fake_server import END, served

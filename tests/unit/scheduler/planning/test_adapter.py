@@ -8,10 +8,9 @@ import pytest
 from starling.config.adapter import Distilled, StarAdapter
 from starling.config.star import parse_options
 from starling.features.adapter.front import Adapter
-from starling.scheduler.planning.counts import describe
 from starling.scheduler.planning.decide import decide
 from starling.scheduler.planning.facts import EngineFacts, PromptFacts
-from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.plan import StarPlan, describe
 
 IDS = [*[7] * 40, *[8] * 60, *[9] * 20]
 DOCUMENTS = {"star": "on", "star_segments": [20, 60, 100]}

@@ -11,9 +11,18 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starling.scheduler.planning.counts import context_pairs, keys_attended, num_client_tokens, summary
 from starling.scheduler.planning.documents import lay_out
-from starling.scheduler.planning.plan import StarPlan, blocks_done, client_index, client_indexes, pad
+from starling.scheduler.planning.plan import (
+    StarPlan,
+    blocks_done,
+    client_index,
+    client_indexes,
+    context_pairs,
+    keys_attended,
+    num_client_tokens,
+    pad,
+    summary,
+)
 from starling.scheduler.planning.request_metadata import RequestMetadata
 
 PAGE_SIZE, PAD, QUERY = 4, 9, -1

@@ -11,10 +11,9 @@ from starling.config.head_scores import HeadScores, ScoresError, read_scores
 from starling.config.parsing import OptionError
 from starling.config.star import parse_options
 from starling.scheduler.cache_keys import independent_plan, star_page_key
-from starling.scheduler.planning.counts import dense_keys, keys_attended, summary
 from starling.scheduler.planning.decide import decide
 from starling.scheduler.planning.facts import EngineFacts, KnownSegments, PromptFacts, ReplicaSet
-from starling.scheduler.planning.plan import DenseHeads, StarPlan
+from starling.scheduler.planning.plan import DenseHeads, StarPlan, dense_keys, keys_attended, summary
 from starling.scheduler.planning.request_metadata import RequestMetadata
 from tests.unit.plans import make_plan
 from tests.unit.scheduler.test_cache_keys import fake_request

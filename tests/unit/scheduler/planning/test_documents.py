@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from starling.config.parsing import OptionError
 from starling.config.star import parse_options
-from starling.scheduler.planning.counts import num_client_tokens
 from starling.scheduler.planning.decide import Decision, decide
 from starling.scheduler.planning.documents import (
     NO_CHAT,
@@ -23,7 +22,7 @@ from starling.scheduler.planning.documents import (
     refuse_many_offsets,
 )
 from starling.scheduler.planning.facts import EngineFacts, KnownSegments, PromptFacts, ReplicaSet
-from starling.scheduler.planning.plan import StarPlan, client_indexes, pad
+from starling.scheduler.planning.plan import StarPlan, client_indexes, num_client_tokens, pad
 from tests.unit.lines_run import lines_run
 
 MARK, PAGE_SIZE, BLOCK, QUERY = 0, 4, 8, 3

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from starling.config.parsing import OptionError
 from starling.config.star import StarOptions, flat_name, merge, parse_options
-from starling.scheduler.planning.counts import dense_keys, keys_attended, summary
 from starling.scheduler.planning.facts import ONE_REPLICA, EngineFacts, ReplicaSet
-from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.plan import StarPlan, dense_keys, keys_attended, summary
 from starling.scheduler.planning.request_metadata import (
     KEY,
     PageFetch,

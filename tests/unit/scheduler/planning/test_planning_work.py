@@ -7,9 +7,8 @@ import pytest
 from starling.attention_backends.attamba.chunks import prompt_keys
 from starling.config.star import StarOptions, parse_options
 from starling.scheduler.planning.assignment import ReplicaState, assign_blocks
-from starling.scheduler.planning.counts import summary
 from starling.scheduler.planning.facts import ReplicaSet
-from starling.scheduler.planning.plan import work
+from starling.scheduler.planning.plan import summary, work
 from tests.unit.lines_run import lines_run
 from tests.unit.plans import make_plan
 

@@ -13,8 +13,7 @@ from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
-from starling.scheduler.planning.counts import num_client_tokens
-from starling.scheduler.planning.plan import StarPlan
+from starling.scheduler.planning.plan import StarPlan, num_client_tokens
 from starling.scheduler.planning.request_metadata import SOURCES, RequestMetadata
 from tests.unit.scheduler.simulation import make_request, token_fingerprints
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from starling.config.entry import refuse_missing_plugin, refuse_rust_front
 from starling.config.parsing import OptionError
 from starling.config.star import FIELDS, SHARED, StarOptions, flat_name
-from starling.engine_ext.environment import refuse_missing_plugin, refuse_rust_front
 from starling.engine_ext.serving.cli import main as cli
 from starling.engine_ext.serving.cli.serve_args import (
     FLAGS,

@@ -19,9 +19,9 @@ from starling.config.star import StarOptions
 from starling.engine_ext.front.front_state import front_state
 from starling.engine_ext.front.requests import PLANNED
 from starling.engine_ext.serving.grpc.server import Front
-from starling.scheduler.planning.counts import describe
 from starling.scheduler.planning.decide import Decision
 from starling.scheduler.planning.facts import EngineFacts
+from starling.scheduler.planning.plan import describe
 from starling.v1 import inference_pb2_grpc
 
 PROMPT_TOKENS = 10

@@ -16,7 +16,6 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from starling.config.star import StarOptions
 from starling.engine_ext.serving.cli.serve_args import admin_options
-from starling.engine_ext.serving.errors import DrainingError
 from starling.engine_ext.serving.grpc import admin
 from starling.engine_ext.serving.grpc.admin import (
     AdminServicer,
@@ -25,6 +24,7 @@ from starling.engine_ext.serving.grpc.admin import (
     star_message,
     start_admin_server,
 )
+from starling.engine_ext.serving.grpc.messages import DrainingError
 from starling.v1 import admin_pb2 as pb
 from starling.v1 import admin_pb2_grpc
 from starling.v1 import inference_pb2 as inference

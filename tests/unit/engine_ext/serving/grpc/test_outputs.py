@@ -7,7 +7,7 @@ from vllm.v1.engine import FINISH_REASON_STRINGS
 from starling.config.star import StarOptions
 from starling.engine_ext.serving.grpc import outputs
 from starling.reply import Reply
-from starling.scheduler.planning.counts import context_pairs, describe
+from starling.scheduler.planning.plan import context_pairs, describe
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.fakes import output
 from tests.unit.plans import make_plan

@@ -10,8 +10,8 @@ from grpc_status import rpc_status
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
 
 from starling.engine_ext.front.bounds import UPLOAD
-from starling.engine_ext.serving.errors import UploadMemoryError
 from starling.engine_ext.serving.grpc.arrivals import SlowMessageError
+from starling.engine_ext.serving.grpc.messages import UploadMemoryError
 from starling.engine_ext.serving.grpc.prompt_inputs import PromptLimit
 from starling.engine_ext.serving.grpc.server_options import MAX_REQUEST_BYTES
 from starling.engine_ext.serving.grpc.upload import (

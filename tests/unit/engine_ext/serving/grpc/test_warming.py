@@ -12,7 +12,7 @@ import pytest
 from starling.client import AsyncClient, StarlingError, WarmedDocument
 from starling.config.star import parse_options
 from starling.engine_ext.front.call import current_call
-from starling.engine_ext.serving.errors import DrainingError
+from starling.engine_ext.serving.grpc.messages import DrainingError
 from starling.features.front_request import empty_output
 from starling.scheduler.planning.facts import EngineFacts
 from starling.scheduler.planning.request_metadata import LIBRARY_CONNECTOR

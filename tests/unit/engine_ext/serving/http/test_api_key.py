@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient, WebSocketDenialResponse
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from starling.engine_ext.environment import ADMIN_KEY_ENV
+from starling.config.entry import ADMIN_KEY_ENV
 from starling.engine_ext.serving.http.middleware import OPEN_PATHS, OPERATOR_PATHS, RequireKey, is_open
 
 KEY = {"authorization": "bearer one"}

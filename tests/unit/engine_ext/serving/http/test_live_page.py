@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from starling.engine_ext.environment import ADMIN_KEY_ENV
+from starling.config.entry import ADMIN_KEY_ENV
 from starling.engine_ext.serving.http import live_page
 from starling.engine_ext.serving.http.live_page import MAX_RESPONSES, PAGE, LivePage
 

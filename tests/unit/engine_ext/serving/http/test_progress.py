@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from starling.engine_ext.front.front_state import front_state
-from starling.engine_ext.serving.http.middleware import NoteClient
-from starling.engine_ext.serving.http.progress_events import HttpProgress
+from starling.engine_ext.serving.http.middleware import HttpProgress, NoteClient
 from starling.scheduler.cache_state import PREFILL_PROGRESS
 from tests.unit.engine_ext.front.simulation import Server
 from tests.unit.scheduler.simulation import random_ids

@@ -1,4 +1,4 @@
-"""Documents in a worker: documents, whose keys re-rotated queries meet."""
+"""Documents in the layers of a worker: which layers can have them, and the rotary embeddings of re-rotated queries."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""One prompt that is split over replicas, as the front that it has arrived at runs it; and the peers of a server."""
+"""One prompt that is split over replicas, as the front that it has arrived at runs it."""

@@ -60,13 +60,13 @@ MIDDLEWARE = (  # the last one is the outermost
     f"{HTTP}.middleware.DescribeApi",
     f"{HTTP}.body.BoundBody",
     f"{HTTP}.middleware.PlanHeader",
-    f"{HTTP}.progress_events.HttpProgress",
+    f"{HTTP}.middleware.HttpProgress",
     f"{HTTP}.middleware.AnswerCachedTokens",
     f"{HTTP}.middleware.NoteClient",
-    f"{HTTP}.api_key.RequireKey",
+    f"{HTTP}.middleware.RequireKey",
 )
 PAGE_MIDDLEWARE = f"{HTTP}.live_page.LivePage"
-OUTERMOST = f"{HTTP}.shutdown.EndWithEngine"
+OUTERMOST = f"{HTTP}.middleware.EndWithEngine"
 
 WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "starling.engine_ext.worker.star_worker.StarCPUWorker",

@@ -1,5 +1,5 @@
 // Attention of an Attamba layer: keys and values of the step are rotated and stored, and each token attends to the states
-// that it sees, to its window, and to the state of token 0. attention_backends/attamba/attend.py has the definition.
+// that it sees, to its window, and to the state of token 0. attention_backends/attamba/attend_step.py has the definition.
 #pragma once
 
 #include "run.h"

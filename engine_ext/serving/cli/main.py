@@ -45,7 +45,7 @@ class Command:
 CLI = "engine_ext.serving.cli"
 FIRST = {
     "serve": Command(
-        f"{CLI}.start", "start the OpenAI server, and the gRPC server where --grpc-port is given", UNUSABLE
+        f"{CLI}.start_checks", "start the OpenAI server, and the gRPC server where --grpc-port is given", UNUSABLE
     ),
     "doctor": Command(
         "lab.doctor.command", "show what works on this machine, which backend is active, and what a prompt would cost"

@@ -269,7 +269,7 @@ def test_kernels_of_steps_over_documents_are_warmed_up_on_a_gpu_before_vllm_watc
     monkeypatch.setattr(f"{DOCUMENTS}.make_rotations", lambda *args: rotations)
     monkeypatch.setattr(f"{DOCUMENTS}.before_forward", lambda *args: None)
     monkeypatch.setattr(f"{WORKER}.metadata_builders", lambda runner: [(SPLITS, ["full"])])
-    monkeypatch.setattr("starling.attention_backends.star.backend.warm_up", lambda *args: calls.append(args))
+    monkeypatch.setattr("starling.attention_backends.star.document_layers.warm_up", lambda *args: calls.append(args))
     monkeypatch.setattr(FakeWorker, "compile_or_warm_up_model", lambda self: calls.append("vLLM's"))
     given = {"device_config__device_type": device, "additional_config": {"starling": {"star_segments": segments}}}
     worker = make_worker(**(FOR_DOCUMENTS if device == "cuda" else {}) | given)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import selectors
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-STEPS_AT_ONE_TIME = 100_000
+STEPS_AT_ONE_TIME, STEPS_WITHOUT_SLEEP = 20_000, 1_000
+"""How often tasks may run while no time passes: behind the second number a thread that they wait for gets a millisecond
+each time."""
 SECONDS_FOR_A_THREAD = 300
 
 
@@ -31,6 +34,8 @@ class JumpingSelector(selectors.DefaultSelector):
         assert events or timeout is not None, "every task waits for something that never happens"
         self.idle_calls = 0 if timeout else self.idle_calls + 1
         assert self.idle_calls < STEPS_AT_ONE_TIME, "tasks run without an end, and no time passes"
+        if self.idle_calls > STEPS_WITHOUT_SLEEP:
+            time.sleep(0.001)
         if not events and timeout:
             self.now += timeout
         return events

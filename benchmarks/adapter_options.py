@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.report import saved_figure, write_row
 from starling.lab.distillation.adapted_model import AdaptedModel
-from starling.lab.distillation.command import task_cases
+from starling.lab.distillation.distil import task_cases
 from starling.lab.distillation.distil_options import DistilOptions
 from starling.lab.distillation.training import HeldOut, Training, losses
 from starling.lab.evaluation.document_prompts import Encoder

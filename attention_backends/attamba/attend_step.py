@@ -10,11 +10,11 @@ import torch
 from starling.attention_backends.attamba.cache import KvPages, locate
 from starling.attention_backends.attamba.chunks import PAGE_ROWS, ChunkPlan, StatesMade
 from starling.attention_backends.kernels.contract import Operands
-from starling.attention_backends.kernels.cpu.attention import DTYPES, VECTOR_SIZE, built_op
+from starling.attention_backends.kernels.cpu.paged_op import DTYPES, VECTOR_SIZE, built_op
 from starling.attention_backends.kernels.dispatch import paged_attention
 
 if TYPE_CHECKING:
-    from starling.attention_backends.attamba.backend import AttambaMetadata
+    from starling.attention_backends.attamba.attamba_backend import AttambaMetadata
 
 
 @dataclass(frozen=True)

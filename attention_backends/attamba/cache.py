@@ -20,7 +20,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
-from starling.attention_backends.attamba.backend import AttambaBackend
+from starling.attention_backends.attamba.attamba_backend import AttambaBackend
 from starling.attention_backends.attamba.chunks import PAGE_ROWS
 from starling.attention_backends.kernels.contract import Layout, page_views
 from starling.vllm_compat.models import register_layer

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 import triton
 
+from starling.attention_backends.attamba.attamba_backend import AttambaMetadata
 from starling.attention_backends.attamba.attend_step import Cache, Sizes
-from starling.attention_backends.attamba.backend import AttambaMetadata
 from starling.attention_backends.attamba.decode_kernels import join_kernel, mix_kernel, rows_kernel, store_kernel
 from starling.attention_backends.attamba.mixer import MixerParameters, MixerSizes
 from starling.attention_backends.kernels.contract import Operands
-from starling.attention_backends.kernels.triton.attention import paged_attention
+from starling.attention_backends.kernels.triton.paged import paged_attention
 
 MAX_ROWS, MAX_VALUES = 16, 4096
 """The scan reads at most so many rows of a chunk at a time, and at most so many values of u, and of B."""

@@ -17,7 +17,7 @@ from starling.attention_backends.attamba.cache import locate
 from starling.attention_backends.attamba.chunks import ChunkPlan
 from starling.attention_backends.attamba.mixer import MixerParameters, MixerSizes
 from starling.attention_backends.attamba.scan import chunk_scan
-from starling.attention_backends.kernels.cpu.attention import DTYPES, built_op
+from starling.attention_backends.kernels.cpu.paged_op import DTYPES, built_op
 
 MAX_TAPS = 4
 """The longest convolution of the C++ op."""

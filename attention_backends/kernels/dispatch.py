@@ -20,7 +20,7 @@ import torch
 
 from starling.attention_backends.kernels import contract
 from starling.attention_backends.kernels.contract import Operands, Rotation, rotate_back
-from starling.attention_backends.kernels.cpu import attention as cpu
+from starling.attention_backends.kernels.cpu import paged_op as cpu
 from starling.attention_backends.kernels.merge import merge_parts, merge_rows
 from starling.attention_backends.kernels.ranges import RangeTable
 
@@ -33,9 +33,7 @@ def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if not contract.uses_triton(operands.query.device):
         return cpu.paged_attention(operands)
-    from starling.attention_backends.kernels.triton import (
-        attention as triton,  # imports Triton, which a CPU does not need
-    )
+    from starling.attention_backends.kernels.triton import paged as triton  # imports Triton, which a CPU does not need
 
     return triton.paged_attention(operands)
 

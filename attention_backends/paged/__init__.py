@@ -7,7 +7,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 NAME = "CUSTOM"
 """vLLM's name for a backend from outside."""
 
-FOLDER = "starling.attention_backends.paged.backend"
+FOLDER = "starling.attention_backends.paged.paged_backend"
 CLASSES = {"triton": f"{FOLDER}.TritonBackend", "xformers": f"{FOLDER}.XformersBackend"}
 
 

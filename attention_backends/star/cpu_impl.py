@@ -1,4 +1,4 @@
-"""vLLM's CPU attention, with Starling's op for the batches where that is faster (kernels/cpu/attention.py)."""
+"""vLLM's CPU attention, with Starling's op for the batches where that is faster (kernels/cpu/paged_op.py)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from starling.attention_backends.kernels.contract import CPU_ISAS, Layout, Operands, Rotation, as_fp8
-from starling.attention_backends.kernels.cpu.attention import (
+from starling.attention_backends.kernels.cpu.paged_op import (
     VECTOR_SIZE,
     Op,
     Processor,

@@ -10,7 +10,7 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.kv_cache_interface import KVCacheSpecKind
 
 from starling.attention_backends.kernels.contract import AMX, CPU_ISAS
-from starling.attention_backends.kernels.cpu.attention import VECTOR_SIZE
+from starling.attention_backends.kernels.cpu.paged_op import VECTOR_SIZE
 from starling.attention_backends.paged import CLASSES, NAME
 from starling.attention_backends.star.backend import WRAPPED
 from starling.attention_backends.star.model_heads import scores_of

@@ -26,7 +26,7 @@ from benchmarks.engine import Engine
 from benchmarks.report import OUT, saved_figure, write_json
 from starling.attention_backends.attamba.cache import model_specs
 from starling.engine_ext.start import plugin
-from starling.lab.doctor.command import num_pages_held
+from starling.lab.doctor.doctor import num_pages_held
 from starling.vllm_compat.config import kv_cache_capacity
 
 BYTES = 1 << 30

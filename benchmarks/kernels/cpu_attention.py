@@ -22,7 +22,7 @@ from benchmarks.engine import Engine
 from benchmarks.random_llama import make_random_llama
 from benchmarks.report import OUT, plot_ratios, saved_figure, write_json
 from benchmarks.star_ttft import ENGINE, RANDOM_LLAMA
-from starling.attention_backends.kernels.cpu.attention import CPU_ATTENTION_SETTINGS
+from starling.attention_backends.kernels.cpu.paged_op import CPU_ATTENTION_SETTINGS
 from starling.lab.statistics import ratio_interval
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

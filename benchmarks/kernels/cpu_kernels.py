@@ -26,7 +26,7 @@ from vllm import _custom_ops as ops
 
 from benchmarks.report import OUT, saved_figure, write_json
 from starling.attention_backends.kernels.contract import Layout, Operands, as_fp8
-from starling.attention_backends.kernels.cpu.attention import Processor, built_op, paged_attention, select_op
+from starling.attention_backends.kernels.cpu.paged_op import Processor, built_op, paged_attention, select_op
 from starling.lab.statistics import median_ratio
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}

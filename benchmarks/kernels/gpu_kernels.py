@@ -23,7 +23,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks.report import saved_figure, write_json
 from starling.attention_backends.kernels.contract import Operands
-from starling.attention_backends.kernels.triton import attention as triton_attention
+from starling.attention_backends.kernels.triton import paged as triton_attention
 
 HEADS, KV_HEADS, SIZE, PAGE_SIZE = 32, 8, 128, 16
 CHUNK = 4096

@@ -27,8 +27,8 @@ from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.model_executor.utils import set_weight_attrs
 
+from starling.attention_backends.attamba.attamba_backend import AttambaMetadata
 from starling.attention_backends.attamba.attend_step import Cache, Sizes, attend
-from starling.attention_backends.attamba.backend import AttambaMetadata
 from starling.attention_backends.attamba.cache import KvPages, PagedRows, layer_specs
 from starling.attention_backends.attamba.chunks import ChunkPlan, layer_offset, profiled_tokens
 from starling.attention_backends.attamba.mix import GROUP_ROWS, mix

@@ -55,7 +55,7 @@ def register_backends(vllm_config: Any, refusals: list[str], by_parts: bool) -> 
     if is_cpu or not refusals:
         register_star_backends(own, by_parts)
     if is_cpu and vllm_config.lora_config is not None:
-        from starling.attention_backends.kernels.cpu.lora import use_own_lora
+        from starling.attention_backends.kernels.cpu.lora_op import use_own_lora
 
         use_own_lora()
 

@@ -14,12 +14,12 @@ import torch
 
 from starling.attention_backends.kernels import reference
 from starling.attention_backends.kernels.contract import CPU_ISAS, DIMENSIONS, Layout, Operands, Rotation, Sizes
-from starling.attention_backends.kernels.cpu import attention as cpu
 from starling.attention_backends.kernels.cpu import fallback
-from starling.attention_backends.kernels.cpu.attention import built_op
+from starling.attention_backends.kernels.cpu import paged_op as cpu
+from starling.attention_backends.kernels.cpu.paged_op import built_op
 from starling.attention_backends.kernels.ranges import RangeTable, TokenRanges, make_range_table
 from starling.attention_backends.kernels.reference import masked_attention
-from starling.attention_backends.kernels.xformers.attention import gather_facts, unavailable_reason
+from starling.attention_backends.kernels.xformers_paged import gather_facts, unavailable_reason
 from starling.attention_backends.star.step import StarStep, open_step
 from starling.lab.machine import has_gpu
 from starling.lab.selftest.masks import star_mask
@@ -159,7 +159,7 @@ def check_cpu_op(dtypes: tuple[torch.dtype, ...]) -> Result | Skip:
 def check_triton(dtypes: tuple[torch.dtype, ...]) -> Result | Skip:
     if not has_gpu():
         return Skip(NO_GPU)
-    from starling.attention_backends.kernels.triton import attention as triton
+    from starling.attention_backends.kernels.triton import paged as triton
 
     return check_kernel(triton.paged_attention, dtypes, "cuda")
 
@@ -168,7 +168,7 @@ def check_xformers(dtypes: tuple[torch.dtype, ...]) -> Result | Skip:
     reason = unavailable_reason(gather_facts())
     if reason is not None:
         return Skip(reason)
-    from starling.attention_backends.kernels.xformers import attention as xformers
+    from starling.attention_backends.kernels import xformers_paged as xformers
 
     return check_kernel(xformers.paged_attention, dtypes, "cuda")
 
@@ -214,7 +214,7 @@ def check_large_cpu() -> Result | Skip:
 def check_large_triton() -> Result | Skip:
     if not has_gpu():
         return Skip(NO_GPU)
-    from starling.attention_backends.kernels.triton import attention as triton
+    from starling.attention_backends.kernels.triton import paged as triton
 
     case = large_case()
     needed = 2 * large_num_pages(case) * case.keys[0].numel() * case.keys.element_size() + (1 << 30)
@@ -465,7 +465,7 @@ class Call:
 
     def default(self) -> Choice:
         """Return the choice of engines."""
-        from starling.attention_backends.kernels.triton.attention import PROGRAMS_PER_MULTIPROCESSOR
+        from starling.attention_backends.kernels.triton.paged import PROGRAMS_PER_MULTIPROCESSOR
         from starling.attention_backends.kernels.triton.ranges import range_tile
 
         capability = torch.cuda.get_device_capability() if self.query.is_cuda else None
@@ -486,7 +486,7 @@ class Call:
 
     def run(self, choice: Choice) -> torch.Tensor:
         """Compute the attention of all tokens."""
-        from starling.attention_backends.kernels.triton.attention import multiprocessors, rows_that_fill
+        from starling.attention_backends.kernels.triton.paged import multiprocessors, rows_that_fill
         from starling.attention_backends.kernels.triton.ranges import attend_ranges
 
         out = torch.empty_like(self.query)

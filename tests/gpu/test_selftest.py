@@ -7,8 +7,8 @@ from contextlib import ExitStack
 import pytest
 
 from starling.lab.machine import has_gpu
-from starling.lab.selftest.command import make_suite
 from starling.lab.selftest.result import Verdict, judge
+from starling.lab.selftest.selftest import make_suite
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_gpu(), reason="no NVIDIA GPU that torch can use")]
 

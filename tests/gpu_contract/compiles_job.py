@@ -16,8 +16,8 @@ PLATFORM = use_cuda_platform()
 import torch  # noqa: E402
 
 from starling.attention_backends.kernels import contract  # noqa: E402
-from starling.attention_backends.kernels.triton import attention  # noqa: E402
-from starling.attention_backends.kernels.triton.attention import MAX_QUERIES_PER_DECODE_ROW  # noqa: E402
+from starling.attention_backends.kernels.triton import paged  # noqa: E402
+from starling.attention_backends.kernels.triton.paged import MAX_QUERIES_PER_DECODE_ROW  # noqa: E402
 from starling.attention_backends.star.gpu_impl import warm_up  # noqa: E402
 from starling.scheduler.planning.plan import StarPlan  # noqa: E402
 from tests.gpu_contract import kernels  # noqa: E402
@@ -32,7 +32,7 @@ def random_request(draw: random.Random, at_least: int, at_most: int) -> Request:
     """A decode, or some tokens, of a prompt over documents, or of a dense one."""
     lengths = [draw.randint(1, 40) for _ in range(draw.randint(2, 6))]
     if draw.random() < 0.5:
-        lengths = [attention.MIN_KEYS_PER_SPLIT + 1, lengths[0]]  # one whose keys may be divided
+        lengths = [paged.MIN_KEYS_PER_SPLIT + 1, lengths[0]]  # one whose keys may be divided
     blocks, start = [], 0
     for length in lengths:
         blocks.append((start, start + length))
@@ -59,7 +59,7 @@ def main() -> None:
     kernels.install_flash_attention()
     # CPU tensors are here what a GPU's are.
     contract.uses_triton = lambda device: True
-    attention.multiprocessors = lambda device: 132
+    paged.multiprocessors = lambda device: 132
     compiled = count_compiles()
     if os.environ.get("WARM_UP") != "0":
         case = random_case(0)

@@ -29,7 +29,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
 from starling.attention_backends.star.document_layers import DocumentLayers, HeadLayers  # noqa: E402
 from starling.attention_backends.star.refusals import star_refusals  # noqa: E402
 from starling.engine_ext.worker.star_worker import register_backends  # noqa: E402
-from starling.lab.doctor.command import cuda_graphs  # noqa: E402
+from starling.lab.doctor.doctor import cuda_graphs  # noqa: E402
 from starling.vllm_compat.worker import without_full_graphs  # noqa: E402
 from tests.model_runners import HAS_V1  # noqa: E402
 

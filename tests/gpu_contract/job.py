@@ -161,7 +161,7 @@ def triton(examples: int, **drawn: Any) -> Tally:
 
 def paged_triton(examples: int, **drawn: Any) -> Tally:
     """Starling's Triton kernels as the backend of all layers (``gpu_attention``), interpreted."""
-    from starling.attention_backends.paged.backend import TritonBackend
+    from starling.attention_backends.paged.paged_backend import TritonBackend
 
     options = {"fp8": True, "sinks": False, "max_tokens": 180, "max_queries": 10, "max_heads": 4, "max_requests": 3}
     strategy = cases(**options | drawn)
@@ -177,14 +177,14 @@ def paged_xformers(examples: int) -> Tally:
     The causal part is the reference's: FlashAttention needs a GPU.
     """
     os.environ["XFORMERS_ENABLE_TRITON"] = "1"
-    from starling.attention_backends.kernels.xformers import attention
-    from starling.attention_backends.paged.backend import XformersBackend
+    from starling.attention_backends.kernels import xformers_paged
+    from starling.attention_backends.paged.paged_backend import XformersBackend
     from tests.kernels.xformers.jobs import reference_causal_part
 
     for page_size in {page for _, page in PAGES}:
-        operator = attention.paged_op(page_size)
+        operator = xformers_paged.paged_op(page_size)
         operator.SUPPORTED_DEVICES, operator.SUPPORTED_DTYPES = {"cpu"}, {torch.float32}
-    attention.DTYPES, attention.causal_part = (torch.float32,), reference_causal_part
+    xformers_paged.DTYPES, xformers_paged.causal_part = (torch.float32,), reference_causal_part
     strategy = cases(fp8=False, sinks=False, max_tokens=180, max_queries=10, max_heads=4, max_requests=3)
     unwindowed = strategy.filter(lambda case: case.window is None)
     tally = Tally()

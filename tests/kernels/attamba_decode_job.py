@@ -17,8 +17,8 @@ import torch
 from torch.nn.functional import rms_norm, silu
 
 from starling.attention_backends.attamba import attend_step, decode, decode_kernels, mix
+from starling.attention_backends.attamba.attamba_backend import AttambaMetadata
 from starling.attention_backends.attamba.attend_step import Cache, Sizes
-from starling.attention_backends.attamba.backend import AttambaMetadata
 from starling.attention_backends.attamba.cache import KvPages
 from starling.attention_backends.attamba.chunks import PAGE_ROWS, StepTokens, chunk_start, dense_tokens, plan_step
 from starling.attention_backends.attamba.mixer import MixerSizes

@@ -285,7 +285,7 @@ class Allocations(TorchDispatchMode):
 
 def count_kernels_of_steps() -> None:
     """One kernel of each kind takes all steps, and a layer launches each once, and nothing else."""
-    from starling.attention_backends.kernels.triton.attention import DECODE_LANES
+    from starling.attention_backends.kernels.triton.paged import DECODE_LANES
     from starling.attention_backends.kernels.triton.ranges import attend_ranges, partial_bytes
     from tests.kernels.compiles import count_compiles, count_launches
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from starling.attention_backends.kernels.contract import Layout, Rotation
-from starling.attention_backends.kernels.cpu import attention as cpu
+from starling.attention_backends.kernels.cpu import paged_op as cpu
 from starling.attention_backends.kernels.dispatch import RerotatedQueries, add_rerotated_attention, rerotated_attention
 from tests.kernels.cases import Case, cases
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from starling.attention_backends.kernels import reference
 from starling.attention_backends.kernels.contract import Layout
-from starling.attention_backends.kernels.cpu import attention as cpu
 from starling.attention_backends.kernels.cpu import fallback
-from starling.attention_backends.kernels.triton import attention as triton
+from starling.attention_backends.kernels.cpu import paged_op as cpu
+from starling.attention_backends.kernels.triton import paged as triton
 from tests.kernels.cases import Case
 
 IMPLEMENTATIONS = pytest.mark.parametrize("module", [reference, cpu, fallback], ids=["reference", "op", "fallback"])

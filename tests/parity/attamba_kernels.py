@@ -8,7 +8,7 @@ from typing import Any
 
 from starling.attention_backends.attamba import attend_step, mix, scan_kernel
 from starling.attention_backends.kernels.contract import Layout
-from starling.attention_backends.kernels.triton import attention as triton_attention
+from starling.attention_backends.kernels.triton import paged as triton_attention
 from starling.engine_ext.models import attamba
 from starling.vllm_compat.worker import metadata_builders
 from tests.parity.counted import counted

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from starling.attention_backends.kernels.cpu.attention import Op
+from starling.attention_backends.kernels.cpu.paged_op import Op
 from starling.attention_backends.star import cpu_impl
 from tests.parity.counted import counted
 

@@ -121,7 +121,7 @@ def count_calls(counts: Counter[str]) -> None:
     """
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-    from starling.attention_backends.kernels.cpu import attention
+    from starling.attention_backends.kernels.cpu import paged_op
     from starling.attention_backends.star.cpu_impl import CpuImpl
     from starling.scheduler.planning.request_metadata import RequestMetadata
 
@@ -131,8 +131,8 @@ def count_calls(counts: Counter[str]) -> None:
             return getattr(built(), name)
 
     CpuImpl.uses_op = lambda *_: False  # type: ignore[method-assign]
-    built = attention.built_op
-    attention.built_op = lambda: Ops() if built() is not None else None
+    built = paged_op.built_op
+    paged_op.built_op = lambda: Ops() if built() is not None else None
     forward = CPUAttentionBackendImpl.forward
 
     def counted(*args: Any, **kwargs: Any) -> Any:

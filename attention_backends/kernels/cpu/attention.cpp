@@ -45,7 +45,7 @@ void run_checked(const Call& call, bool adds, const at::Tensor& query, const at:
   }
 }
 
-// Takes operands that contract.py and attention.py have checked.
+// Takes operands that contract.py and paged_op.py have checked.
 at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
                            const at::Tensor& block_table, const at::Tensor& query_start_loc, const at::Tensor& seq_lens,
                            const std::optional<at::Tensor>& row_heads, at::Tensor& out, double scale, bool causal,
@@ -67,7 +67,7 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& keys, cons
   return lse;
 }
 
-// Takes operands that dispatch.py and attention.py have checked. Where lse is given, out is float32, and both hold
+// Takes operands that dispatch.py and paged_op.py have checked. Where lse is given, out is float32, and both hold
 // attention to other keys, which is merged.
 void rerotated_attention(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
                       const at::Tensor& block_table, const at::Tensor& query_start_loc, const at::Tensor& seq_lens,

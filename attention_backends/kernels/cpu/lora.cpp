@@ -1,4 +1,4 @@
-// The op of LoRA on a CPU: rows of a batch, each with its own adapter or none (attention_backends/kernels/cpu/lora.py).
+// The op of LoRA on a CPU: rows of a batch, each with its own adapter or none (attention_backends/kernels/cpu/lora_op.py).
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from starling.attention_backends.kernels.contract import Rotation, Sizes
 from starling.attention_backends.kernels.ranges import PLACE_FIELDS, RANGE_FIELDS, TILE_KEYS, RangeTable
-from starling.attention_backends.kernels.triton import attention
+from starling.attention_backends.kernels.triton import paged
 from starling.attention_backends.kernels.triton.attend import LN2, LOG2E, attend
 from starling.attention_backends.kernels.triton.launch import Tile, check_dtypes, head_block, make_tile, power_of_two
 
@@ -334,9 +334,9 @@ def range_tile(sizes: Sizes, element_bytes: int, queries: int, capability: tuple
     Raises:
         ValueError: the heads of one query do not fit a tile.
     """
-    lanes = max(attention.DECODE_LANES, power_of_two(queries * sizes.group))
+    lanes = max(paged.DECODE_LANES, power_of_two(queries * sizes.group))
     tile = make_tile(sizes, element_bytes, lanes)
-    if tile.lanes <= attention.DECODE_LANES or max(sizes.key_size, sizes.value_size) > MOST_HEAD_SIZE:
+    if tile.lanes <= paged.DECODE_LANES or max(sizes.key_size, sizes.value_size) > MOST_HEAD_SIZE:
         return tile
     known = [each for each in PREFILL_WARPS if capability is None or each <= capability]
     return replace(tile, warps=PREFILL_WARPS[max(known, default=min(PREFILL_WARPS))])
@@ -384,7 +384,7 @@ def attend_ranges(
     places = min(table.max_places, tokens)
     if not places:
         return
-    programs = programs or attention.rows_that_fill(attention.multiprocessors(query.device), kv_heads)
+    programs = programs or paged.rows_that_fill(paged.multiprocessors(query.device), kv_heads)
     parts = query.new_empty(2 * programs, kv_heads, tile.lanes, value_size, dtype=torch.float32)
     part_lses = parts.new_empty(2 * programs, kv_heads, tile.lanes)
     places_at, ranges_at = table.offsets

@@ -48,7 +48,7 @@ FIRST = {
         f"{CLI}.start_checks", "start the OpenAI server, and the gRPC server where --grpc-port is given", UNUSABLE
     ),
     "doctor": Command(
-        "lab.doctor.command", "show what works on this machine, which backend is active, and what a prompt would cost"
+        "lab.doctor.doctor", "show what works on this machine, which backend is active, and what a prompt would cost"
     ),
     "advise": Command(
         "lab.evaluation.commands.advise", "measure your prompts, and print one command with what it gains and costs"
@@ -62,11 +62,11 @@ OTHERS = {
         "lab.evaluation.commands.eval", "measure what Star Attention costs in answers, on your model and prompts"
     ),
     "calibrate": Command(
-        "lab.calibration.command", "find the KV heads that cause star's loss in answers, for star_dense_heads"
+        "lab.calibration.calibrate", "find the KV heads that cause star's loss in answers, for star_dense_heads"
     ),
-    "distil": Command("lab.distillation.command", "train an adapter with which documents, or star blocks, lose less"),
+    "distil": Command("lab.distillation.distil", "train an adapter with which documents, or star blocks, lose less"),
     "selftest": Command(
-        "lab.selftest.command", "check whether Starling computes the right thing on this machine", FAILED
+        "lab.selftest.selftest", "check whether Starling computes the right thing on this machine", FAILED
     ),
     "warm": Command("lab.evaluation.commands.warm", "have a server compute documents, so that they are in its library"),
 }

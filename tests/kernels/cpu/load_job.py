@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from starling.attention_backends.kernels.cpu import attention, build, fallback
+from starling.attention_backends.kernels.cpu import build, fallback, paged_op
 from tests.kernels.cases import one_row
 
 NOBODY = 54321  # a user without an entry in the password file
@@ -85,9 +85,9 @@ def warning(prepare: Callable[[Path, Path], None], folder: Path, op: Path) -> st
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append
-    attention.logger.addHandler(handler)
+    paged_op.logger.addHandler(handler)
     for _ in range(2):
-        one_row(3, 20).run(attention.paged_attention)
+        one_row(3, 20).run(paged_op.paged_attention)
     one_row(3, 20).run(fallback.paged_attention)
     (record,) = records
     return record.getMessage()

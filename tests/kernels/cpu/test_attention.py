@@ -8,8 +8,8 @@ from hypothesis import given, settings
 
 from starling.attention_backends.kernels import reference
 from starling.attention_backends.kernels.contract import Layout
-from starling.attention_backends.kernels.cpu import attention as cpu
 from starling.attention_backends.kernels.cpu import fallback
+from starling.attention_backends.kernels.cpu import paged_op as cpu
 from tests.kernels.cases import Case, cases, one_row, rms
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

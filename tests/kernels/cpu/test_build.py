@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from starling.attention_backends.kernels.cpu import attention as cpu
 from starling.attention_backends.kernels.cpu import build, fallback
+from starling.attention_backends.kernels.cpu import paged_op as cpu
 from starling.attention_backends.kernels.cpu.build import seal
 from tests.kernels.cases import one_row
 

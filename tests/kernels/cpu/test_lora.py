@@ -11,8 +11,8 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms.cpu import CpuPlatform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from starling.attention_backends.kernels.cpu.attention import built_op
-from starling.attention_backends.kernels.cpu.lora import OwnLoRA, use_own_lora
+from starling.attention_backends.kernels.cpu.lora_op import OwnLoRA, use_own_lora
+from starling.attention_backends.kernels.cpu.paged_op import built_op
 from starling.vllm_compat.cpu_lora import MaskedLoRA
 from starling.vllm_compat.versions import vllm_version
 

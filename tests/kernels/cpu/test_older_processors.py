@@ -34,7 +34,7 @@ def test_an_older_processor_has_the_features_of_its_name_alone(processor, kept, 
     compiler = [env["CXX"], "-march=sapphirerapids", "-dM", "-E", "-x", "c++", "/dev/null"]
     macros = subprocess.run(compiler, env=env, check=True, capture_output=True, text=True).stdout
     assert all(name in macros for name in kept) and not any(name in macros for name in left_out)
-    program = "from starling.attention_backends.kernels.cpu.attention import Processor as P; print(P.detect())"
+    program = "from starling.attention_backends.kernels.cpu.paged_op import Processor as P; print(P.detect())"
     found = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=env, check=True, capture_output=True, text=True
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from starling.attention_backends.kernels.cpu.attention import Op, Processor, select_op
+from starling.attention_backends.kernels.cpu.paged_op import Op, Processor, select_op
 
 ZEN4 = Processor(avx512=True, bf16_dot=True)
 SKYLAKE = Processor(avx512=True, bf16_dot=False)

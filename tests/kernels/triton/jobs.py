@@ -131,7 +131,7 @@ def compare(case: Case, operands: Operands, kernel: Any) -> Errors:
 
 def measure(case: Case, splits: int | None, strides: str) -> Errors:
     """Errors of the prefill kernel, or with ``splits`` of the decode kernel."""
-    from starling.attention_backends.kernels.triton import attention as triton_attention
+    from starling.attention_backends.kernels.triton import paged as triton_attention
 
     kernel = triton_attention.prefill_attention
     if splits is not None:

@@ -17,10 +17,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from starling.attention_backends.kernels.contract import Sizes
-from starling.attention_backends.kernels.triton import attention as triton_attention
+from starling.attention_backends.kernels.triton import paged as triton_attention
 from starling.attention_backends.kernels.triton.attend import paged_attention_kernel
-from starling.attention_backends.kernels.triton.attention import merge_kernel
 from starling.attention_backends.kernels.triton.launch import E4M3_CAPABILITY, head_block, make_tile
+from starling.attention_backends.kernels.triton.paged import merge_kernel
 from tests.kernels.machine_code import loads_beside_products
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

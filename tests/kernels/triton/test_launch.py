@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from starling.attention_backends.kernels.contract import Operands, Sizes
-from starling.attention_backends.kernels.triton import attention as triton_attention
-from starling.attention_backends.kernels.triton.attention import MAX_SPLITS, MIN_KEYS_PER_SPLIT, is_decode, num_splits
+from starling.attention_backends.kernels.triton import paged as triton_attention
 from starling.attention_backends.kernels.triton.launch import check_dtypes, make_tile
+from starling.attention_backends.kernels.triton.paged import MAX_SPLITS, MIN_KEYS_PER_SPLIT, is_decode, num_splits
 
 
 def sizes(head_size: int, group: int) -> Sizes:

@@ -25,7 +25,7 @@ def measure_xformers(case: Case, strides: str) -> Errors:
     On a CPU, the operator is marked as supporting it, and the reference computes the causal part: FlashAttention needs
     a GPU.
     """
-    from starling.attention_backends.kernels.xformers import attention as xformers_backend
+    from starling.attention_backends.kernels import xformers_paged as xformers_backend
 
     if DEVICE == "cpu":
         xformers_backend.paged_op(case.page_size).SUPPORTED_DEVICES = {"cpu"}

@@ -14,7 +14,7 @@ import torch
 import triton
 
 from starling.attention_backends.kernels.contract import Layout, Operands
-from starling.attention_backends.kernels.xformers.attention import Facts, gather_facts, unavailable_reason
+from starling.attention_backends.kernels.xformers_paged import Facts, gather_facts, unavailable_reason
 from starling.attention_backends.star.metadata import virtual_block_table
 from starling.attention_backends.star.rows import split_rows
 from starling.lab.selftest.masks import star_mask
@@ -79,7 +79,7 @@ def test_facts_are_those_of_this_process():
 def test_biases_of_star_rows_are_the_star_mask(plan: StarPlan, start: int, end: int):
     """A star request between a dense row and a decode row: the keys that each query sees in both parts, by position."""
     needs_xformers()
-    from starling.attention_backends.kernels.xformers.attention import context_bias, own_bias, own_lens, own_tokens
+    from starling.attention_backends.kernels.xformers_paged import context_bias, own_bias, own_lens, own_tokens
 
     plans, queries, lens = [None, plan, None], [7, end - start, 1], [20, end, 33]
     columns = end // PAGE_SIZE + 2
@@ -139,7 +139,7 @@ def test_two_parts_are_the_reference(worker: ProcessPoolExecutor, case: Case, st
 )
 def test_unsupported_operands_are_refused(change: dict, message: str):
     needs_xformers()
-    from starling.attention_backends.kernels.xformers.attention import paged_attention
+    from starling.attention_backends.kernels.xformers_paged import paged_attention
 
     query = change.get("query", torch.zeros(1, 2, 64, dtype=torch.float16))
     cache = torch.zeros(2, PAGE_SIZE, 1, query.shape[2], dtype=query.dtype)
@@ -152,7 +152,7 @@ def test_unsupported_operands_are_refused(change: dict, message: str):
 
 def test_page_size_that_no_key_block_divides_is_refused():
     needs_xformers()
-    from starling.attention_backends.kernels.xformers.attention import paged_op
+    from starling.attention_backends.kernels.xformers_paged import paged_op
 
     with pytest.raises(ValueError, match="pages of 24 tokens"):
         paged_op(24)

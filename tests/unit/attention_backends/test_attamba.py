@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from starling.attention_backends.attamba import attend_step as attention
 from starling.attention_backends.attamba import mix
+from starling.attention_backends.attamba.attamba_backend import AttambaMetadataBuilder
 from starling.attention_backends.attamba.attend_step import Cache, Sizes
-from starling.attention_backends.attamba.backend import AttambaMetadataBuilder
 from starling.attention_backends.attamba.cache import KvPages, cache_specs
 from starling.attention_backends.attamba.chunks import (
     PAGE_ROWS,
@@ -26,7 +26,7 @@ from starling.attention_backends.attamba.chunks import (
     prompt_keys,
 )
 from starling.attention_backends.attamba.mixer import MixerParameters, MixerSizes
-from starling.attention_backends.kernels.cpu.attention import built_op
+from starling.attention_backends.kernels.cpu.paged_op import built_op
 from starling.attention_backends.star.step import StarStep, open_step
 from starling.engine_ext.models.attamba import MIXERS, load_checkpoint, refuse_features, target_shard
 from starling.engine_ext.models.configs import AttambaConfig

@@ -20,11 +20,11 @@ from vllm.forward_context import override_forward_context
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.v1.attention.backend import AttentionCGSupport
 
+from starling.attention_backends.attamba import attamba_backend, chunks, decode, mix, scan_kernel
 from starling.attention_backends.attamba import attend_step as attention
-from starling.attention_backends.attamba import backend, chunks, decode, mix, scan_kernel
-from starling.attention_backends.attamba.backend import AttambaMetadataBuilder
-from starling.attention_backends.kernels.triton import attention as triton_attention
+from starling.attention_backends.attamba.attamba_backend import AttambaMetadataBuilder
 from starling.attention_backends.kernels.triton import launch
+from starling.attention_backends.kernels.triton import paged as triton_attention
 from starling.engine_ext.models import attamba
 from starling.engine_ext.models.attamba import OP, AttentiveSsm
 from starling.engine_ext.models.configs import AttambaConfig
@@ -199,7 +199,7 @@ def test_a_step_on_a_gpu_waits_for_nothing(query_lens, kernels, one_rank, launch
     projected = torch.empty(count, layer.mixers.in_proj.output_size, device="meta")
     angles = attamba.angle_tables(*layer.rope, x.device)
     assert all(table.device.type == "meta" for table in angles)
-    copies = AsyncCopies(monkeypatch, chunks, backend, allowed=not decodes)
+    copies = AsyncCopies(monkeypatch, chunks, attamba_backend, allowed=not decodes)
     with override_forward_context(SimpleNamespace(attn_metadata=metadata)), copies:
         layer.attend(x, query, projected, torch.empty_like(query))
         once = copies.copies

@@ -9,7 +9,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder, ops
 
 from starling.attention_backends.kernels.contract import NO_ROTATION
-from starling.attention_backends.kernels.cpu.attention import Op
+from starling.attention_backends.kernels.cpu.paged_op import Op
 from starling.attention_backends.kernels.merge import merge
 from starling.attention_backends.star import cpu_impl
 from starling.attention_backends.star.head_step import HeadBuilders, HeadCall, attend_by_heads

@@ -10,7 +10,7 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
-from starling.attention_backends.paged.backend import TritonBackend, TritonImpl, XformersBackend, XformersImpl
+from starling.attention_backends.paged.paged_backend import TritonBackend, TritonImpl, XformersBackend, XformersImpl
 
 ASKED = {
     "head_size": 128,

@@ -15,7 +15,7 @@ import torch
 from starling.attention_backends.kernels import ranges
 from starling.attention_backends.kernels.contract import Layout, Operands, Rotation, rotate_back
 from starling.attention_backends.kernels.dispatch import paged_attention
-from starling.attention_backends.kernels.triton import attention
+from starling.attention_backends.kernels.triton import paged
 from starling.attention_backends.star import rerotated_rows
 from starling.attention_backends.star.document_step import DocumentStep
 from starling.attention_backends.star.metadata import virtual_metadata
@@ -305,7 +305,7 @@ def test_no_program_of_a_gpu_reads_a_whole_long_prompt_beside_many_short_rows():
     for plans in ([plan] * 8 + [long], [long] * 40):
         lens, ones = [one.num_prompt_tokens + 1 for one in plans], [1] * len(plans)
         made = make_token_ranges(split_rows(plans, ones, lens, 16), np.arange(len(plans)), 16)
-        tiles, programs = made.packed(1)[1], attention.rows_that_fill(132, 8)
+        tiles, programs = made.packed(1)[1], paged.rows_that_fill(132, 8)
         assert programs == 33
         keys = sum(lens) / programs
         assert -(-tiles // programs) * ranges.TILE_KEYS < 1.1 * keys

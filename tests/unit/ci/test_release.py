@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from starling.lab.selftest import command as selftest
 from starling.lab.selftest import result
+from starling.lab.selftest import selftest as selftest
 
 ROOT = Path(__file__).parents[3]
 

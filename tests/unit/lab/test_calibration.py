@@ -13,7 +13,7 @@ from benchmarks.random_llama import make_random_llama
 from starling.attention_backends.star.model_heads import checkpoint_digest
 from starling.config.head_scores import read_scores
 from starling.engine_ext.serving.cli.main import main
-from starling.lab.calibration import command
+from starling.lab.calibration import calibrate
 from starling.lab.calibration.gated_model import Case, GatedModel, ScoredPrompt, layers_of, make_plan
 from starling.lab.models import ModelError, kl_at_each
 from tests.parity.harness import reference_scores
@@ -131,7 +131,7 @@ def test_an_interrupted_command_goes_on_from_there(folder, tmp_path, monkeypatch
     assert run(folder, out, "--tasks", "nth_note,fwe", "--curve-prompts", "0") == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert not out.exists()
-    part = json.loads(command.part_of(out).read_text())["values"]["scores"]
+    part = json.loads(calibrate.part_of(out).read_text())["values"]["scores"]
     assert len(part) == 1
     monkeypatch.setattr(Case, "scores", lambda self, steps: scored[0])
     assert run(folder, out, "--tasks", "fwe", "--curve-prompts", "0") == 2

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from benchmarks.random_llama import make_tiny_llama
-from starling.lab.distillation import command
+from starling.lab.distillation import distil
 from starling.lab.distillation.adapted_model import AdaptedModel, ModelError, make_rows
 from starling.lab.distillation.distil_options import DistilOptions, needed_bytes
 from starling.lab.distillation.training import PATIENCE, HeldOut, Training, document_plan, losses, star_plan
@@ -248,11 +248,11 @@ def test_own_prompts_and_tasks_take_turns(encoder, tmp_path):
     texts = [f"{'Read. ' * 20}|{number} {'one ' * 20}|{'two ' * 20}|What?" for number in range(4)]
     mine.write_text("".join(json.dumps({"prompt": text, "answer": "one"}) + "\n" for text in texts))
     options = DistilOptions(tasks=("vt",), prompts=mine, segments="|", tokens=4096, held_out=1)
-    make, held_out = command.all_cases(options, encoder, None)
+    make, held_out = distil.all_cases(options, encoder, None)
     assert [make(number)[0].task == OWN for number in range(6)] == [False, True] * 3
     assert [held.name for held in held_out] == ["tasks", "text", "other tasks", "own"]
     assert options.setup().keys() >= {"tasks", "prompts_sha256"}
-    make, held_out = command.all_cases(DistilOptions(prompts=mine, segments="|"), encoder, None)
+    make, held_out = distil.all_cases(DistilOptions(prompts=mine, segments="|"), encoder, None)
     assert {make(number)[0].task for number in range(6)} == {OWN} and [held.name for held in held_out] == [OWN]
 
 
@@ -295,7 +295,7 @@ def test_what_can_not_be_used_is_refused(folder, tmp_path, capsys, arguments, wo
     make_adapter(tmp_path / "other", folder, **{"model": "another", "checkpoint": "0"})
     files = {"mine": tmp_path / "mine.jsonl", "one": tmp_path / "one.jsonl", "other": tmp_path / "other"}
     given = [each.format(**files) for each in arguments]
-    assert command.run([str(folder), "--out", str(tmp_path / "adapter"), *given]) == 2
+    assert distil.run([str(folder), "--out", str(tmp_path / "adapter"), *given]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "adapter" / "distil.json").exists()
 
@@ -313,5 +313,5 @@ def test_a_model_whose_keys_are_not_turned_is_refused(folder, monkeypatch):
 
 
 def test_a_model_that_is_none(tmp_path, capsys):
-    assert command.run(["models/no_such", "--out", str(tmp_path / "adapter")]) == 2
+    assert distil.run(["models/no_such", "--out", str(tmp_path / "adapter")]) == 2
     assert "MODEL='models/no_such' is refused" in capsys.readouterr().err

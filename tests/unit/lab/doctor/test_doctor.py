@@ -16,7 +16,7 @@ from benchmarks.attamba.random_model import make_random_attamba
 from benchmarks.random_llama import make_random_llama
 from starling.config.star import StarOptions
 from starling.engine_ext.start import plugin
-from starling.lab.doctor import command as doctor
+from starling.lab.doctor import doctor as doctor
 from starling.scheduler.planning.facts import EngineFacts
 from starling.scheduler.planning.plan import StarPlan, dense_keys, keys_attended, summary
 from starling.vllm_compat.versions import vllm_version

@@ -9,7 +9,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from benchmarks.random_llama import make_random_llama
 from starling.engine_ext.start import plugin
-from starling.lab.doctor import command
+from starling.lab.doctor import doctor
 from starling.lab.selftest.model import alternating_scores
 from tests.parity.harness import TINY
 
@@ -41,11 +41,11 @@ def test_what_takes_memory_that_vllm_has_not_seen(model, tmp_path, options, back
     config = EngineArgs(model=model, additional_config={"starling": options}).create_engine_config()
     config.device_config.device_type = "cuda"
     config.attention_config.backend = AttentionBackendEnum[backend] if backend else None
-    report = command.unprofiled_memory(config)
+    report = doctor.unprofiled_memory(config)
     assert says in report["why"]
     assert (report["bytes"] == 0) == (says == "star rows take no more")
-    assert (command.MADE_WITH_THE_WEIGHTS in report["why"]) == ("star_segments" in options)
-    assert (command.SPLITS_NONE in report["why"]) == (backend != "FLASHINFER"), "no graphs are configured"
+    assert (doctor.MADE_WITH_THE_WEIGHTS in report["why"]) == ("star_segments" in options)
+    assert (doctor.SPLITS_NONE in report["why"]) == (backend != "FLASHINFER"), "no graphs are configured"
 
 
 def test_partial_results_of_flash_attention_3_are_named_within_graph_size(model):
@@ -55,7 +55,7 @@ def test_partial_results_of_flash_attention_3_are_named_within_graph_size(model)
     config.attention_config.backend = AttentionBackendEnum.FLASH_ATTN
     config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
     config.compilation_config.max_cudagraph_capture_size = 512
-    report = command.unprofiled_memory(config)
+    report = doctor.unprofiled_memory(config)
     heads, size = TINY["num_attention_heads"], TINY["hidden_size"] // TINY["num_attention_heads"]
     assert f"{32 * 512 * heads * (size + 1) * 4:,} for the keys" in report["why"]
     assert report["bytes"] == 0, "plain vLLM has them too"

@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from starling.lab import machine
-from starling.lab.doctor.command import verdict
+from starling.lab.doctor.doctor import verdict
 
 GOOD = {"installation": {"problem": None, "vllm": "0.32.0"}}
 MODEL = GOOD | {"model": "m", "star_refused": []}

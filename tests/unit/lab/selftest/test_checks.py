@@ -17,7 +17,7 @@ from starling.attention_backends.kernels.cpu import fallback
 from starling.config.adapter import WEIGHTS, read_adapter
 from starling.features.replicas import network
 from starling.lab.selftest import check_prompts as p
-from starling.lab.selftest import command, engine, engine_checks, kernels, model, moved_pages, served, speed
+from starling.lab.selftest import engine, engine_checks, kernels, model, moved_pages, selftest, served, speed
 from starling.lab.selftest.engine import EngineError, EngineRun
 from starling.lab.selftest.engine_checks import Setting, judge_tokens, settings
 from starling.lab.selftest.kernels import DECODE, MIXED, make_operands
@@ -206,17 +206,17 @@ def test_settings(monkeypatch, vllm, runners):
 def test_what_needs_two_gpus_is_skipped_with_the_reason(monkeypatch, gpus):
     missing = Skip(f"{gpus} GPUs, and two are needed")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(command, "judge_pages", lambda *devices: devices)
-    monkeypatch.setattr(command, "find_spec", {"nixl": None}.get)
-    assert command.check_moved_pages() == (missing if gpus < 2 else Skip("NIXL is not installed"))
-    monkeypatch.setattr(command, "find_spec", {"nixl": "a module"}.get)
-    assert command.check_moved_pages() == (("cuda:0", "cuda:1") if gpus == 2 else missing)
-    assert command.two_gpus_missing() == (None if gpus == 2 else missing)
+    monkeypatch.setattr(selftest, "judge_pages", lambda *devices: devices)
+    monkeypatch.setattr(selftest, "find_spec", {"nixl": None}.get)
+    assert selftest.check_moved_pages() == (missing if gpus < 2 else Skip("NIXL is not installed"))
+    monkeypatch.setattr(selftest, "find_spec", {"nixl": "a module"}.get)
+    assert selftest.check_moved_pages() == (("cuda:0", "cuda:1") if gpus == 2 else missing)
+    assert selftest.two_gpus_missing() == (None if gpus == 2 else missing)
 
 
 def test_pages_that_two_processes_move_are_those_of_the_source():
     """In the memory of a CPU, where a GPU's check has that of two GPUs."""
-    result = command.judge_pages("cpu", "cpu")
+    result = selftest.judge_pages("cpu", "cpu")
     assert (result.measured, result.bound) == (0, 0)
     assert "0.0625 GiB of scattered pages" in result.detail and "GB/s" in result.detail
 
@@ -232,7 +232,7 @@ def test_a_page_that_is_another_one_is_counted(monkeypatch):
 
 def test_a_process_that_can_not_read_pages_fails_the_check():
     with pytest.raises(RuntimeError, match="ended with 1:"):
-        command.judge_pages("cpu", "no device")
+        selftest.judge_pages("cpu", "no device")
 
 
 def gpu_engines(tmp_path) -> engine_checks.Engines:
@@ -260,9 +260,9 @@ def test_two_gpus_serve_documents_with_an_adapter_and_a_library(tmp_path, monkey
         raise EngineError("the engine's process ended with 1:")
 
     monkeypatch.setattr(engine, "run_engine", end)
-    monkeypatch.setattr(command, "two_gpus_missing", lambda: None)
-    monkeypatch.setattr(command, "check_moved_pages", lambda: Skip("not here"))
-    checks = command.two_gpu_checks(engines, served.served(engines, tmp_path, "64MiB"))
+    monkeypatch.setattr(selftest, "two_gpus_missing", lambda: None)
+    monkeypatch.setattr(selftest, "check_moved_pages", lambda: Skip("not here"))
+    checks = selftest.two_gpu_checks(engines, served.served(engines, tmp_path, "64MiB"))
     assert [judge(check).verdict for check in checks] == 3 * [Verdict.FAIL] + [Verdict.SKIP]
     (job,) = jobs
     options = job["engine"]["additional_config"]["starling"]
@@ -293,7 +293,7 @@ def test_an_adapter_of_zeros_that_was_not_used_or_changes_a_token_fails_the_chec
     engines = replace(engines, ours=finished(engines.ours))
     assert (served.check_adapter(engines, run).measured == 0) == fine
     tokens_differ = "token_ids" in fields
-    assert (command.check_tensor_parallel(engines, run).measured > 0) == tokens_differ
+    assert (selftest.check_tensor_parallel(engines, run).measured > 0) == tokens_differ
 
 
 @pytest.mark.parametrize(
@@ -348,9 +348,9 @@ def engines_asked_for(monkeypatch, path: str) -> tuple[list[dict], dict[str, str
         raise EngineError("the engine's process ended with 1:")
 
     monkeypatch.setattr(engine, "run_engine", end)
-    monkeypatch.setattr(command, "kernel_checks", list)
-    monkeypatch.setattr(command, "row_checks", list)
-    with command.make_suite(path, gpu=True, quick=False) as (checks, _):
+    monkeypatch.setattr(selftest, "kernel_checks", list)
+    monkeypatch.setattr(selftest, "row_checks", list)
+    with selftest.make_suite(path, gpu=True, quick=False) as (checks, _):
         outcomes = [judge(check) for check in checks]
     return asked, {one.name: one.detail for one in outcomes if one.verdict is Verdict.SKIP}
 

@@ -11,7 +11,7 @@ import pytest
 
 from starling.engine_ext.serving.cli import main
 from starling.lab import machine
-from starling.lab.selftest import command as selftest
+from starling.lab.selftest import selftest as selftest
 from starling.lab.selftest.result import Check, Result, Skip, Verdict, exit_code, judge
 
 

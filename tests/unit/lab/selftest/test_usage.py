@@ -14,7 +14,7 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
 
 from starling.config.adapter import WEIGHTS
-from starling.lab.selftest import command, model, served, speed
+from starling.lab.selftest import model, selftest, served, speed
 from starling.lab.selftest.engine import EngineRun
 from starling.lab.selftest.engine_checks import settings
 from starling.lab.selftest.result import Skip
@@ -103,10 +103,10 @@ def test_documents_in_another_order_are_the_same_documents():
 def test_what_a_quick_run_measures(monkeypatch):
     """Tokens behind documents, by the number of requests; no long prompts."""
     for name in ("kernel_checks", "row_checks"):
-        monkeypatch.setattr(command, name, list)
+        monkeypatch.setattr(selftest, name, list)
     names = {}
     for quick in (True, False):
-        with command.make_suite(None, gpu=False, quick=quick) as (checks, _):
+        with selftest.make_suite(None, gpu=False, quick=quick) as (checks, _):
             names[quick] = {check.name for check in checks}
     assert {f"speed: a token behind {speed.COUNT} documents, {count} requests" for count in (1, 4)} <= names[True]
     assert {"speed: memory of the GPU", "speed: steps in full CUDA graphs, star"} <= names[True] & names[False]
@@ -125,8 +125,8 @@ def test_what_a_quick_run_measures(monkeypatch):
 def test_each_model_of_a_run_has_an_adapter_of_its_own_shapes(monkeypatch):
     """Without a MODEL, times are measured with a larger one than the checks have."""
     for name in ("kernel_checks", "row_checks"):
-        monkeypatch.setattr(command, name, list)
-    with command.make_suite(None, gpu=False, quick=False) as (checks, _):
+        monkeypatch.setattr(selftest, name, list)
+    with selftest.make_suite(None, gpu=False, quick=False) as (checks, _):
         runs = [check.run.args for check in checks if "documents with an adapter" in check.name]
         found = {}
         for run in (args[1] for args in runs if len(args) > 1):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from starling.engine_ext.serving.cli import main, setup_cpu
-from starling.lab.doctor import command as doctor
+from starling.lab.doctor import doctor as doctor
 from starling.vllm_compat import versions
 
 

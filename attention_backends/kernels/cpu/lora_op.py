@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from starling.attention_backends.kernels.cpu.attention import built_op
+from starling.attention_backends.kernels.cpu.paged_op import built_op
 from starling.vllm_compat.cpu_lora import MaskedLoRA, use_lora_class
 
 

@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from starling.attention_backends.kernels.contract import FP8_DTYPES, Operands, Sizes, as_fp8
-from starling.attention_backends.kernels.xformers.attention import DTYPES, HEAD_SIZES, gather_facts, unavailable_reason
+from starling.attention_backends.kernels.xformers_paged import DTYPES, HEAD_SIZES, gather_facts, unavailable_reason
 from starling.attention_backends.paged import NAME
 from starling.config.entry import GPU_ATTENTION
 from starling.vllm_compat.config import kv_scales
@@ -112,7 +112,7 @@ class TritonImpl(PagedImpl):
     """Implementation with Starling's Triton kernels."""
 
     def load_kernel(self) -> Kernel:
-        from starling.attention_backends.kernels.triton.attention import paged_attention
+        from starling.attention_backends.kernels.triton.paged import paged_attention
 
         return paged_attention
 
@@ -131,7 +131,7 @@ class XformersImpl(PagedImpl):
     """Implementation with xformers' paged attention."""
 
     def load_kernel(self) -> Kernel:
-        from starling.attention_backends.kernels.xformers.attention import paged_attention
+        from starling.attention_backends.kernels.xformers_paged import paged_attention
 
         return paged_attention
 

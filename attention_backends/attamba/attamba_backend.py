@@ -29,7 +29,7 @@ from starling.attention_backends.attamba.chunks import (
     plan_step,
     star_tokens,
 )
-from starling.attention_backends.kernels.cpu.attention import built_op
+from starling.attention_backends.kernels.cpu.paged_op import built_op
 from starling.attention_backends.star.metadata import virtual_metadata
 from starling.attention_backends.star.rows import VirtualRows
 from starling.attention_backends.star.step import current_step

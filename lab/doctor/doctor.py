@@ -73,8 +73,8 @@ def cuda_graphs(config: Any) -> dict[str, str]:
 
 def attention_op(config: Any, cpu_attention: str, gpu_attention: str) -> dict[str, str]:
     """Return the attention op of some batches, and why it is used; the settings are the options of these names."""
-    from starling.attention_backends.kernels.cpu.attention import Processor, select_op
     from starling.attention_backends.kernels.cpu.build import compiler
+    from starling.attention_backends.kernels.cpu.paged_op import Processor, select_op
     from starling.attention_backends.star.refusals import document_refusals, is_attamba, unread_isa
 
     on_cpu = config.device_config.device_type == "cpu"
@@ -165,7 +165,7 @@ def output_bytes(config: Any) -> int:
 
 def partial_results(config: Any) -> int:
     """Return the most bytes that the kernel of tokens behind documents keeps beside its output, on any GPU."""
-    from starling.attention_backends.kernels.triton.attention import rows_that_fill
+    from starling.attention_backends.kernels.triton.paged import rows_that_fill
     from starling.attention_backends.kernels.triton.ranges import PREFILL_LANES, partial_bytes
 
     model = config.model_config
@@ -198,7 +198,7 @@ def decode_step(num_tokens: int, cache: dict[str, Any]) -> dict[str, Any]:
     """Return what a step reads for the next token behind a prompt, which sees all: dense, star and with documents.
 
     Args:
-        cache: result of ``kv_cache`` of command.py; no Attamba's, whose tokens do not see all keys.
+        cache: result of ``kv_cache``; no Attamba's, whose tokens do not see all keys.
     """
     return {"keys": num_tokens, "bytes": num_tokens * cache["bytes_per_token"]}
 

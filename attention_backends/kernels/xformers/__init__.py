@@ -1,1 +1,0 @@
-"""Paged attention by xformers."""

@@ -10,8 +10,8 @@ vLLM chains page hashes over tokens and "extra keys" (LoRA, salt, images). Star 
 A chat's next turn has a later ``context_end`` and the same blocks, so it hits all complete context pages.
 
 Where blocks are independent of one another (no overlap, no dense heads), the chain also starts anew at each block, from
-the anchor and the block's position: a block between two edited blocks keeps its keys. Where blocks have positions of
-their own, it starts from the anchor alone: a block has its keys wherever it stands. The chain of the first query page
+the anchor and the block's position: a block between two edited blocks keeps its keys. Where blocks are documents,
+it starts from the anchor alone: a document has its keys wherever it stands. The chain of the first query page
 continues from the last pages of all blocks, so that its key stands for everything before it.
 
 With a library, whose pages other servers read, pages of a LoRA adapter also have a digest of its files; vLLM has only

@@ -1,6 +1,6 @@
 """Which tests `make test` runs, and which `make test-all` runs besides.
 
-`make test` runs all tests without an engine, those of the kernels, and for each capability that the README names its
+`make test` runs all tests without an engine but those of `.ci/`, those of the kernels, and for each capability that the README names its
 parity with a plain reference and a real server. `pytest --part first` selects them, and `--part rest` all others.
 """
 
@@ -10,10 +10,12 @@ from collections.abc import Iterable
 
 FIRST_FOLDERS = ("tests/unit/", "tests/kernels/")
 REST = (
+    "tests/unit/ci/",
     "tests/kernels/cpu/test_older_processors.py",
     "tests/e2e/test_serving_grpc.py::test_vllms_benchmark_over_grpc",
 )
-"""Of what would be in `make test`: other processors than this one, and half a minute of vLLM's benchmark."""
+"""What would be in `make test` else: the tests of the repository itself, other processors than this one, and half a
+minute of vLLM's benchmark."""
 CAPABILITIES = {
     "recipe-rag.md": (
         "tests/parity/test_documents.py::test_logprobs_are_those_of_positions_of_a_blocks_own[v1]",

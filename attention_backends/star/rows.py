@@ -5,6 +5,28 @@ own whose block table holds just the pages it may see (anchor, overlap, own bloc
 sum of those. K is cached after RoPE, so the place of a key in the table does not matter, and causal
 attention aligned bottom-right is exactly the star mask. vLLM does the same for chunked local attention
 (vllm/model_executor/layers/attention/chunked_local_attention.py).
+
+Example:
+    A prompt of ten tokens with star blocks of four, an anchor of two, and pages of two, in one step. The row of its
+    second block has pages 0 (the anchor), 2 and 3; the row of the query sees everything before it:
+
+    >>> plan = StarPlan(block_size=4, anchor_size=2, overlap_size=0, context_end=8, num_prompt_tokens=10)
+    >>> rows = split_rows([plan], query_lens=[10], seq_lens=[10], page_size=2)
+    >>> rows.query_lens.tolist(), rows.seq_lens.tolist()
+    ([4, 4, 2], [4, 6, 10])
+    >>> rows.gathered.tolist(), rows.page_columns.tolist()
+    ([1], [[0, 2, 3]])
+
+    As a head and two documents (see plan.py), the query has a row with its own keys alone. ``rerotated`` has the
+    others: of row 3, the keys of the head and of the documents, by their first page and number:
+
+    >>> plan = StarPlan(4, 2, 0, context_end=10, num_prompt_tokens=12, documents=((0, 2), (2, 5), (6, 9)))
+    >>> rows = split_rows([plan], query_lens=[12], seq_lens=[12], page_size=2)
+    >>> rows.query_lens.tolist(), rows.seq_lens.tolist()
+    ([2, 4, 4, 2], [2, 6, 6, 2])
+    >>> keys = rows.rerotated
+    >>> keys.row.tolist(), keys.first_page.tolist(), keys.num_keys.tolist(), keys.rotate_by.tolist()
+    ([3, 3, 3], [0, 1, 3], [2, 3, 3], [0, 0, 3])
 """
 
 from __future__ import annotations

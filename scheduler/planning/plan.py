@@ -15,6 +15,32 @@ Each document starts on a KV page. Slots between its end and its page's end hold
 computes, which no token of the prompt sees and no position counts. The engine core adds them (``pad``).
 So a place in the engine's prompt is called an index here. vLLM's scheduler and workers call it a position, and find the
 KV page of a token by it.
+
+Example:
+    A prompt of ten tokens with two star blocks of four, an anchor of two, and a query of two. ``split`` yields spans of
+    tokens, and the ranges of keys that the last one of each sees:
+
+    >>> plan = StarPlan(block_size=4, anchor_size=2, overlap_size=0, context_end=8, num_prompt_tokens=10)
+    >>> list(plan.split(0, 10))
+    [(0, 4, ((0, 4),)), (4, 8, ((0, 2), (4, 8))), (8, 10, ((0, 10),))]
+
+    The same ten tokens as a head of two, two documents of three, and a query of two, with pages of two tokens. A token
+    of padding stands behind each document, and both documents are computed at the positions behind the head:
+
+    >>> from starling.scheduler.planning.documents import cut, lay_out
+    >>> documents, context_end = lay_out(cut([2, 5], context_end=8, block_size=4), page_size=2)
+    >>> documents, context_end
+    (((0, 2), (2, 5), (6, 9)), 10)
+    >>> plan = StarPlan(4, 2, 0, context_end, context_end + 2, documents=documents)
+    >>> pad(plan, list(range(10)))
+    [0, 1, 2, 3, 4, 0, 5, 6, 7, 0, 8, 9]
+    >>> plan.positions(0, 12).tolist()
+    [0, 1, 2, 3, 4, 5, 2, 3, 4, 5, 8, 9]
+
+    The query meets the second document, which truly begins at position 5, rotated back by three:
+
+    >>> plan.document_keys.starts.tolist(), plan.document_keys.rotate_by.tolist()
+    ([0, 2, 6], [0, 0, 3])
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Which tests `make test` runs, and which `make test-all` runs besides.
 
-`make test` runs all tests without an engine but those of `.ci/`, those of the kernels, and for each capability that the README names its
-parity with a plain reference and a real server. `pytest --part first` selects them, and `--part rest` all others.
+`make test` runs all tests without an engine but those of `.ci/`, those of the kernels, and for each capability that the
+README names its parity with a plain reference and a real server. `pytest --part first` selects them, and `--part rest`
+all others.
 """
 
 from __future__ import annotations

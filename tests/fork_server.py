@@ -12,6 +12,7 @@ end of its standard input.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import pkgutil
@@ -23,6 +24,7 @@ from collections.abc import Iterable
 def preload(names: Iterable[str]) -> None:
     """Import what all forks need: modules, or module:attribute."""
     for name in names:
+        importlib.import_module(name.partition(":")[0])  # resolve_name alone hides an ImportError in a module
         pkgutil.resolve_name(name)
     gc.collect()
     gc.freeze()  # no collection in a fork goes through all that was imported

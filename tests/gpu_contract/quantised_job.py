@@ -24,7 +24,7 @@ from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import ( 
 from vllm.scalar_type import scalar_types  # noqa: E402
 
 from starling.attention_backends.star.document_layers import block_positions_problem  # noqa: E402
-from starling.vllm_compat import rotary_layers  # noqa: E402
+from starling.vllm_compat import models  # noqa: E402
 from tests.gpu_contract.kernels import require  # noqa: E402
 from tests.unit.engine_ext.worker.test_rotations import HEADS, KV_HEADS, SIZE, Block, FakeAttention  # noqa: E402
 
@@ -103,7 +103,7 @@ def problem(layer: type[torch.nn.Module], dtype: torch.dtype) -> str | None:
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rotary_layers.Attention = FakeAttention
+    models.Attention = FakeAttention
     torch.ops._C.dynamic_scaled_int8_quant = quantise
     torch.ops._C.cutlass_scaled_mm = multiply
     torch.ops._C.marlin_gemm = multiply_packed

@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from starling.attention_backends.kernels.contract import FP8_DTYPES, Operands, Sizes, as_fp8
-from starling.attention_backends.kernels.xformers_paged import DTYPES, HEAD_SIZES, gather_facts, unavailable_reason
+from starling.attention_backends.kernels.xformers_probe import DTYPES, HEAD_SIZES, gather_facts, unavailable_reason
 from starling.attention_backends.paged import NAME
 from starling.config.entry import GPU_ATTENTION
 from starling.vllm_compat.config import kv_scales

@@ -19,7 +19,7 @@ from starling.attention_backends.kernels.cpu import paged_op as cpu
 from starling.attention_backends.kernels.cpu.paged_op import built_op
 from starling.attention_backends.kernels.ranges import RangeTable, TokenRanges, make_range_table
 from starling.attention_backends.kernels.reference import masked_attention
-from starling.attention_backends.kernels.xformers_paged import gather_facts, unavailable_reason
+from starling.attention_backends.kernels.xformers_probe import gather_facts, unavailable_reason
 from starling.attention_backends.star.step import StarStep, open_step
 from starling.lab.machine import has_gpu
 from starling.lab.selftest.masks import star_mask

@@ -14,7 +14,7 @@ import torch
 import triton
 
 from starling.attention_backends.kernels.contract import Layout, Operands
-from starling.attention_backends.kernels.xformers_paged import Facts, gather_facts, unavailable_reason
+from starling.attention_backends.kernels.xformers_probe import Facts, gather_facts, unavailable_reason
 from starling.attention_backends.star.metadata import virtual_block_table
 from starling.attention_backends.star.rows import split_rows
 from starling.lab.selftest.masks import star_mask

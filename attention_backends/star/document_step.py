@@ -20,6 +20,7 @@ from starling.attention_backends.kernels.dispatch import RerotatedQueries, paged
 from starling.attention_backends.kernels.ranges import RangeTable
 from starling.attention_backends.star.range_attention import RangeAttention, make_range_attention, make_token_ranges
 from starling.attention_backends.star.rerotated_rows import (
+    MAX_SHARED,
     MAX_TOKENS,
     RerotatedRows,
     add_rows,
@@ -200,8 +201,10 @@ def make_rerotated_attention(
     decodes = None
     if (batch.query_start_loc_cpu.diff().numpy()[rows.source[numbers]] == 1).all():
         ranges = make_token_ranges(rows, numbers, page_size)
-        if len(ranges.row) <= MAX_TOKENS:
+        if len(ranges.row) <= MAX_SHARED:
             decodes = ranges_as_rows(ranges, batch.block_table_tensor, batch.seq_lens, page_size)
+            if len(decodes.tokens) > max(MAX_TOKENS, 2 * len(decodes.seq_lens)):
+                decodes = None
     return RerotatedAttention(own, calls, tokens, decodes)
 
 

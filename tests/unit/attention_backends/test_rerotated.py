@@ -6,7 +6,7 @@ Compared with attention in float64 over queries and keys that are rotated for ea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise, permutations
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from starling.attention_backends.star import rerotated_rows
 from starling.attention_backends.star.document_step import DocumentStep
 from starling.attention_backends.star.metadata import virtual_metadata
 from starling.attention_backends.star.range_attention import make_range_attention, make_token_ranges
-from starling.attention_backends.star.rerotated_rows import make_rerotated_rows, ranges_as_rows
+from starling.attention_backends.star.rerotated_rows import add_rows, make_rerotated_rows, ranges_as_rows
 from starling.attention_backends.star.rows import VirtualRows, split_rows
 from starling.scheduler.planning.documents import lay_out
 from starling.scheduler.planning.plan import StarPlan, client_index
@@ -309,3 +309,70 @@ def test_no_program_of_a_gpu_reads_a_whole_long_prompt_beside_many_short_rows():
         assert programs == 33
         keys = sum(lens) / programs
         assert -(-tiles // programs) * ranges.TILE_KEYS < 1.1 * keys
+
+
+LENGTHS = (13, 8, 21)
+"""Tokens of the documents that requests share, each on pages of its own."""
+
+
+def shared_documents(queries: list[int]):
+    """Requests of the same documents, each in another order: their virtual rows, and the metadata of the batch.
+
+    Only the tokens of the question and the output have pages of the request's own.
+    """
+    pages = np.cumsum([0, *(-(-length // PAGE_SIZE) for length in (8, *LENGTHS))])
+    of_piece = [list(range(first, stop)) for first, stop in pairwise(pages)]
+    plans, tables, ends, free = [], [], [], int(pages[-1])
+    for order in islice(permutations((1, 2, 3)), len(queries)):
+        pieces, start = [(0, 8)], 8
+        for number in order:
+            pieces.append((start, start := start + LENGTHS[number - 1]))
+        blocks, end = lay_out(pieces, PAGE_SIZE)
+        plans.append(StarPlan(64, 8, 0, end, end + 9, documents=blocks))
+        tables.append([*of_piece[0], *(page for number in order for page in of_piece[number]), *range(free, free + 3)])
+        free += 3
+        ends.append(end + 9)
+    common = batch_metadata(queries, ends, len(tables[0]))
+    common.block_table_tensor.copy_(torch.tensor(tables, dtype=torch.int32))
+    return split_rows(plans, queries, ends, PAGE_SIZE), common, free
+
+
+def apart(pages: np.ndarray, *_) -> tuple[np.ndarray, np.ndarray]:
+    """As ``grouped`` where nothing is in common."""
+    return np.arange(len(pages)), np.ones(len(pages), dtype=bool)
+
+
+def rows_of_step(virtual, common, decodes: bool):
+    first = np.cumsum(virtual.query_lens) - virtual.query_lens
+    if not decodes:
+        return list(make_rerotated_rows(virtual.rerotated, first, virtual.query_lens, common.block_table_tensor, 4))
+    made = make_token_ranges(virtual, np.arange(len(virtual.source)), PAGE_SIZE)
+    return [ranges_as_rows(made, common.block_table_tensor, common.seq_lens, PAGE_SIZE)]
+
+
+@pytest.mark.parametrize("queries", [[1, 1, 1, 1, 1], [7, 1, 9, 2]], ids=["decodes", "questions"])
+def test_pages_that_requests_have_in_common_are_read_once_in_any_order(queries, monkeypatch):
+    virtual, common, num_pages = shared_documents(queries)
+    torch.manual_seed(0)
+    query, caches = torch.randn(sum(queries), HEADS, SIZE), torch.randn(2, num_pages, PAGE_SIZE, KV_HEADS, SIZE)
+    angles = torch.outer(torch.arange(NUM_POSITIONS).double(), frequencies(SIZE)).float()
+    rotation, decodes = Rotation(angles.cos(), angles.sin(), True), max(queries) == 1
+    results, read = [], []
+    for shares in (True, False):
+        if not shares:
+            monkeypatch.setattr(rerotated_rows, "grouped", apart)
+        calls = rows_of_step(virtual, common, decodes)
+        out, lse = torch.zeros(sum(queries), HEADS, SIZE), torch.full((sum(queries), HEADS), float("-inf"))
+        add_rows(calls, rotation, query, tuple(caches), out, lse, scale=SCALE)
+        results.append((out, lse))
+        read.append(sum(int(call.seq_lens.sum()) for call in calls))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+    documents, own = 8 + sum(LENGTHS), 9 * len(queries) if decodes else 0
+    assert read == [documents + own, documents * len(queries) + own]
+
+
+def test_equal_last_pages_are_not_enough_to_be_read_together():
+    pages, keys = np.array([[1, 2, 9], [1, 3, 9], [1, 2, 9], [1, 2, 9]], dtype=np.int32), np.array([12, 12, 12, 11])
+    order, begins = rerotated_rows.grouped(pages, keys, PAGE_SIZE)
+    groups = np.split(order, np.flatnonzero(begins)[1:])
+    assert all(len({(*pages[one], keys[one]) for one in group}) == 1 for group in groups)
